@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/device.hpp"
 #include "ops/tensor_view.hpp"
 
 namespace foretoken {
@@ -28,6 +29,14 @@ inline Backend backend_for(Device device) {
   if (device.type == DeviceType::cpu) return Backend::cpu;
   if (!kBuiltWithCuda) throw std::invalid_argument(std::string("CUDA tensor: ") + why_no_cuda());
   return Backend::cuda;
+}
+
+inline CudaReport cuda_report() {
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::report();
+#else
+  return {};
+#endif
 }
 
 }  // namespace foretoken
