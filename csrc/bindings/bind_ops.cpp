@@ -1,4 +1,5 @@
-#include "bindings/bind.hpp"
+#include <pybind11/pybind11.h>
+
 #include "bindings/boundary.hpp"
 #include "bindings/sampling_table.hpp"
 #include "dispatch.hpp"
@@ -6,6 +7,8 @@
 #include "math/row_law.hpp"
 
 namespace foretoken {
+
+namespace py = pybind11;
 
 namespace {
 
@@ -71,7 +74,6 @@ void read_target(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64
   args.target_logits =
       intake.read(in.target_logits, "target_logits", kRealDTypes, {Dim::bind(rows, "R"), Dim::bind(vocab, "V", 1)});
   args.row_offsets = intake.read(in.row_offsets, "row_offsets", kIndexDTypes, {batch + 1}, boundary::Layout::any);
-  dispatch::check_row_offsets(args, rows, intake.device());
 }
 
 void read_drafts(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64_t batch, int64_t nodes,

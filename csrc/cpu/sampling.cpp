@@ -30,7 +30,7 @@ void sample(const SampleArgs& args) {
   const int64_t batch = args.logits.shape[0];
   parallel_rows(batch, args.logits.shape[1], [&](int64_t b) {
     const int64_t slot = slot_of(args.slots, b, args.sampling.size);
-    Drawn drawn{-1, -__builtin_inff(), kBadSlot};
+    Drawn drawn{-1, -__builtin_inff(), kBadRow};
     if (slot >= 0) {
       const uint64_t base = static_cast<uint64_t>(read_index(args.base, b));
       const uint64_t bits =

@@ -20,7 +20,7 @@ struct SamplingView {
 enum StatusBit : int32_t {
   kBadDraft = 1,  // id, count, law row or declared mass unusable: the row was decoded with no drafts
   kLawLost = 2,   // the closing row had NaN, an infinity or no mass: closed by the defined argmax
-  kBadSlot = 4,   // slot outside the sampling table: nothing was read or emitted
+  kBadRow = 4,    // slot or row offsets outside their tables: nothing was read or emitted
 };
 
 struct SampleArgs {           // B rows, V vocabulary
