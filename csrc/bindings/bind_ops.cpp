@@ -31,8 +31,8 @@ void check_table(const char* name, const SamplingTable& table, py::handle slots,
   }
 }
 
-void sample(py::handle logits, const SamplingTable& sampling, py::handle base, py::handle slots, Purpose purpose,
-            int32_t step, py::handle tokens, py::handle logprobs, py::handle status) {
+void sample(py::handle logits, const SamplingTable& sampling, py::handle base, py::handle slots,
+            Purpose purpose, int32_t step, py::handle tokens, py::handle logprobs, py::handle status) {
   Intake intake("sample");
   SampleArgs args;
   int64_t batch = 0, vocab = 0;
@@ -55,15 +55,17 @@ void sample(py::handle logits, const SamplingTable& sampling, py::handle base, p
 
 // The inputs of verify, in the order of its Python signature.
 struct VerifyInputs {
-  py::handle target_logits, row_offsets, draft_tokens, num_drafts, draft_logits, draft_probs, draft_row, base, slots;
+  py::handle target_logits, row_offsets, draft_tokens, num_drafts, draft_logits, draft_probs, draft_row, base,
+      slots;
 };
 
 void read_target(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64_t batch, int64_t nodes,
                  int64_t& vocab) {
   const bool flattened = intake.rank_of(in.target_logits, "target_logits") == 2;
   if (flattened == in.row_offsets.is_none()) {
-    throw py::value_error(flattened ? "row_offsets: expected offsets [B + 1] with flattened target_logits [R, V], got None"
-                                    : "row_offsets: expected None with target_logits [B, T, V], got offsets");
+    throw py::value_error(
+        flattened ? "row_offsets: expected offsets [B + 1] with flattened target_logits [R, V], got None"
+                  : "row_offsets: expected None with target_logits [B, T, V], got offsets");
   }
   if (!flattened) {
     args.target_logits = intake.read(in.target_logits, "target_logits", kRealDTypes,
@@ -71,9 +73,10 @@ void read_target(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64
     return;
   }
   int64_t rows = 0;
-  args.target_logits =
-      intake.read(in.target_logits, "target_logits", kRealDTypes, {Dim::bind(rows, "R"), Dim::bind(vocab, "V", 1)});
-  args.row_offsets = intake.read(in.row_offsets, "row_offsets", kIndexDTypes, {batch + 1}, boundary::Layout::any);
+  args.target_logits = intake.read(in.target_logits, "target_logits", kRealDTypes,
+                                   {Dim::bind(rows, "R"), Dim::bind(vocab, "V", 1)});
+  args.row_offsets =
+      intake.read(in.row_offsets, "row_offsets", kIndexDTypes, {batch + 1}, boundary::Layout::any);
 }
 
 void read_drafts(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64_t batch, int64_t nodes,
@@ -81,20 +84,23 @@ void read_drafts(Intake& intake, const VerifyInputs& in, VerifyArgs& args, int64
   if (!in.draft_logits.is_none() && !in.draft_probs.is_none()) {
     throw py::value_error("draft_probs: expected None beside draft_logits, got both laws");
   }
-  args.num_drafts = intake.read_or_null(in.num_drafts, "num_drafts", DType::int32, {batch}, boundary::Layout::any);
+  args.num_drafts =
+      intake.read_or_null(in.num_drafts, "num_drafts", DType::int32, {batch}, boundary::Layout::any);
   const Dim law_rows = in.draft_row.is_none() ? Dim::at_least(nodes) : Dim::at_least(0);
   args.draft_logits =
       intake.read_or_null(in.draft_logits, "draft_logits", kRealDTypes, {batch, law_rows, vocab});
-  args.draft_probs = intake.read_or_null(in.draft_probs, "draft_probs", kRealDTypes, {batch, law_rows, vocab});
+  args.draft_probs =
+      intake.read_or_null(in.draft_probs, "draft_probs", kRealDTypes, {batch, law_rows, vocab});
   args.draft_row =
       intake.read_or_null(in.draft_row, "draft_row", DType::int32, {batch, nodes}, boundary::Layout::any);
 }
 
 void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_tokens, py::handle num_drafts,
-            py::handle draft_logits, py::handle draft_probs, py::handle draft_row, py::handle base, py::handle slots,
-            const SamplingTable& sampling, const SamplingTable& draft_sampling, Rule rule, py::handle out_tokens,
-            py::handle out_num_emitted, py::handle out_num_accepted, py::handle out_next_token,
-            py::handle out_next_lengths, py::handle out_status, py::handle out_logprobs) {
+            py::handle draft_logits, py::handle draft_probs, py::handle draft_row, py::handle base,
+            py::handle slots, const SamplingTable& sampling, const SamplingTable& draft_sampling, Rule rule,
+            py::handle out_tokens, py::handle out_num_emitted, py::handle out_num_accepted,
+            py::handle out_next_token, py::handle out_next_lengths, py::handle out_status,
+            py::handle out_logprobs) {
   const VerifyInputs in{target_logits, row_offsets, draft_tokens, num_drafts, draft_logits,
                         draft_probs,   draft_row,   base,         slots};
   Intake intake("verify");
@@ -103,8 +109,8 @@ void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_t
   args.draft_tokens = intake.read(draft_tokens, "draft_tokens", kIndexDTypes,
                                   {Dim::bind(batch, "B"), Dim::bind(nodes, "N")}, boundary::Layout::any);
   if (nodes > kMaxDrafts) {
-    throw py::value_error("draft_tokens: expected at most " + std::to_string(kMaxDrafts) + " drafts a row, got " +
-                          std::to_string(nodes));
+    throw py::value_error("draft_tokens: expected at most " + std::to_string(kMaxDrafts) +
+                          " drafts a row, got " + std::to_string(nodes));
   }
   read_target(intake, in, args, batch, nodes, vocab);
   check_vocab("target_logits", vocab);
@@ -144,32 +150,37 @@ void register_ops(py::module_& module) {
       .value("auto", Rule::automatic)
       .value("token", Rule::token)
       .value("block", Rule::block);
-  py::class_<SamplingTable>(module, "SamplingTable",
-                            "Sampling law of a number of request slots. Slots start at temperature 1, no filters, seed 0.")
+  py::class_<SamplingTable>(
+      module, "SamplingTable",
+      "Sampling law of a number of request slots. Slots start at temperature 1, no filters, seed 0.")
       .def(py::init<int64_t>(), py::arg("size"))
       .def_property_readonly("size", &SamplingTable::size)
-      .def("set", &SamplingTable::set, py::arg("slot"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-           py::arg("min_p"), py::arg("seed"), "Write one slot; raises ValueError or IndexError naming the argument.")
+      .def("set", &SamplingTable::set, py::arg("slot"), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+           "Write one slot; raises ValueError or IndexError naming the argument.")
       .def(
           "get",
           [](const SamplingTable& table, int64_t slot) {
             if (slot < 0 || slot >= table.size()) throw py::index_error("slot: outside the table");
             const SamplingView view = table.view();
-            return py::make_tuple(view.temperature[slot], view.top_k[slot], view.top_p[slot], view.min_p[slot],
-                                  view.seed[slot]);
+            return py::make_tuple(view.temperature[slot], view.top_k[slot], view.top_p[slot],
+                                  view.min_p[slot], view.seed[slot]);
           },
           py::arg("slot"), "(temperature, top_k, top_p, min_p, seed) of one slot.");
-  module.def("derive_seed", [](uint64_t seed, uint32_t row, uint32_t sequence) { return derive_seed(seed, row, sequence); },
-             py::arg("seed"), py::arg("row"), py::arg("sequence"),
-             "Seed of a row and return sequence under one integer seed; (0, 0) is the seed itself.");
+  module.def(
+      "derive_seed",
+      [](uint64_t seed, uint32_t row, uint32_t sequence) { return derive_seed(seed, row, sequence); },
+      py::arg("seed"), py::arg("row"), py::arg("sequence"),
+      "Seed of a row and return sequence under one integer seed; (0, 0) is the seed itself.");
   module.def("sample", &sample, py::arg("logits"), py::arg("sampling"), py::arg("base"), py::arg("slots"),
              py::arg("purpose"), py::arg("step"), py::arg("out"), py::arg("logprobs"), py::arg("status"),
              "See foretoken.ops.sample.");
   module.def("verify", &verify, py::arg("target_logits"), py::arg("row_offsets"), py::arg("draft_tokens"),
              py::arg("num_drafts"), py::arg("draft_logits"), py::arg("draft_probs"), py::arg("draft_row"),
-             py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("rule"),
-             py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"), py::arg("next_token"),
-             py::arg("next_lengths"), py::arg("status"), py::arg("logprobs"), "See foretoken.ops.verify.");
+             py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"),
+             py::arg("rule"), py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
+             py::arg("next_token"), py::arg("next_lengths"), py::arg("status"), py::arg("logprobs"),
+             "See foretoken.ops.verify.");
 }
 
 }  // namespace foretoken

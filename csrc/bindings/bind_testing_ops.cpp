@@ -16,8 +16,8 @@ namespace {
 using FilterTuple = std::tuple<double, int32_t, double, double>;  // temperature, top_k, top_p, min_p
 
 cpu::Processing processing_from(const FilterTuple& filters) {
-  return {static_cast<float>(std::get<0>(filters)), std::get<1>(filters), static_cast<float>(std::get<2>(filters)),
-          static_cast<float>(std::get<3>(filters))};
+  return {static_cast<float>(std::get<0>(filters)), std::get<1>(filters),
+          static_cast<float>(std::get<2>(filters)), static_cast<float>(std::get<3>(filters))};
 }
 
 py::list verify_law(const std::vector<std::vector<double>>& target_logits,
@@ -35,7 +35,8 @@ py::list verify_law(const std::vector<std::vector<double>>& target_logits,
   chain.processing = processing_from(sampling);
   chain.draft_processing = processing_from(draft_sampling);
   chain.rule = rule;
-  const auto branches = precision == "float64" ? cpu::enumerate_float64(chain) : cpu::enumerate_float32(chain);
+  const auto branches =
+      precision == "float64" ? cpu::enumerate_float64(chain) : cpu::enumerate_float32(chain);
   py::list result;
   for (const cpu::Branch& branch : branches) {
     result.append(py::make_tuple(branch.probability, branch.accepted, branch.closing));
@@ -69,28 +70,38 @@ py::tuple row_law(const std::vector<float>& row, const FilterTuple& filters, boo
 }  // namespace
 
 void register_testing_ops(py::module_& testing) {
-  testing.def("philox4x32", [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-    const PhiloxWords words = philox4x32(key, c0, c1, c2, c3);
-    return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
-  }, py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"));
-  testing.def("accepts_token", [](uint32_t coin, double target, double draft) {
-    return accepts_token(coin, target, draft);
-  }, py::arg("coin"), py::arg("target_prob"), py::arg("draft_prob"));
-  testing.def("accepts_fraction", [](uint32_t coin, double h) { return accepts_fraction(coin, h); }, py::arg("coin"),
-              py::arg("fraction"));
+  testing.def(
+      "philox4x32",
+      [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+        const PhiloxWords words = philox4x32(key, c0, c1, c2, c3);
+        return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+      },
+      py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"));
+  testing.def(
+      "accepts_token",
+      [](uint32_t coin, double target, double draft) { return accepts_token(coin, target, draft); },
+      py::arg("coin"), py::arg("target_prob"), py::arg("draft_prob"));
+  testing.def(
+      "accepts_fraction", [](uint32_t coin, double h) { return accepts_fraction(coin, h); }, py::arg("coin"),
+      py::arg("fraction"));
   testing.def("exp2_scaled", &exp2_scaled_array, py::arg("distances"), py::arg("scale"));
   testing.def("log_positive", &log_array, py::arg("values"));
   testing.def("row_law", &row_law, py::arg("row"), py::arg("filters"), py::arg("probs") = false);
-  testing.def("verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"), py::arg("draft_tokens"),
-              py::arg("rule"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("draft_is_probs") = false,
-              py::arg("precision") = "float64",
-              "Every way a chain verification can end: [(probability, accepted, [closing probability per token])].");
+  testing.def(
+      "verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"), py::arg("draft_tokens"),
+      py::arg("rule"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("draft_is_probs") = false,
+      py::arg("precision") = "float64",
+      "Every way a chain verification can end: [(probability, accepted, [closing probability per token])].");
   testing.def("cpu_path", [] { return cpu::row_kernels().name; });
-  testing.def("force_cpu_path", [](const std::string& name) {
-    const cpu::RowKernels* kernels = cpu::row_kernels_named(name.c_str());
-    if (kernels != nullptr) cpu::force_row_kernels(*kernels);
-    return kernels != nullptr;
-  }, py::arg("name"), "Switch to portable, avx2 or avx512; False if this machine or build has no such path.");
+  testing.def(
+      "force_cpu_path",
+      [](const std::string& name) {
+        const cpu::RowKernels* kernels = cpu::row_kernels_named(name.c_str());
+        if (kernels != nullptr) cpu::force_row_kernels(*kernels);
+        return kernels != nullptr;
+      },
+      py::arg("name"),
+      "Switch to portable, avx2 or avx512; False if this machine or build has no such path.");
 }
 
 }  // namespace foretoken

@@ -34,7 +34,8 @@ void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double 
   if (temperature != 0.0 && !(temperature >= 1e-6 && temperature <= 1e6)) {
     refuse("temperature", "0 (greedy) or 1e-6 to 1e6", temperature);
   }
-  if (top_k < 0 || top_k > INT32_MAX) refuse("top_k", "0 (off) or a positive count", static_cast<double>(top_k));
+  if (top_k < 0 || top_k > INT32_MAX)
+    refuse("top_k", "0 (off) or a positive count", static_cast<double>(top_k));
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a number in (0, 1]", top_p);
   if (!(min_p >= 0.0 && min_p < 1.0)) refuse("min_p", "a number in [0, 1)", min_p);
   const size_t index = static_cast<size_t>(slot);

@@ -95,7 +95,8 @@ std::vector<double> filtered(std::vector<double> weights, const Processing& proc
     for (double weight : sorted) total += weight >= threshold ? weight : 0.0;
     for (double weight : sorted) {
       reached += weight;
-      threshold = std::max(threshold, reached >= static_cast<double>(processing.top_p) * total ? weight : 0.0);
+      threshold =
+          std::max(threshold, reached >= static_cast<double>(processing.top_p) * total ? weight : 0.0);
     }
   }
   threshold = std::max(threshold, static_cast<double>(processing.min_p) * sorted[0]);
@@ -125,7 +126,8 @@ class ExactRows {
       if (chain.draft[i].empty()) {
         law[static_cast<size_t>(chain.tokens[i])] = 1.0;
       } else {
-        law = chain.draft_is_probs ? normalised(chain.draft[i]) : law_of(chain.draft[i], chain.draft_processing);
+        law = chain.draft_is_probs ? normalised(chain.draft[i])
+                                   : law_of(chain.draft[i], chain.draft_processing);
       }
       draft_.push_back(law);
     }
@@ -143,7 +145,9 @@ class ExactRows {
   }
 
  private:
-  size_t drafted(int32_t node) const { return static_cast<size_t>(chain_.tokens[static_cast<size_t>(node - 1)]); }
+  size_t drafted(int32_t node) const {
+    return static_cast<size_t>(chain_.tokens[static_cast<size_t>(node - 1)]);
+  }
 
   std::vector<double> residual_weights(int32_t node, double prefix) const {
     const auto& target = target_[static_cast<size_t>(node - 1)];

@@ -20,7 +20,7 @@ struct ChainCase {                          // one request: N drafts, V tokens
 };
 
 struct Branch {
-  double probability;           // that the walk ends here
+  double probability;  // that the walk ends here
   int32_t accepted;
   std::vector<double> closing;  // [V] probability of each closing token
 };

@@ -121,8 +121,8 @@ float filter_cut(const Row& row, const RowLaw& law, const Processing& processing
   float cut = top_k_cut;
   if (processing.top_p < 1.0f) cut = std::max(cut, top_p_cut(row, law, processing.top_p, top_k_cut, summary));
   if (processing.min_p > 0.0f) {
-    const double distance = log_positive(static_cast<double>(processing.min_p)) * kLog2E /
-                            static_cast<double>(law.scale);
+    const double distance =
+        log_positive(static_cast<double>(processing.min_p)) * kLog2E / static_cast<double>(law.scale);
     cut = std::max(cut, static_cast<float>(static_cast<double>(law.max) + distance));
   }
   return cut;

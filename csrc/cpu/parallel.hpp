@@ -9,7 +9,8 @@
 
 namespace foretoken::cpu {
 
-// Elements below which waking a second thread costs more than it saves (a wake-up is some 5 us, an element 0.4 ns).
+// Elements below which waking a second thread costs more than it saves (a wake-up is some 5 us, an element
+// 0.4 ns).
 constexpr int64_t kParallelElements = int64_t{1} << 16;
 
 template <class Body>

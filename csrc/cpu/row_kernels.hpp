@@ -30,8 +30,8 @@ struct RowKernels {
                      const RowLaw& draft_law, float gain, uint64_t* masses);
 };
 
-const RowKernels& row_kernels();                       // best path of this machine, or FORETOKEN_CPU
+const RowKernels& row_kernels();                        // best path of this machine, or FORETOKEN_CPU
 const RowKernels* row_kernels_named(const char* name);  // nullptr: not built in, or not supported here
-void force_row_kernels(const RowKernels& kernels);     // for tests
+void force_row_kernels(const RowKernels& kernels);      // for tests
 
 }  // namespace foretoken::cpu

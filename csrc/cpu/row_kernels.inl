@@ -124,7 +124,7 @@ uint64_t masses(const float* target, const RowLaw& target_law, const float* draf
 }  // namespace
 
 extern const RowKernels FORETOKEN_KERNELS;
-const RowKernels FORETOKEN_KERNELS = {FORETOKEN_KERNELS_NAME, load,         extremes, sum_weights,
-                                      sum_probs,              sum_residual, masses};
+const RowKernels FORETOKEN_KERNELS = {FORETOKEN_KERNELS_NAME, load,  extremes, sum_weights, sum_probs,
+                                      sum_residual,           masses};
 
 }  // namespace foretoken::cpu

@@ -97,7 +97,8 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
     has_nan |= extremes.has_nan;
     const bool summed = !greedy && extremes.max > -kInfinity && extremes.max < kInfinity;
     summary.tile_sum[index] =
-        summed ? kernels.sum_weights(x, extremes.max, law.scale, logits_floor(extremes.max, law.scale)) : 0.0f;
+        summed ? kernels.sum_weights(x, extremes.max, law.scale, logits_floor(extremes.max, law.scale))
+               : 0.0f;
   }
   law.max = *std::max_element(summary.tile_max.begin(), summary.tile_max.end());
   if (has_nan || law.max == -kInfinity || (law.max == kInfinity && !greedy)) return unusable(row);

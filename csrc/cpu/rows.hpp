@@ -41,10 +41,10 @@ float log_probability(const Row& row, const RowLaw& law, int64_t token);
 struct Residual {
   Row target;
   const RowLaw* target_law = nullptr;
-  Row draft;                          // data == nullptr: no dense draft law
+  Row draft;  // data == nullptr: no dense draft law
   const RowLaw* draft_law = nullptr;
   float gain = 0.0f;
-  int64_t excluded = -1;              // point law: the drafted token cannot come back
+  int64_t excluded = -1;  // point law: the drafted token cannot come back
 };
 
 // Mass of the residual over the target's mass, before the prefix is multiplied in.

@@ -7,9 +7,10 @@ namespace foretoken {
 
 constexpr double kCoinUnit = 1.0 / 4294967296.0;
 
-// Token rule, "Fast inference from transformers via speculative decoding" (Leviathan et al. 2023, section 2.3).
-// Strict: uniform < 1 keeps every token on which both laws agree, and a token the target forbids is dropped
-// even by a coin of 0. The coin stays an integer: rounded to float32 its top 128 values would become 1.
+// Token rule, "Fast inference from transformers via speculative decoding" (Leviathan et al. 2023,
+// section 2.3). Strict: uniform < 1 keeps every token on which both laws agree, and a token the target
+// forbids is dropped even by a coin of 0. The coin stays an integer: rounded to float32 its top 128 values
+// would become 1.
 FORETOKEN_INLINE bool accepts_token(uint32_t coin, double target_prob, double draft_prob) {
   return static_cast<double>(coin) * kCoinUnit * draft_prob < target_prob;
 }

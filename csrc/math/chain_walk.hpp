@@ -20,9 +20,9 @@ enum class Closing : uint8_t {
 };
 
 struct ChainVerdict {
-  int32_t accepted = 0;    // drafts kept; the closing token comes from row `accepted`
+  int32_t accepted = 0;  // drafts kept; the closing token comes from row `accepted`
   Closing closing = Closing::bonus;
-  double prefix = 1.0;     // P of the block rule at the stop; 1 for the token rule
+  double prefix = 1.0;  // P of the block rule at the stop; 1 for the token rule
 };
 
 template <class Rows, class Decisions>
@@ -30,7 +30,8 @@ ChainVerdict walk_token(Rows& rows, int32_t drafts, Decisions& decide) {
   for (int32_t node = 1; node <= drafts; ++node) {
     const int32_t row = node - 1;
     if (!rows.usable(row)) return {row, Closing::argmax, 1.0};
-    if (!decide.token(node, rows.target_prob(row), rows.draft_prob(node))) return {row, Closing::recovery, 1.0};
+    if (!decide.token(node, rows.target_prob(row), rows.draft_prob(node)))
+      return {row, Closing::recovery, 1.0};
   }
   return {drafts, rows.usable(drafts) ? Closing::bonus : Closing::argmax, 1.0};
 }
@@ -45,13 +46,13 @@ ChainVerdict walk_block(Rows& rows, int32_t drafts, Decisions& decide) {
   // A row without a law ends the block before it: what comes behind cannot be verified, and the law of what
   // comes before must not depend on it.
   while (length < drafts && rows.usable(length)) {
-    prefix[length + 1] =
-        extend_prefix(prefix[length], rows.target_prob(length), rows.draft_prob(length + 1));
+    prefix[length + 1] = extend_prefix(prefix[length], rows.target_prob(length), rows.draft_prob(length + 1));
     ++length;
   }
   for (int32_t kept = length; kept >= 1; --kept) {
     const bool last = kept == length;
-    const double h = last ? prefix[kept] : block_fraction(prefix[kept], rows.residual(kept + 1, prefix[kept]));
+    const double h =
+        last ? prefix[kept] : block_fraction(prefix[kept], rows.residual(kept + 1, prefix[kept]));
     if (!decide.fraction(kept, h)) continue;
     if (!last) return {kept, Closing::recovery, prefix[kept]};
     return {kept, rows.usable(kept) ? Closing::bonus : Closing::argmax, 1.0};

@@ -6,9 +6,10 @@
 
 namespace foretoken {
 
-constexpr int kTile = 1024;                            // elements summed together, in a fixed order, in float32
-constexpr int64_t kMaxVocab = (int64_t{1} << 20) - 1;  // so that the mass of a row of equal logits fits 64 bits
-constexpr double kMassUnit = 17592186044416.0;         // 2^44: what has 2^-44 of the largest stays possible
+constexpr int kTile = 1024;  // elements summed together, in a fixed order, in float32
+constexpr int64_t kMaxVocab =
+    (int64_t{1} << 20) - 1;                     // so that the mass of a row of equal logits fits 64 bits
+constexpr double kMassUnit = 17592186044416.0;  // 2^44: what has 2^-44 of the largest stays possible
 
 enum class LawKind : uint8_t {
   point,   // all mass on `top`

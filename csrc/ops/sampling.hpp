@@ -23,16 +23,16 @@ enum StatusBit : int32_t {
   kBadRow = 4,    // slot or row offsets outside their tables: nothing was read or emitted
 };
 
-struct SampleArgs {           // B rows, V vocabulary
-  TensorView logits;          // [B, V] float32 | bfloat16 | float16, innermost stride 1
-  TensorView base;            // [B] int64 absolute index of the round's first token
-  TensorView slots;           // [B] int32 row -> sampling slot; null: row b uses slot b
-  SamplingView sampling;      //
+struct SampleArgs {       // B rows, V vocabulary
+  TensorView logits;      // [B, V] float32 | bfloat16 | float16, innermost stride 1
+  TensorView base;        // [B] int64 absolute index of the round's first token
+  TensorView slots;       // [B] int32 row -> sampling slot; null: row b uses slot b
+  SamplingView sampling;  //
   Purpose purpose = Purpose::plain;
-  int32_t step = 0;           // index of the draw in its round
-  TensorView tokens;          // [B] int64 out
-  TensorView logprobs;        // [B] float32 out, may be null: log-probability under the law drawn from
-  TensorView status;          // [B] int32 out, may be null
+  int32_t step = 0;     // index of the draw in its round
+  TensorView tokens;    // [B] int64 out
+  TensorView logprobs;  // [B] float32 out, may be null: log-probability under the law drawn from
+  TensorView status;    // [B] int32 out, may be null
 };
 
 }  // namespace foretoken

@@ -21,7 +21,7 @@ struct VerifyArgs {          // B rows, N draft nodes, T = N + 1, V vocabulary, 
   TensorView draft_row;      // [B, N] int32 law row of each draft, -1 = point; null: draft i has row i
   TensorView base;           // [B] int64 absolute index of the first token this round emits
   TensorView slots;          // [B] int32 row -> sampling slot; null: row b uses slot b
-  SamplingView sampling;        //
+  SamplingView sampling;     //
   SamplingView draft_sampling;  // applied to draft_logits by the function that drew
   Rule rule = Rule::automatic;
 
@@ -31,7 +31,7 @@ struct VerifyArgs {          // B rows, N draft nodes, T = N + 1, V vocabulary, 
   TensorView next_token;    // [B] out, dtype of draft_tokens: the closing token, root of the next round
   TensorView next_lengths;  // [B] int64 out: base - 1 + num_emitted
   TensorView status;        // [B] int32 out, StatusBit
-  TensorView logprobs;      // [B, N + 1] float32 out, may be null: of each emitted token under the target's law
+  TensorView logprobs;  // [B, N + 1] float32 out, may be null: of each emitted token under the target's law
 };
 
 }  // namespace foretoken

@@ -1,7 +1,8 @@
 """The kernels: tensors in, tensors out, caller-owned buffers.
 
-Nothing here allocates when ``out=`` is given, and nothing checks in Python: shapes, dtypes, devices, strides and
-overlaps are checked in C++, and a fault is one exception that names the argument, what was expected and what came.
+Nothing here allocates when ``out=`` is given, and nothing checks in Python: shapes, dtypes,
+devices, strides and overlaps are checked in C++, and a fault is one exception that names the
+argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ class Status(enum.IntFlag):
 
     OK = 0
     BAD_DRAFT = 1
-    """A draft's id, count, law row or declared mass was unusable: the row was decoded with no drafts."""
+    """A draft's id, count, law row or declared mass was unusable: the row was decoded with no
+    drafts.
+    """
     LAW_LOST = 2
-    """The closing row held NaN, an infinity or no mass at all: it was closed by the lowest id of its largest."""
+    """The closing row held NaN, an infinity or no mass at all: it was closed by the lowest id of
+    its largest.
+    """
     BAD_ROW = 4
     """A slot or row offset lies outside its table: nothing was read, nothing emitted."""
 
@@ -65,7 +70,9 @@ class Verdict:
         device: torch.device | str = "cpu",
         logprobs: bool = False,
     ) -> Verdict:
-        """Buffers for ``batch`` rows of up to ``num_drafts`` drafts, to be passed as ``out=`` round after round."""
+        """Buffers for ``batch`` rows of up to ``num_drafts`` drafts, to be passed as ``out=`` round
+        after round.
+        """
         return cls(
             tokens=torch.empty(batch, num_drafts + 1, dtype=dtype, device=device),
             num_emitted=torch.empty(batch, dtype=torch.int32, device=device),
@@ -130,13 +137,14 @@ def sample(
     sampling
         A :class:`Sampling` (prepared on the spot), or the table that ``Sampling.prepare`` made.
     base
-        int64 ``[B]``: absolute index of the first token of the round the draw belongs to. With the row's seed,
-        ``purpose`` and ``step`` it is all the randomness depends on: neither batch, order nor slot matter.
+        int64 ``[B]``: absolute index of the first token of the round the draw belongs to. With the
+        row's seed, ``purpose`` and ``step`` it is all the randomness depends on: neither batch,
+        order nor slot matter.
     step
         Index of the draw in its round.
     purpose
-        ``"draft"`` for a token that is going to be verified, so that drafting and verification never share a
-        random number; ``"plain"`` otherwise.
+        ``"draft"`` for a token that is going to be verified, so that drafting and verification
+        never share a random number; ``"plain"`` otherwise.
     slots
         int32 ``[B]``: the table slot of each row; None: row b uses slot b.
     out, status
@@ -147,8 +155,8 @@ def sample(
     Returns
     -------
     Tensor
-        int64 ``[B]``, or the pair (tokens, logprobs). A row with no law (NaN, an infinity, nothing finite) gives
-        the lowest id of its largest element and ``Status.LAW_LOST``.
+        int64 ``[B]``, or the pair (tokens, logprobs). A row with no law (NaN, an infinity, nothing
+        finite) gives the lowest id of its largest element and ``Status.LAW_LOST``.
 
     Raises
     ------
@@ -165,7 +173,8 @@ def sample(
     if out is None:
         out = logits.new_empty(batch, dtype=torch.int64)
     scores = logits.new_empty(batch, dtype=torch.float32) if logprobs else None
-    _core.sample(logits, _table(sampling, batch), base, slots, _PURPOSES[purpose], step, out, scores, status)
+    table = _table(sampling, batch)
+    _core.sample(logits, table, base, slots, _PURPOSES[purpose], step, out, scores, status)
     return out if scores is None else (out, scores)
 
 
@@ -186,36 +195,40 @@ def verify(
     logprobs: bool = False,
     out: Verdict | None = None,
 ) -> Verdict:
-    """Accept what can be kept of B drafted chains and close each with one more token, keeping the target's law.
+    """Accept what can be kept of B drafted chains and close each with one more token, keeping the
+    target's law.
 
     Parameters
     ----------
     target_logits
-        float32, bfloat16 or float16 ``[B, N + 1, V]``, row r being the target's logits behind node r (node 0 is the
-        last committed token); or flattened ``[R, V]`` with ``row_offsets``.
+        float32, bfloat16 or float16 ``[B, N + 1, V]``, row r being the target's logits behind node
+        r (node 0 is the last committed token); or flattened ``[R, V]`` with ``row_offsets``.
     draft_tokens
         int32 or int64 ``[B, N]``.
     row_offsets
-        int32 or int64 ``[B + 1]``: the nodes of row b are rows ``row_offsets[b]`` up to ``row_offsets[b + 1]``.
+        int32 or int64 ``[B + 1]``: the nodes of row b are rows ``row_offsets[b]`` up to
+        ``row_offsets[b + 1]``.
     num_drafts
-        int32 ``[B]``, None: N for every row. 0 is a plain draw, -1 a padded row (nothing read, nothing emitted).
+        int32 ``[B]``, None: N for every row. 0 is a plain draw, -1 a padded row (nothing read,
+        nothing emitted).
     draft_logits, draft_probs
-        ``[B, M, V]``: the law the drafts were really drawn from, as logits (``draft_sampling`` is applied to them,
-        by the function that drew) or as final probabilities. Neither: point laws, the drafts were deterministic.
+        ``[B, M, V]``: the law the drafts were really drawn from, as logits (``draft_sampling`` is
+        applied to them, by the function that drew) or as final probabilities. Neither: point laws,
+        the drafts were deterministic.
     draft_row
         int32 ``[B, N]``: the law row draft i was drawn from, -1 for a point law; None: row i.
     sampling, draft_sampling
-        :class:`Sampling` or a prepared table; ``draft_sampling`` defaults to ``sampling``. A row at temperature 0
-        is greedy and reads no draft law.
+        :class:`Sampling` or a prepared table; ``draft_sampling`` defaults to ``sampling``. A row at
+        temperature 0 is greedy and reads no draft law.
     base
         int64 ``[B]``: absolute index of the first token this round emits (valid K/V rows + 1).
     slots
         int32 ``[B]``: the table slot of each row; None: row b uses slot b.
     rule
-        ``"token"``: "Fast inference from transformers via speculative decoding" (Leviathan et al. 2023, section
-        2.3). ``"block"``: "Block verification accelerates speculative decoding" (Sun et al. 2024, algorithm 2),
-        never worse than ``token``. ``"auto"``: block where a draft of the row was drawn from a dense law, token
-        (which no rule can beat there) where none was.
+        ``"token"``: "Fast inference from transformers via speculative decoding" (Leviathan et al.
+        2023, section 2.3). ``"block"``: "Block verification accelerates speculative decoding" (Sun
+        et al. 2024, algorithm 2), never worse than ``token``. ``"auto"``: block where a draft of
+        the row was drawn from a dense law, token (which no rule can beat there) where none was.
     logprobs
         Also report the log-probability of every emitted token under the target's processed law.
     out
@@ -228,13 +241,15 @@ def verify(
     Raises
     ------
     TypeError, ValueError
-        An argument is of the wrong kind, dtype, shape, device or layout, named in the message. What only the data
-        shows (an id outside the vocabulary, NaN) sets bits in ``status`` instead and leaves other rows alone.
+        An argument is of the wrong kind, dtype, shape, device or layout, named in the message. What
+        only the data shows (an id outside the vocabulary, NaN) sets bits in ``status`` instead and
+        leaves other rows alone.
 
     Examples
     --------
     >>> logits = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])
-    >>> verdict = verify(logits, torch.tensor([[1]]), sampling=Sampling(temperature=0.0), base=torch.tensor([4]))
+    >>> greedy = Sampling(temperature=0.0)
+    >>> verdict = verify(logits, torch.tensor([[1]]), sampling=greedy, base=torch.tensor([4]))
     >>> verdict.tokens.tolist(), verdict.num_accepted.tolist(), verdict.next_lengths.tolist()
     ([[1, 2]], [1], [5])
     """

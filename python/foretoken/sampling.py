@@ -16,7 +16,9 @@ Number = TypeVar("Number", int, float)
 
 
 def fresh_seed() -> int:
-    """A 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` makes unseeded calls repeatable."""
+    """A 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` makes unseeded calls
+    repeatable.
+    """
     return int(torch.randint(0, 2**63 - 1, ()).item())
 
 
@@ -37,8 +39,8 @@ class Sampling:
     min_p
         Keep tokens with at least ``min_p`` times the probability of the likeliest; 0 is off.
     seed
-        An integer seeds the batch: row 0 uses it as it is, row r a seed derived from it. A sequence is used
-        as it is. None draws from torch's CPU generator each time the law is prepared.
+        An integer seeds the batch: row 0 uses it as it is, row r a seed derived from it. A sequence
+        is used as it is. None draws from torch's CPU generator each time the law is prepared.
 
     Examples
     --------
@@ -54,7 +56,8 @@ class Sampling:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for row in range(self._rows()):  # a wrong value is refused where it is written, not where it is used
+        # A wrong value is refused where it is written down, not where it is used.
+        for row in range(self._rows()):
             self.write(SamplingTable(1), 0, row=row, seed=0)
 
     def prepare(self, batch: int) -> SamplingTable:
