@@ -4,8 +4,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/sampling.hpp"
+#include "cpu/verify.hpp"
 #include "ops/device.hpp"
-#include "ops/tensor_view.hpp"
+#include "ops/sampling.hpp"
+#include "ops/verify.hpp"
 
 namespace foretoken {
 
@@ -31,6 +34,8 @@ inline Backend backend_for(Device device) {
   return Backend::cuda;
 }
 
+namespace dispatch {
+
 inline CudaReport cuda_report() {
 #ifdef FORETOKEN_HAS_CUDA
   return cuda::report();
@@ -38,5 +43,22 @@ inline CudaReport cuda_report() {
   return {};
 #endif
 }
+
+[[noreturn]] inline void refuse_cuda(const char* op) {
+  throw std::invalid_argument(std::string(op) +
+                              ": this version has no CUDA kernel for it; move the tensors to the CPU");
+}
+
+inline void sample(const SampleArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("sample");
+  cpu::sample(args);
+}
+
+inline void verify(const VerifyArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("verify");
+  cpu::verify(args);
+}
+
+}  // namespace dispatch
 
 }  // namespace foretoken

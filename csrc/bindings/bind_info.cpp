@@ -59,7 +59,7 @@ py::dict cuda_info_dict() {
   CudaReport report;
   {
     py::gil_scoped_release unlocked;  // the first look at a device starts the driver, which takes a while
-    report = cuda_report();
+    report = dispatch::cuda_report();
   }
   py::list devices;
   for (const CudaDevice& device : report.devices) {

@@ -3,11 +3,13 @@
 
 namespace foretoken {
 void register_info(pybind11::module_& module);
+void register_ops(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
 }  // namespace foretoken
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
   foretoken::register_info(module);
+  foretoken::register_ops(module);
   foretoken::register_testing(module);
 }
