@@ -109,7 +109,7 @@ def row_law(logits: Row, filters: Filters = PLAIN) -> list[float]:
 
 
 def distance_to_edge(logits: Row, filters: Filters) -> float:
-    """How far (in mass or in ratio) the filters' decisions are from flipping: float32 cannot judge rows near 0.
+    """How far (in mass or ratio) the filters' decisions are from flipping; float32 cannot judge rows near 0.
 
     Top-k compares logits, which is exact, and never is at an edge.
     """
