@@ -56,7 +56,7 @@ def chi_square_tail(statistic: float, degrees: float) -> float:
 
 
 def _root(rising, low: float, high: float) -> float:
-    for _ in range(200):
+    for _ in range(80):
         middle = 0.5 * (low + high)
         if rising(middle):
             high = middle
@@ -73,24 +73,24 @@ def critical_value(degrees: int, alpha: float = ALPHA) -> float:
 
 @functools.cache
 def detectable_noncentrality(degrees: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The noncentrality at which a statistic exceeds its critical value with probability ``power``."""
-    critical = critical_value(degrees, alpha)
+    """The noncentrality at which a statistic exceeds its critical value with probability ``power``.
+
+    A noncentral chi-square is a Poisson mixture of central ones with 2 more degrees of freedom each, and
+    Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a + 1).
+    """
+    half = critical_value(degrees, alpha) / 2.0
+    shape = degrees / 2.0
+    tails = [gamma_tail(shape, half)]
+    while tails[-1] < 1.0 - 1e-9:
+        tails.append(tails[-1] + math.exp(shape * math.log(half) - half - math.lgamma(shape + 1.0)))
+        shape += 1.0
 
     def power_at(noncentrality: float) -> float:
         mean = noncentrality / 2.0
-        reach = int(12.0 * math.sqrt(mean) + 40.0)
-        total = 0.0
-        for j in range(max(0, int(mean) - reach), int(mean) + reach):
-            weight = math.exp(j * math.log(mean) - mean - math.lgamma(j + 1.0))
-            if weight > 1e-16:
-                total += weight * chi_square_tail(critical, degrees + 2 * j)
-        return total
+        weights = [math.exp(j * math.log(mean) - mean - math.lgamma(j + 1.0)) for j in range(len(tails))]
+        return math.fsum(w * tail for w, tail in zip(weights, tails, strict=True)) + 1.0 - math.fsum(weights)
 
-    low, high = 1.0, 4.0 * critical + 400.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if power_at(middle) > power else (middle, high)
-    return high
+    return _root(lambda x: power_at(x) > power, 1.0, 20.0 * degrees + 1000.0)
 
 
 @dataclass(frozen=True, slots=True)
