@@ -235,7 +235,7 @@ def test_control_residual_without_the_factor():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_control_coin_may_equal(rule):
-    """Coins of sixteen values: ``u < 0`` never holds, ``u <= 0`` once in sixteen, and accepts the forbidden."""
+    """Coins of sixteen values: ``u < 0`` never holds, ``u <= 0`` once in sixteen."""
     case = Case(7, 3, 3, (Filters(top_k=1), PLAIN))
     possible = joint_law(case.law(0), 4)
 
