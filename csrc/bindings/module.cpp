@@ -1,5 +1,13 @@
+// Registers what the other files define; nothing else.
 #include <pybind11/pybind11.h>
+
+namespace foretoken {
+void register_ops(pybind11::module_& module);
+void register_testing(pybind11::module_& module);
+}  // namespace foretoken
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
+  foretoken::register_ops(module);
+  foretoken::register_testing(module);
 }

@@ -1,0 +1,70 @@
+// Hooks for the project's own tests and benches. No part of the public interface.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/boundary.hpp"
+
+namespace foretoken {
+
+namespace py = pybind11;
+
+void register_testing_ops(py::module_& testing);
+
+namespace {
+
+// The arguments of a chain verification, taken in and checked as the real call does, with nothing done to
+// them.
+void intake8(py::handle target_logits, py::handle draft_tokens, py::handle num_drafts,
+             py::handle draft_logits, py::handle base, py::handle tokens, py::handle num_emitted,
+             py::handle logprobs) {
+  using namespace boundary;
+  Intake intake("intake8");
+  int64_t batch = 0, rows = 0, vocab = 0, laws = 0;
+  intake.read(target_logits, "target_logits", kRealDTypes,
+              {Dim::bind(batch, "B"), Dim::bind(rows, "T", 1), Dim::bind(vocab, "V", 1)});
+  intake.read(draft_tokens, "draft_tokens", kIndexDTypes, {batch, rows - 1});
+  intake.read_or_null(num_drafts, "num_drafts", DType::int32, {batch});
+  intake.read_or_null(draft_logits, "draft_logits", kRealDTypes, {batch, Dim::bind(laws, "M"), vocab});
+  intake.read_or_null(base, "base", DType::int64, {batch});
+  intake.write(tokens, "tokens", kIndexDTypes, {batch, rows});
+  intake.write(num_emitted, "num_emitted", DType::int32, {batch});
+  intake.write_or_null(logprobs, "logprobs", DType::float32, {batch, rows});
+}
+
+// What one argument of any dtype looks like after intake: (address, shape, strides). Rank up to 5.
+py::tuple describe(py::handle tensor, const std::string& layout, bool write) {
+  using namespace boundary;
+  constexpr DTypes any = kRealDTypes | kIndexDTypes | DType::float64 | DType::uint8 | DType::boolean;
+  const Layout as = layout == "rows" ? Layout::rows : layout == "any" ? Layout::any : Layout::contiguous;
+  Intake intake("describe");
+  int64_t n[kMaxRank];
+  const auto take = [&](std::initializer_list<Dim> shape) {
+    return write ? intake.write(tensor, "tensor", any, shape, as)
+                 : intake.read(tensor, "tensor", any, shape, as);
+  };
+  TensorView view;
+  switch (intake.rank_of(tensor, "tensor")) {
+    case 0: view = take({}); break;
+    case 1: view = take({Dim::bind(n[0])}); break;
+    case 2: view = take({Dim::bind(n[0]), Dim::bind(n[1])}); break;
+    case 3: view = take({Dim::bind(n[0]), Dim::bind(n[1]), Dim::bind(n[2])}); break;
+    default: view = take({Dim::bind(n[0]), Dim::bind(n[1]), Dim::bind(n[2]), Dim::bind(n[3])}); break;
+  }
+  return py::make_tuple(reinterpret_cast<uintptr_t>(view.data),
+                        std::vector<int64_t>(view.shape, view.shape + view.rank),
+                        std::vector<int64_t>(view.strides, view.strides + view.rank));
+}
+
+}  // namespace
+
+void register_testing(py::module_& module) {
+  py::module_ testing =
+      module.def_submodule("testing", "Hooks for the project's own tests. Not an interface.");
+  testing.def("intake8", &intake8, py::arg("target_logits"), py::arg("draft_tokens"), py::arg("num_drafts"),
+              py::arg("draft_logits"), py::arg("base"), py::arg("tokens"), py::arg("num_emitted"),
+              py::arg("logprobs"));
+  testing.def("describe", &describe, py::arg("tensor"), py::arg("layout") = "rows", py::arg("write") = false);
+  register_testing_ops(testing);
+}
+
+}  // namespace foretoken

@@ -1,0 +1,321 @@
+#include "bindings/boundary.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "bindings/boundary_export.hpp"
+#include "dispatch.hpp"
+
+namespace foretoken::boundary {
+
+namespace {
+
+struct DTypeRow {
+  DType dtype;
+  uint8_t code, bits;  // as DLPack writes it
+  const char* name;
+};
+
+constexpr DTypeRow kDTypes[] = {
+    {DType::float32, kDLFloat, 32, "float32"}, {DType::bfloat16, kDLBfloat, 16, "bfloat16"},
+    {DType::float16, kDLFloat, 16, "float16"}, {DType::float64, kDLFloat, 64, "float64"},
+    {DType::int32, kDLInt, 32, "int32"},       {DType::int64, kDLInt, 64, "int64"},
+    {DType::uint8, kDLUInt, 8, "uint8"},       {DType::boolean, kDLBool, 8, "bool"},
+};
+
+// False: a dtype we have no name for.
+bool dtype_from(DLDataType from, DType& to) {
+  for (const DTypeRow& row : kDTypes) {
+    if (from.code != row.code || from.bits != row.bits) continue;
+    to = row.dtype;
+    return from.lanes == 1;
+  }
+  return false;
+}
+
+// False: a device we cannot read from.
+bool device_from(DLDevice from, Device& to) {
+  switch (from.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost: to = {DeviceType::cpu, 0}; return true;
+    case kDLCUDA: to = {DeviceType::cuda, from.device_id}; return true;
+    default: return false;
+  }
+}
+
+std::string text_of(Device device) {
+  return device.type == DeviceType::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+std::string text_of(DLDevice device) {
+  Device known;
+  return device_from(device, known) ? text_of(known)
+                                    : "DLPack device type " + std::to_string(device.device_type);
+}
+
+std::string text_of(DTypes dtypes) {
+  std::vector<const char*> names;
+  for (const DTypeRow& row : kDTypes) {
+    if (dtypes.has(row.dtype)) names.push_back(row.name);
+  }
+  std::string text;
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (i > 0) text += i + 1 == names.size() ? " or " : ", ";
+    text += names[i];
+  }
+  return text;
+}
+
+std::string text_of(std::initializer_list<Dim> shape) {
+  std::string text = "[";
+  for (const Dim& dim : shape) {
+    if (text.size() > 1) text += ", ";
+    switch (dim.rule) {
+      case Dim::Rule::equal: text += std::to_string(dim.value); break;
+      case Dim::Rule::at_least: text += ">= " + std::to_string(dim.value); break;
+      case Dim::Rule::bind:
+        text += dim.label;
+        if (dim.value > 0) text += " >= " + std::to_string(dim.value);
+        break;
+    }
+  }
+  return text + "]";
+}
+
+std::string text_of(const int64_t* numbers, int count) {
+  std::string text = "[";
+  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
+// What the caller asked for, kept together so that a refusal can spell it out.
+struct Expected {
+  const char* name;
+  DTypes dtypes;
+  std::initializer_list<Dim> shape;
+  Device device;
+
+  std::string text() const {
+    return std::string(name) + ": expected " + text_of(dtypes) + " " + text_of(shape) + " on " +
+           text_of(device);
+  }
+};
+
+std::string text_of(const DLTensor& tensor) {
+  return dtype_name(tensor.dtype) + " " + text_of(tensor.shape, tensor.ndim) + " on " +
+         text_of(tensor.device);
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Expected& expected, const Refusal& refusal) {
+  const std::string text = expected.text() + ", got " + refusal.got;
+  if (refusal.wrong_kind) throw py::type_error(text);
+  throw py::value_error(text);
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Expected& expected, const DLTensor& got,
+                                                   const std::string& demand, const std::string& fault) {
+  throw py::value_error(expected.text() + demand + ", got " + text_of(got) + fault);
+}
+
+bool shape_matches(const DLTensor& tensor, std::initializer_list<Dim> shape) {
+  if (tensor.ndim != static_cast<int>(shape.size())) return false;
+  const int64_t* size = tensor.shape;
+  for (const Dim& dim : shape) {
+    if (dim.rule == Dim::Rule::equal ? *size != dim.value : *size < dim.value) return false;
+    ++size;
+  }
+  return true;
+}
+
+// Empty tensors have no address; a view's null means None.
+alignas(64) char empty_tensor_memory[64];
+
+TensorView view_of(const DLTensor& tensor, DType dtype, Device device, std::initializer_list<Dim> shape) {
+  TensorView view;
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.dtype = dtype;
+  view.device = device;
+  view.rank = tensor.ndim;
+  int64_t dense =
+      1;  // stride the dimension would have without gaps: what size 0 and 1 are given, and DLPack < 1.2
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    view.shape[i] = tensor.shape[i];
+    view.strides[i] = tensor.shape[i] > 1 && tensor.strides != nullptr ? tensor.strides[i] : dense;
+    dense *= tensor.shape[i] > 1 ? tensor.shape[i] : 1;
+  }
+  const int64_t* size = tensor.shape;
+  bool empty = false;
+  for (const Dim& dim : shape) {
+    empty = empty || *size == 0;
+    if (dim.rule == Dim::Rule::bind) *dim.target = *size;
+    ++size;
+  }
+  if (empty || view.data == nullptr) view.data = empty_tensor_memory;
+  return view;
+}
+
+bool layout_matches(const TensorView& view, Layout layout) {
+  int64_t dense = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    if (view.shape[i] == 0) return true;
+    if (view.strides[i] < 0) return false;
+    const bool must_be_dense = layout == Layout::contiguous || (layout == Layout::rows && i == view.rank - 1);
+    if (must_be_dense && view.strides[i] != dense) return false;
+    dense *= view.shape[i];
+  }
+  return true;
+}
+
+// True when no two elements can share memory: ordered by stride, each dimension steps over all smaller ones.
+bool elements_are_apart(const TensorView& view) {
+  int order[kMaxRank];
+  int count = 0;
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.shape[i] == 0) return true;
+    if (view.shape[i] > 1) order[count++] = i;
+  }
+  std::sort(order, order + count, [&](int a, int b) { return view.strides[a] < view.strides[b]; });
+  int64_t reach = 0;  // largest offset within the dimensions seen so far
+  for (int k = 0; k < count; ++k) {
+    const int64_t stride = view.strides[order[k]];
+    if (stride <= reach) return false;
+    reach += (view.shape[order[k]] - 1) * stride;
+  }
+  return true;
+}
+
+}  // namespace
+
+Intake::Intake(const char* op) : op_(op) {}
+
+Intake::~Intake() {
+  for (const Owner& owner : owners_) release_managed(owner.managed, owner.versioned);
+}
+
+TensorView Intake::read(py::handle object, const char* name, DTypes dtypes, std::initializer_list<Dim> shape,
+                        Layout layout) {
+  return take(object, name, dtypes, shape, layout, Access::read);
+}
+
+TensorView Intake::read_or_null(py::handle object, const char* name, DTypes dtypes,
+                                std::initializer_list<Dim> shape, Layout layout) {
+  return object.is_none() ? TensorView{} : take(object, name, dtypes, shape, layout, Access::read);
+}
+
+TensorView Intake::write(py::handle object, const char* name, DTypes dtypes, std::initializer_list<Dim> shape,
+                         Layout layout) {
+  return take(object, name, dtypes, shape, layout, Access::write);
+}
+
+TensorView Intake::write_or_null(py::handle object, const char* name, DTypes dtypes,
+                                 std::initializer_list<Dim> shape, Layout layout) {
+  return object.is_none() ? TensorView{} : take(object, name, dtypes, shape, layout, Access::write);
+}
+
+TensorView Intake::take(py::handle object, const char* name, DTypes dtypes, std::initializer_list<Dim> shape,
+                        Layout layout, Access access) {
+  const Expected expected{name, dtypes, shape, device_};
+  Exported exported;
+  Refusal refusal;
+  if (!export_tensor(object, exported, refusal)) refuse(expected, refusal);
+  if (exported.managed != nullptr) owners_.push_back({exported.managed, exported.versioned});
+  const DLTensor& tensor = exported.tensor;
+
+  DType dtype = DType::float32;
+  Device device;
+  const bool known_device = device_from(tensor.device, device);
+  if (!known_device || (has_device_ && device != device_) || !dtype_from(tensor.dtype, dtype) ||
+      !dtypes.has(dtype) || !shape_matches(tensor, shape)) {
+    refuse(expected, tensor, "", "");
+  }
+  if (!kBuiltWithCuda && device.type == DeviceType::cuda) {
+    refuse(expected, tensor, "", std::string(": ") + why_no_cuda());
+  }
+  const TensorView view = view_of(tensor, dtype, device, shape);
+  if (!layout_matches(view, layout)) {
+    const char* demand = layout == Layout::rows ? " with neighbours in the last dimension side by side"
+                         : layout == Layout::contiguous ? " without gaps"
+                                                        : " with strides >= 0";
+    refuse(expected, tensor, demand, " with strides " + text_of(view.strides, view.rank));
+  }
+  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(bytes_of(dtype)) != 0) {
+    refuse(expected, tensor, " aligned to " + std::to_string(bytes_of(dtype)) + " bytes",
+           " at an odd address");
+  }
+  if (access == Access::write) {
+    if (exported.read_only) refuse(expected, tensor, " to write to", " that is read-only");
+    if (!elements_are_apart(view)) {
+      refuse(expected, tensor, " to write to",
+             " whose elements overlap in memory: strides " + text_of(view.strides, view.rank));
+    }
+  }
+  note_span(view, name, access);
+  if (!has_device_) {
+    has_device_ = true;
+    device_ = device;
+    exchange_ = exported.exchange;
+  }
+  return view;
+}
+
+void Intake::note_span(const TensorView& view, const char* name, Access access) {
+  const auto bytes = static_cast<uintptr_t>(bytes_of(view.dtype));
+  Span span{reinterpret_cast<uintptr_t>(view.data), 0, 0, 0, name, access == Access::write};
+  uintptr_t reach = 0;
+  uintptr_t outer_reach = 0;
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.shape[i] == 0) return;  // touches nothing
+    const uintptr_t stride = static_cast<uintptr_t>(view.strides[i]) * bytes;
+    const uintptr_t extent = static_cast<uintptr_t>(view.shape[i] - 1) * stride;
+    reach += extent;
+    if (extent > 0 && stride > span.pitch) {
+      span.pitch = stride;
+      outer_reach = extent;
+    }
+  }
+  span.high = span.low + reach + bytes;
+  span.row = reach - outer_reach + bytes;
+
+  // Columns of one wider buffer interleave without touching: same pitch, and apart modulo the pitch.
+  const auto apart = [](const Span& a, const Span& b) {
+    if (a.high <= b.low || b.high <= a.low) return true;
+    if (a.pitch == 0 || a.pitch != b.pitch) return false;
+    const uintptr_t shift = (b.low - a.low % a.pitch) % a.pitch;
+    return a.row <= shift && shift + b.row <= a.pitch;
+  };
+  for (int i = 0; i < num_spans_; ++i) {
+    const Span& other = i < kInlineSpans ? spans_[i] : more_spans_[i - kInlineSpans];
+    if ((!span.written && !other.written) || apart(span, other)) continue;
+    throw py::value_error(std::string(name) + ": expected memory of its own, got memory shared with " +
+                          other.name + (span.written ? "" : ", which is written"));
+  }
+  if (num_spans_ < kInlineSpans) {
+    spans_[num_spans_] = span;
+  } else {
+    more_spans_.push_back(span);
+  }
+  ++num_spans_;
+}
+
+int Intake::rank_of(py::handle object, const char* name) {
+  Exported exported;
+  Refusal refusal;
+  if (!export_tensor(object, exported, refusal)) {
+    const std::string text = std::string(name) + ": expected a tensor, got " + refusal.got;
+    if (refusal.wrong_kind) throw py::type_error(text);
+    throw py::value_error(text);
+  }
+  if (exported.managed != nullptr) release_managed(exported.managed, exported.versioned);
+  return exported.tensor.ndim;
+}
+
+Stream Intake::stream() const {
+  Stream stream;
+  if (device_.type == DeviceType::cuda && exchange_ != nullptr) {
+    const auto* api = static_cast<const DLPackExchangeAPI*>(exchange_);
+    if (api->current_work_stream(kDLCUDA, device_.index, &stream.handle) != 0) throw py::error_already_set();
+  }
+  return stream;
+}
+
+}  // namespace foretoken::boundary

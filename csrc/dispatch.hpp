@@ -1,0 +1,54 @@
+// The one backend switch, and the only place that asks whether CUDA code was compiled in.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/sampling.hpp"
+#include "cpu/verify.hpp"
+#include "ops/sampling.hpp"
+#include "ops/verify.hpp"
+
+namespace foretoken {
+
+#ifdef FORETOKEN_HAS_CUDA
+constexpr bool kBuiltWithCuda = true;
+#else
+constexpr bool kBuiltWithCuda = false;
+#endif
+
+enum class Backend : uint8_t { cpu, cuda };
+
+// Why CUDA tensors cannot be served, as a clause that follows the argument's name. Null: they can.
+constexpr const char* why_no_cuda() {
+  return kBuiltWithCuda
+             ? nullptr
+             : "this build of foretoken is CPU only (`foretoken info` says why); move the tensor to "
+               "the CPU, or build with FORETOKEN_CUDA=ON";
+}
+
+inline Backend backend_for(Device device) {
+  if (device.type == DeviceType::cpu) return Backend::cpu;
+  if (!kBuiltWithCuda) throw std::invalid_argument(std::string("CUDA tensor: ") + why_no_cuda());
+  return Backend::cuda;
+}
+
+namespace dispatch {
+
+[[noreturn]] inline void refuse_cuda(const char* op) {
+  throw std::invalid_argument(std::string(op) + ": this version has no CUDA kernel for it; move the tensors to the CPU");
+}
+
+inline void sample(const SampleArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("sample");
+  cpu::sample(args);
+}
+
+inline void verify(const VerifyArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("verify");
+  cpu::verify(args);
+}
+
+}  // namespace dispatch
+
+}  // namespace foretoken
