@@ -34,12 +34,16 @@ Coin = Callable[[float], float]  # the probability a rule asks for -> how often 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """A request's sampling parameters; the defaults change nothing."""
+    """A request's sampling parameters, rounded to float32 as the library keeps them; the defaults change nothing."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
 
 
 PLAIN = Filters()

@@ -735,7 +735,7 @@ def test_logits_of_every_size(rule):
         verdict = batch.verify(rule, target_logits=batch.target * scale)
         assert not verdict.status.any()
         assert_consistent(batch, verdict)
-    for temperature in (1e-30, 1e-6, 1e6, 1e30):
+    for temperature in (1e-6, 1e6):
         heated = replace(batch, kinds=[Filters(temperature=temperature)] * batch.size)
         verdict = heated.verify(rule, draft_logits=None)
         assert not verdict.status.any()

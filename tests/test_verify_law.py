@@ -84,22 +84,29 @@ class Case:
         )
 
 
+def as_tuple(filters: Filters) -> tuple[float, int, float, float]:
+    return filters.temperature, filters.top_k, filters.top_p, filters.min_p
+
+
 def shipped_law(case: Case, chain: Chain, rule: str, precision: str) -> Law:
     """What the C++ may emit for one proposal."""
     prefixes = [chain.tokens[:i] for i in range(case.drafts + 1)]
     target, draft = case.logits(0), case.logits(1)
-    paths = _core.testing.verify_law(
+    branches = _core.testing.verify_law(
         [target(prefix) for prefix in prefixes],
+        [None if case.points[i] else draft(prefix) for i, prefix in enumerate(prefixes[:-1])],
         list(chain.tokens),
-        draft_logits=[None if case.points[i] else draft(prefix) for i, prefix in enumerate(prefixes[:-1])],
-        rule=rule,
-        sampling=case.sides[0],
-        draft_sampling=case.sides[1],
+        getattr(_core.Rule, rule),
+        as_tuple(case.sides[0]),
+        as_tuple(case.sides[1]),
         precision=precision,
     )
     law: Law = {}
-    for probability, tokens in paths:
-        law[tuple(tokens)] = law.get(tuple(tokens), 0.0) + probability
+    for probability, accepted, closing in branches:
+        for token, p in enumerate(closing):
+            if p > 0.0:
+                tokens = (*chain.tokens[:accepted], token)
+                law[tokens] = law.get(tokens, 0.0) + probability * p
     return law
 
 
