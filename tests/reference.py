@@ -29,12 +29,12 @@ Model = Callable[[Tokens], Row]
 Coin = Callable[[float], float]  # the probability a rule asks for -> how often its coin says yes
 
 
-# -------------------------------------------------------------------------------------------- laws of one row
+# --------------------------------------------------------------------------------- laws of one row
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """A request's sampling parameters, rounded to float32 as the library keeps them; the defaults change nothing."""
+    """A request's parameters, rounded to float32 as the library keeps them; the defaults change nothing."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -134,7 +134,7 @@ def distance_to_edge(logits: Row, filters: Filters) -> float:
     return edge
 
 
-# ------------------------------------------------------------------------------------------ laws of one round
+# ------------------------------------------------------------------------------- laws of one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def expected_accepted(law: Law) -> float:
     return math.fsum(p * (len(tokens) - 1) for tokens, p in law.items())
 
 
-# --------------------------------------------------------------------------------------- laws of a generation
+# ---------------------------------------------------------------------------- laws of a generation
 
 
 def joint_law(model: Model, length: int, prefix: Tokens = ()) -> Law:
@@ -353,7 +353,7 @@ def optimal_accepted(target: Model, draft: Model, count: int, points: Sequence[b
     return total
 
 
-# -------------------------------------------------------------------------------------------------- distances
+# --------------------------------------------------------------------------------------- distances
 
 
 def total_variation(one: Law, other: Law) -> float:
@@ -364,7 +364,7 @@ def largest_error(one: Law, other: Law) -> float:
     return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in one.keys() | other.keys())
 
 
-# ------------------------------------------------------------------------------------------------- randomness
+# -------------------------------------------------------------------------------------- randomness
 
 
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:

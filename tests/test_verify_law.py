@@ -206,7 +206,7 @@ def test_auto_is_block(rule):
     assert differs
 
 
-# ------------------------------------------------------------------------------------------------- controls
+# ---------------------------------------------------------------------------------------- controls
 # The same measure has to refuse what is wrong: first wrong rules computed by the oracle, then the right rule
 # run by the C++ on a proposal whose declared law is not the drawn one.
 

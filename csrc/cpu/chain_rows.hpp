@@ -83,7 +83,7 @@ class ChainRows {
     for (int32_t node = 1; node <= drafts; ++node) {
       if (token(node) < 0 || token(node) >= vocab_) return false;
       const TensorView& laws = args_.draft_logits ? args_.draft_logits : args_.draft_probs;
-      if (laws && dense_row(node) >= laws.shape[1]) return false;
+      if (laws && (dense_row(node) < -1 || dense_row(node) >= laws.shape[1])) return false;
       if (dense(node) && !(draft_law(node).usable && draft_prob(node) > 0.0)) return false;
     }
     return true;
