@@ -4,7 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "ops/tensor_view.hpp"
+#include "cpu/sampling.hpp"
+#include "cpu/verify.hpp"
+#include "ops/sampling.hpp"
+#include "ops/verify.hpp"
 
 namespace foretoken {
 
@@ -29,5 +32,23 @@ inline Backend backend_for(Device device) {
   if (!kBuiltWithCuda) throw std::invalid_argument(std::string("CUDA tensor: ") + why_no_cuda());
   return Backend::cuda;
 }
+
+namespace dispatch {
+
+[[noreturn]] inline void refuse_cuda(const char* op) {
+  throw std::invalid_argument(std::string(op) + ": this version has no CUDA kernel for it; move the tensors to the CPU");
+}
+
+inline void sample(const SampleArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("sample");
+  cpu::sample(args);
+}
+
+inline void verify(const VerifyArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("verify");
+  cpu::verify(args);
+}
+
+}  // namespace dispatch
 
 }  // namespace foretoken

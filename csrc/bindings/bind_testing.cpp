@@ -8,6 +8,8 @@ namespace foretoken {
 
 namespace py = pybind11;
 
+void register_testing_ops(py::module_& testing);
+
 namespace {
 
 // The arguments of a chain verification, taken in and checked as the real call does, with nothing done to
@@ -62,6 +64,7 @@ void register_testing(py::module_& module) {
               py::arg("draft_logits"), py::arg("base"), py::arg("tokens"), py::arg("num_emitted"),
               py::arg("logprobs"));
   testing.def("describe", &describe, py::arg("tensor"), py::arg("layout") = "rows", py::arg("write") = false);
+  register_testing_ops(testing);
 }
 
 }  // namespace foretoken

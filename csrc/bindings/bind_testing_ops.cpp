@@ -1,0 +1,107 @@
+// Hooks into the arithmetic of the ops, for the proofs. No part of the public interface.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/enumerate.hpp"
+#include "cpu/row_kernels.hpp"
+#include "math/philox.hpp"
+
+namespace foretoken {
+
+namespace py = pybind11;
+
+namespace {
+
+using FilterTuple = std::tuple<double, int32_t, double, double>;  // temperature, top_k, top_p, min_p
+
+cpu::Processing processing_from(const FilterTuple& filters) {
+  return {static_cast<float>(std::get<0>(filters)), std::get<1>(filters),
+          static_cast<float>(std::get<2>(filters)), static_cast<float>(std::get<3>(filters))};
+}
+
+py::list verify_law(const std::vector<std::vector<double>>& target_logits,
+                    const std::vector<std::optional<std::vector<double>>>& draft_laws,
+                    const std::vector<int64_t>& draft_tokens, Rule rule, const FilterTuple& sampling,
+                    const FilterTuple& draft_sampling, bool draft_is_probs, const std::string& precision) {
+  if (target_logits.size() != draft_tokens.size() + 1 || draft_laws.size() != draft_tokens.size()) {
+    throw py::value_error("target_logits: expected one row more than draft_tokens and draft_laws");
+  }
+  cpu::ChainCase chain;
+  chain.target = target_logits;
+  for (const auto& law : draft_laws) chain.draft.push_back(law.value_or(std::vector<double>{}));
+  chain.tokens = draft_tokens;
+  chain.draft_is_probs = draft_is_probs;
+  chain.processing = processing_from(sampling);
+  chain.draft_processing = processing_from(draft_sampling);
+  chain.rule = rule;
+  const auto branches =
+      precision == "float64" ? cpu::enumerate_float64(chain) : cpu::enumerate_float32(chain);
+  py::list result;
+  for (const cpu::Branch& branch : branches) {
+    result.append(py::make_tuple(branch.probability, branch.accepted, branch.closing));
+  }
+  return result;
+}
+
+py::array_t<float> exp2_scaled_array(const std::vector<float>& distances, float scale) {
+  py::array_t<float> result(static_cast<py::ssize_t>(distances.size()));
+  for (size_t i = 0; i < distances.size(); ++i) {
+    result.mutable_at(static_cast<py::ssize_t>(i)) = exp2_scaled(distances[i], scale);
+  }
+  return result;
+}
+
+py::array_t<double> log_array(const std::vector<double>& values) {
+  py::array_t<double> result(static_cast<py::ssize_t>(values.size()));
+  for (size_t i = 0; i < values.size(); ++i) {
+    result.mutable_at(static_cast<py::ssize_t>(i)) = log_positive(values[i]);
+  }
+  return result;
+}
+
+// (max, scale, cut, mass, top, usable) of a float32 row: the record everything else follows from.
+py::tuple row_law(const std::vector<float>& row, const FilterTuple& filters, bool probs) {
+  const cpu::Row view{row.data(), DType::float32, static_cast<int64_t>(row.size())};
+  const RowLaw law = probs ? cpu::law_of_probs(view) : cpu::law_of_logits(view, processing_from(filters));
+  return py::make_tuple(law.max, law.scale, law.cut, law.mass, law.top, law.usable);
+}
+
+}  // namespace
+
+void register_testing_ops(py::module_& testing) {
+  testing.def(
+      "philox4x32",
+      [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+        const PhiloxWords words = philox4x32(key, c0, c1, c2, c3);
+        return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+      },
+      py::arg("key"), py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"));
+  testing.def(
+      "accepts_token",
+      [](uint32_t coin, double target, double draft) { return accepts_token(coin, target, draft); },
+      py::arg("coin"), py::arg("target_prob"), py::arg("draft_prob"));
+  testing.def(
+      "accepts_fraction", [](uint32_t coin, double h) { return accepts_fraction(coin, h); }, py::arg("coin"),
+      py::arg("fraction"));
+  testing.def("exp2_scaled", &exp2_scaled_array, py::arg("distances"), py::arg("scale"));
+  testing.def("log_positive", &log_array, py::arg("values"));
+  testing.def("row_law", &row_law, py::arg("row"), py::arg("filters"), py::arg("probs") = false);
+  testing.def(
+      "verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"), py::arg("draft_tokens"),
+      py::arg("rule"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("draft_is_probs") = false,
+      py::arg("precision") = "float64",
+      "Every way a chain verification can end: [(probability, accepted, [closing probability per token])].");
+  testing.def("cpu_path", [] { return cpu::row_kernels().name; });
+  testing.def(
+      "force_cpu_path",
+      [](const std::string& name) {
+        const cpu::RowKernels* kernels = cpu::row_kernels_named(name.c_str());
+        if (kernels != nullptr) cpu::force_row_kernels(*kernels);
+        return kernels != nullptr;
+      },
+      py::arg("name"),
+      "Switch to portable, avx2 or avx512; False if this machine or build has no such path.");
+}
+
+}  // namespace foretoken

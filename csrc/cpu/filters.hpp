@@ -1,0 +1,29 @@
+// Top-k, top-p and min-p as one threshold on the logits, found without sorting the row.
+#pragma once
+
+#include <vector>
+
+#include "cpu/rows.hpp"
+
+namespace foretoken::cpu {
+
+// What the first pass over a row leaves behind for the later ones.
+struct RowSummary {
+  explicit RowSummary(int64_t tiles)
+      : tile_max(static_cast<size_t>(tiles)),
+        tile_sum(static_cast<size_t>(tiles)),
+        groups(static_cast<size_t>(tiles * kGroups)) {}
+
+  float* group_max(int64_t tile) { return groups.data() + tile * kGroups; }
+
+  std::vector<float> tile_max;  // [tiles]
+  std::vector<float> tile_sum;  // [tiles] float32 sum of weights relative to the tile's own largest
+  std::vector<float> groups;    // [tiles * kGroups] maxima of 64 elements each
+};
+
+bool filters_on(const Processing& processing, int64_t vocab);
+
+// Smallest logit that every active filter keeps. `law` has max and scale; its cut and mass are not read.
+float filter_cut(const Row& row, const RowLaw& law, const Processing& processing, const RowSummary& summary);
+
+}  // namespace foretoken::cpu

@@ -1,0 +1,3 @@
+#define FORETOKEN_KERNELS kPortableKernels
+#define FORETOKEN_KERNELS_NAME "portable"
+#include "cpu/row_kernels.inl"

@@ -1,0 +1,62 @@
+// Whole rows on the CPU: from a row of logits to its law, and from laws to tokens.
+#pragma once
+
+#include "cpu/row_kernels.hpp"
+#include "ops/sampling.hpp"
+
+namespace foretoken::cpu {
+
+struct Row {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t size = 0;
+
+  float at(int64_t token) const;
+};
+
+// The processing of one request, read from its slot.
+struct Processing {
+  float temperature = 1.0f;
+  int32_t top_k = 0;
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+};
+
+Processing processing_of(const SamplingView& sampling, int64_t slot);
+
+// Temperature, top-k (keeps ties), top-p (every token at or above the smallest threshold whose mass reaches
+// it), min-p (relative to the largest), in transformers' order. Temperature 0 is the point law of the argmax.
+RowLaw law_of_logits(const Row& row, const Processing& processing);
+
+// Probabilities are final; they are normalised by their own sum, which must be within 2 % of 1.
+RowLaw law_of_probs(const Row& row);
+
+// Lowest id among the largest elements, NaN ignored; 0 if there is none.
+int64_t argmax(const Row& row);
+
+// log of a token's probability under the law; -infinity if it has none.
+float log_probability(const Row& row, const RowLaw& law, int64_t token);
+
+// What is left of the target's row for a closing token: [prefix * target - draft]+, or the target itself.
+struct Residual {
+  Row target;
+  const RowLaw* target_law = nullptr;
+  Row draft;  // data == nullptr: no dense draft law
+  const RowLaw* draft_law = nullptr;
+  float gain = 0.0f;
+  int64_t excluded = -1;  // point law: the drafted token cannot come back
+};
+
+// Mass of the residual over the target's mass, before the prefix is multiplied in.
+double residual_fraction(const Residual& residual);
+
+// A token drawn by 64 random bits on integer masses; -1 if the residual has no mass at all.
+int64_t draw(const Residual& residual, uint64_t bits);
+
+// Sum of the integer masses of a whole law.
+uint64_t total_mass(const Row& row, const RowLaw& law);
+
+// All integer masses of a (small) residual, for the tests that enumerate instead of drawing.
+void all_masses(const Residual& residual, uint64_t* masses);
+
+}  // namespace foretoken::cpu

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "ops/sampling.hpp"
+
+namespace foretoken::cpu {
+
+void sample(const SampleArgs& args);
+
+}  // namespace foretoken::cpu

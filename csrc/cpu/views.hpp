@@ -1,0 +1,46 @@
+// Reading and writing elements of a view whose dtype is only known at run time.
+#pragma once
+
+#include "cpu/rows.hpp"
+
+namespace foretoken::cpu {
+
+inline int64_t offset_of(const TensorView& view, int64_t i, int64_t j = 0, int64_t k = 0) {
+  int64_t offset = i * view.strides[0];
+  if (view.rank > 1) offset += j * view.strides[1];
+  if (view.rank > 2) offset += k * view.strides[2];
+  return offset;
+}
+
+inline int64_t read_index(const TensorView& view, int64_t i, int64_t j = 0) {
+  const int64_t offset = offset_of(view, i, j);
+  return view.dtype == DType::int64 ? static_cast<const int64_t*>(view.data)[offset]
+                                    : static_cast<const int32_t*>(view.data)[offset];
+}
+
+inline void write_index(const TensorView& view, int64_t value, int64_t i, int64_t j = 0) {
+  const int64_t offset = offset_of(view, i, j);
+  if (view.dtype == DType::int64) {
+    static_cast<int64_t*>(view.data)[offset] = value;
+  } else {
+    static_cast<int32_t*>(view.data)[offset] = static_cast<int32_t>(value);
+  }
+}
+
+inline void write_float(const TensorView& view, float value, int64_t i, int64_t j = 0) {
+  static_cast<float*>(view.data)[offset_of(view, i, j)] = value;
+}
+
+// The row at `offset` elements; `size` is the length of the innermost dimension, whose stride is 1.
+inline Row row_at(const TensorView& view, int64_t offset) {
+  const char* base = static_cast<const char*>(view.data);
+  return {base + offset * bytes_of(view.dtype), view.dtype, view.shape[view.rank - 1]};
+}
+
+// The sampling slot of row b, or -1 if the table has no such slot.
+inline int64_t slot_of(const TensorView& slots, int64_t b, int64_t size) {
+  const int64_t slot = slots ? read_index(slots, b) : b;
+  return slot >= 0 && slot < size ? slot : -1;
+}
+
+}  // namespace foretoken::cpu

@@ -1,0 +1,69 @@
+// A row of the sampling law, reduced to the few numbers from which every probability of it follows.
+// Nothing is ever renormalised to memory: a probability is weight(x) / mass, evaluated where it is needed.
+#pragma once
+
+#include "math/exp_log.hpp"
+
+namespace foretoken {
+
+constexpr int kTile = 1024;  // elements summed together, in a fixed order, in float32
+constexpr int64_t kMaxVocab =
+    (int64_t{1} << 20) - 1;                     // so that the mass of a row of equal logits fits 64 bits
+constexpr double kMassUnit = 17592186044416.0;  // 2^44: what has 2^-44 of the largest stays possible
+
+enum class LawKind : uint8_t {
+  point,   // all mass on `top`
+  logits,  // weight(x) = 2^((x - max) * scale)
+  probs,   // weight(x) = x * scale, scale = 1 / max
+};
+
+struct RowLaw {
+  LawKind kind = LawKind::point;
+  bool usable = true;  // false: NaN or an infinity in the row, or nothing in it
+  float max = 0.0f;    // largest element
+  float scale = 0.0f;  // log2(e) / temperature
+  float cut = 0.0f;    // elements below have weight 0: filtered, or too small to have a float32 weight
+  int64_t top = -1;    // lowest id among the largest; set for point laws and unusable rows only
+  uint64_t mass = 0;   // sum of the weights at or above cut, in units of 2^-44
+};
+
+FORETOKEN_INLINE float logits_scale(float temperature) {
+  const double scale = kLog2E / static_cast<double>(temperature);
+  return scale < 1e30 ? static_cast<float>(scale) : 1e30f;
+}
+
+// Below this a weight would leave the normal float32 range; such a token has far less than 2^-44 of the top.
+FORETOKEN_INLINE float logits_floor(float max, float scale) {
+  return static_cast<float>(static_cast<double>(max) - 125.0 / static_cast<double>(scale));
+}
+
+FORETOKEN_INLINE float weight_of_logit(float logit, float max, float scale, float cut) {
+  const float weight = exp2_scaled(logit - max, scale);
+  return logit >= cut ? weight : 0.0f;  // NaN compares false
+}
+
+FORETOKEN_INLINE float weight_of_prob(float prob, float scale, float cut) {
+  const float weight = prob * scale;
+  return prob >= cut ? weight : 0.0f;
+}
+
+FORETOKEN_INLINE float weight_in(const RowLaw& law, float element) {
+  return law.kind == LawKind::probs ? weight_of_prob(element, law.scale, law.cut)
+                                    : weight_of_logit(element, law.max, law.scale, law.cut);
+}
+
+// Nearest whole number of mass units for a weight in [0, 1]; adding 2^52 rounds half to even, exactly.
+FORETOKEN_INLINE uint64_t mass_of(float weight) {
+  return bits_of(static_cast<double>(weight) * kMassUnit + 4503599627370496.0) & 0x000FFFFFFFFFFFFFull;
+}
+
+// A tile's float32 sum, taken relative to the tile's largest element, in mass units of the row.
+FORETOKEN_INLINE uint64_t mass_of_tile(float sum, float tile_weight) {
+  return static_cast<uint64_t>(static_cast<double>(sum) * static_cast<double>(tile_weight) * kMassUnit + 0.5);
+}
+
+FORETOKEN_INLINE double probability_in(const RowLaw& law, float element) {
+  return static_cast<double>(weight_in(law, element)) * kMassUnit / static_cast<double>(law.mass);
+}
+
+}  // namespace foretoken

@@ -1,0 +1,259 @@
+"""The attention function registered with transformers as ``"foretoken"``, and its mask function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from foretoken.hf.cache import SlotPlan, SlotRows
+
+NAME = "foretoken"
+
+# Query heads that share a key head are folded into query rows up to this many rows. Above it (prefill
+# chunks) the folded copy of the mask costs more than the fold gains.
+FOLD_ROWS = 128
+
+
+def register() -> None:
+    """Make ``attn_implementation="foretoken"`` known to transformers. Doing it again changes nothing."""
+    AttentionInterface.register(NAME, slot_attention)
+    AttentionMaskInterface.register(NAME, slot_mask)
+
+
+def slot_mask(**arguments: Any) -> Tensor | None:
+    """No mask for a step over a `SlotCache`, whose attention has its own; else transformers' mask."""
+    rows = arguments["kv_length"]
+    if not isinstance(rows, SlotRows):
+        mask: Tensor | None = sdpa_mask(**arguments)
+        return mask
+    if rows.trace is not None:
+        return rows.trace.marker(arguments.get("local_size"), _other_law(arguments))
+    return None
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    foretoken: SlotPlan | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a step over a `SlotCache`, or ordinary attention where no plan comes along.
+
+    Parameters
+    ----------
+    query
+        ``[B, H, T, D]``.
+    key, value
+        ``[B, G, end, D]`` or a layer's whole buffers, as `SlotCache.update` returned them.
+    foretoken
+        The step's plan: a keyword of the model's forward that modelling code passes on.
+    sliding_window, softcap, s_aux
+        As modelling code passes them: positions in sight, soft cap of the scores, one sink score per head.
+
+    Returns
+    -------
+    tuple
+        ``[B, T, H, D]`` and None in place of attention weights.
+    """
+    if foretoken is None:
+        if softcap is None and s_aux is None:
+            kwargs["sliding_window"] = sliding_window
+            return _fused(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return _scored(query, key, value, attention_mask, scaling, softcap, s_aux)
+    if foretoken.trace is not None:
+        foretoken.trace.note_call(getattr(module, "layer_idx", None), sliding_window, attention_mask)
+    spans = foretoken.spans
+    if len(spans) == 1:
+        return _attend(foretoken, 0, query, key, value, scaling, sliding_window, softcap, s_aux), None
+    outputs = [
+        _attend(
+            foretoken,
+            index,
+            query[span.rows],
+            key[span.slots, :, : span.end],
+            value[span.slots, :, : span.end],
+            scaling,
+            sliding_window,
+            softcap,
+            s_aux,
+        )
+        for index, span in enumerate(spans)
+    ]
+    return torch.cat(outputs), None
+
+
+def _attend(
+    plan: SlotPlan,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One span: ``[b, H, T, D]`` over ``[b, G, end, D]``, giving ``[b, T, H, D]``."""
+    batch, heads, num_tokens, size = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    plain = softcap is None and sinks is None
+    if plain and num_tokens * group > FOLD_ROWS:
+        return _attend_wide(plan, index, query, key, value, scaling, window)
+    first, mask = plan.reach(index, window, group, query.dtype, query.device)
+    if first:
+        key, value = key[:, :, first:], value[:, :, first:]
+    # Rows of one key head side by side: the keys are read once per group instead of once per query head.
+    if num_tokens == 1:
+        folded = query.reshape(batch, kv_heads, group, size)
+    elif group == 1:
+        folded = query
+    else:
+        split = query.transpose(1, 2).view(batch, num_tokens, kv_heads, group, size)
+        folded = split.transpose(1, 2).reshape(batch, kv_heads, num_tokens * group, size)
+    if plain:
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        sinks = _fold_sinks(sinks, kv_heads, num_tokens)
+        output = _scores_then_sum(folded, key, value, mask, scaling, softcap, sinks)
+    if group == 1:
+        return output.transpose(1, 2)
+    size = value.shape[-1]
+    if num_tokens == 1:
+        return output.reshape(batch, 1, heads, size)
+    output = output.view(batch, kv_heads, num_tokens, group, size).transpose(1, 2)
+    return output.reshape(batch, num_tokens, heads, size)
+
+
+def _attend_wide(
+    plan: SlotPlan,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """The span of a long prefill chunk; an empty slot needs no mask at all."""
+    span, num_tokens = plan.spans[index], query.shape[2]
+    gqa = key.shape[1] != query.shape[1]
+    first, mask = 0, None
+    causal = span.lengths == (0,) and span.end == num_tokens and (window is None or window >= num_tokens)
+    if not causal:
+        first, mask = plan.reach(index, window, 1, query.dtype, query.device)
+    output = scaled_dot_product_attention(
+        query,
+        key[:, :, first:],
+        value[:, :, first:],
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=gqa,
+    )
+    return output.transpose(1, 2)
+
+
+def _scores_then_sum(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in plain products, for what torch's fused attention does not offer. Shapes as folded."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is None:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    else:
+        # A sink takes its share of the mass and gives nothing.
+        wide = torch.cat([scores, sinks.expand(scores.shape[0], -1, -1, -1).to(scores.dtype)], -1)
+        weights = wide.softmax(-1, dtype=torch.float32)[..., :-1]
+    return weights.to(query.dtype) @ value
+
+
+def _fold_sinks(sinks: Tensor | None, kv_heads: int, num_tokens: int) -> Tensor | None:
+    """One score per head ``[H]`` as ``[1, G, T * group, 1]``."""
+    if sinks is None:
+        return None
+    spread = sinks.view(1, kv_heads, 1, -1, 1).expand(1, kv_heads, num_tokens, -1, 1)
+    return spread.reshape(1, kv_heads, -1, 1)
+
+
+def _fused(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Without a `SlotCache`: transformers' own fused attention."""
+    output: Tensor = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )[0]
+    return output, None
+
+
+def _scored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Without a `SlotCache`, with what fused attention does not offer."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    num_tokens, rows = query.shape[2], key.shape[2]
+    if attention_mask is None and num_tokens > 1:
+        seen = torch.ones(num_tokens, rows, dtype=torch.bool, device=query.device)
+        attention_mask = seen.tril(rows - num_tokens)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
+        # A row that sees nothing (left padding) must stay finite, so no -inf here.
+        attention_mask = zeros.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    folded = _fold_sinks(sinks, key.shape[1], num_tokens)
+    output = _scores_then_sum(query, key, value, attention_mask, scaling, softcap, folded)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _other_law(arguments: dict[str, Any]) -> str | None:
+    """The name of a mask's law if it is not "earlier positions, within the window if there is one"."""
+    law, window = arguments.get("mask_function"), arguments.get("local_size")
+    if law is None:
+        return None
+    far = 8 if window is None else 3 * window
+    zero = torch.zeros((), dtype=torch.long)
+    last = torch.tensor([0, 1, far // 3, far // 2, far - 1])[:, None]
+    rows = torch.arange(far)[None, :]
+    expected = rows <= last if window is None else (rows <= last) & (rows > last - window)
+    try:
+        same = torch.equal(law(zero, zero, last, rows).expand(expected.shape), expected)
+    except Exception:  # it needs more than positions, so it is another law
+        same = False
+    return None if same else getattr(law, "__qualname__", repr(law))

@@ -1,0 +1,425 @@
+"""A preallocated transformers ``Cache`` with a length of its own for every slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from foretoken.hf.masks import TailMasks
+
+
+class LayerShape(NamedTuple):
+    """What one attention layer keeps per token, and where."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Span(NamedTuple):
+    """Neighbouring rows of a step that sit in neighbouring slots: one attention call over plain slices."""
+
+    rows: slice
+    slots: slice
+    lengths: tuple[int, ...]  # one entry where all rows have the same length: they share one mask
+    end: int  # cache rows in reach: up to the last token of the longest row
+
+
+class Trace:
+    """What a probing forward saw, layer by layer; filled by the attention and mask functions."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int | None, int | None, int | None]] = []
+        self.other_laws: dict[int, str] = {}
+
+    def note_call(self, layer: int | None, window: int | None, mask: Tensor | None) -> None:
+        """An attention call of `layer` within `window`, with the mask that `marker` stood in for."""
+        self.calls.append((layer, window, None if mask is None else int(mask.flatten()[0])))
+
+    def marker(self, window: int | None, law: str | None) -> Tensor:
+        """A stand-in for a mask: its one value tells the window asked for (0: all), or `law`."""
+        value = window or 0
+        if law is not None:
+            value = -1 - len(self.other_laws)
+            self.other_laws[value] = law
+        return torch.full((1, 1, 1, 1), value)
+
+    def fault(self, layers: int) -> tuple[int | None, str] | None:
+        """None if each layer called attention once, within the window of its mask; else what is wrong."""
+        called = [layer for layer, _, _ in self.calls]
+        for index in range(layers):
+            if None not in called and called.count(index) != 1:
+                return index, f"expected one call of the attention function, got {called.count(index)}"
+        if len(called) != layers:
+            return None, f"expected {layers} calls of the attention function, got {len(called)}"
+        for layer, window, marked in self.calls:
+            if marked is not None and marked in self.other_laws:
+                return layer, f"asks for a mask of another law ({self.other_laws[marked]})"
+            if marked is not None and marked != (window or 0):
+                return layer, f"asks for a mask of window {marked or None} but attends within {window}"
+        return None
+
+
+class SlotPlan:
+    """One step over a `SlotCache`: which cache rows are written and which are seen.
+
+    `SlotCache.plan` makes it. Handed to the model's forward as the keyword ``foretoken``, it reaches the
+    registered attention function in every layer.
+    """
+
+    __slots__ = ("_masks", "_memo", "num_tokens", "spans", "trace")
+
+    def __init__(self, spans: Sequence[Span], num_tokens: int, masks: TailMasks, trace: Trace | None) -> None:
+        self.spans = spans
+        self.num_tokens = num_tokens
+        self.trace = trace
+        self._masks = masks
+        self._memo: dict[tuple[Any, ...], tuple[int, Tensor | None]] = {}
+
+    def reach(
+        self, index: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[int, Tensor | None]:
+        """The first cache row that span `index` can see, and its additive mask from there on.
+
+        No mask (None) means that every query sees all of ``first .. end``. Worked out once per step and kind
+        of layer.
+        """
+        key = (index, window, group, dtype, device)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._reach(self.spans[index], window, group, dtype, device)
+        return found
+
+    def stacked_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An additive mask ``[B, 1, T, end]`` over all rows at once, for attention that is not ours."""
+        lengths: list[int] = []
+        for span in self.spans:
+            rows = span.rows.stop - span.rows.start
+            lengths.extend(span.lengths if len(span.lengths) == rows else span.lengths * rows)
+        end = max(span.end for span in self.spans)
+        mask = self._masks.tail(
+            lengths,
+            self.num_tokens,
+            first=0,
+            end=end,
+            window=None,
+            group=1,
+            dtype=dtype,
+            device=device,
+        )
+        # As transformers masks are: eager attention may add to it, and -inf is not to become NaN.
+        mask = mask.clamp_min(torch.finfo(dtype).min)
+        return mask if mask.ndim == 4 else mask[None, None]
+
+    def _reach(
+        self, span: Span, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[int, Tensor | None]:
+        if window is not None and span.end <= window:
+            window = None
+        first = 0 if window is None else max(0, min(span.lengths) - window + 1)
+        if self.num_tokens == 1 and len(span.lengths) == 1:
+            return first, None
+        mask = self._masks.tail(
+            span.lengths,
+            self.num_tokens,
+            first=first,
+            end=span.end,
+            window=window,
+            group=group,
+            dtype=dtype,
+            device=device,
+        )
+        return first, mask
+
+
+class SlotRows(int):
+    """The key length that a `SlotCache` reports: by this type mask creation knows that no mask is wanted."""
+
+    trace: Trace | None = None
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's view of the buffers, for code that looks into ``cache.layers``."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, cache: SlotCache, index: int, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._cache, self._index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers exist from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._cache.update(key_states, value_states, self._index)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.get_mask_sizes(query_length, self._index)
+
+    def get_seq_length(self) -> int:
+        return self._cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return self._cache.max_length
+
+
+class _Store:
+    """The buffers of all layers of one shape: one allocation, so that one slice serves all these layers."""
+
+    def __init__(self, shape: LayerShape, layers: int, max_batch: int, rows: int) -> None:
+        self.shape, self.rows = shape, rows
+
+        def zeros(count: int, size: int) -> Tensor:
+            place = (count, max_batch, shape.heads, rows, size)
+            return torch.zeros(place, dtype=shape.dtype, device=shape.device)
+
+        self._blocks: tuple[Tensor, ...]
+        if shape.key_size == shape.value_size:
+            self._blocks = (zeros(2 * layers, shape.key_size),)
+        else:
+            self._blocks = (zeros(layers, shape.key_size), zeros(layers, shape.value_size))
+        self._layers = layers
+        whole = self.slices(slice(None), slice(None))
+        self.flat = [[part.view(-1, part.shape[-1]) for part in half] for half in whole]
+        self._heads = torch.arange(shape.heads, device=shape.device)
+        self._targets = self._heads
+
+    def slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values of every layer, ``[slots, G, rows, D]`` each, without a copy."""
+        parts: list[Tensor] = []
+        for block in self._blocks:
+            parts.extend(block[:, slots, :, rows].unbind(0))
+        return parts[: self._layers], parts[self._layers :]
+
+    def clear(self) -> None:
+        """Zero all rows."""
+        for block in self._blocks:
+            block.zero_()
+
+    def aim(self, slots: Sequence[int], lengths: Sequence[int], num_tokens: int) -> None:
+        """Set where `scatter` writes; columns past the end of a slot are padding, for the spare last row."""
+        last = self.rows - 1
+        rows = [
+            [slot * self.shape.heads * self.rows + min(length + i, last) for i in range(num_tokens)]
+            for slot, length in zip(slots, lengths, strict=True)
+        ]
+        first_head = torch.tensor(rows, device=self.shape.device)
+        self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
+
+    def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
+        for flat, states in zip(self.flat, (keys, values), strict=True):
+            flat[index].index_copy_(0, self._targets, states.transpose(1, 2).reshape(-1, states.shape[-1]))
+
+
+class SlotCache(Cache):
+    """Keys and values of `max_batch` slots with `max_length` rows each, appended in place.
+
+    Each slot has a length of its own, which lives with the caller: a step says at which row of which slot its
+    tokens go, and rolling back is a later step with a smaller length. Nothing is copied, moved or cropped.
+    Buffers start as zeros because attention multiplies hidden rows by zero, and zero times an uninitialised
+    NaN is NaN.
+
+    Parameters
+    ----------
+    shapes
+        One `LayerShape` per attention layer, in layer order. Equal shapes share an allocation.
+    max_batch, max_length
+        Number of slots, and rows per slot.
+
+    Examples
+    --------
+    >>> shape = LayerShape(heads=2, key_size=8, value_size=8, dtype=torch.float32, device=torch.device("cpu"))
+    >>> cache = SlotCache([shape] * 3, max_batch=4, max_length=100)
+    >>> plan = cache.plan(slots=[1, 2], lengths=[5, 7], num_tokens=1)
+    >>> keys, values = cache.update(torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8), layer_idx=0)
+    >>> keys.shape
+    torch.Size([2, 2, 8, 8])
+    """
+
+    def __init__(self, shapes: Sequence[LayerShape], *, max_batch: int, max_length: int) -> None:
+        if max_batch < 1 or max_length < 1:
+            raise ValueError(f"max_batch and max_length must be at least 1, got {max_batch} and {max_length}")
+        self.max_batch, self.max_length = max_batch, max_length
+        members: dict[LayerShape, list[int]] = {}
+        for layer, shape in enumerate(shapes):
+            members.setdefault(shape, []).append(layer)
+        # One spare row per slot: padding columns that reach past the end of a slot are written there.
+        self._stores = [
+            (_Store(shape, len(layers), max_batch, max_length + 1), layers)
+            for shape, layers in members.items()
+        ]
+        self._home = {
+            layer: (store, index) for store, layers in self._stores for index, layer in enumerate(layers)
+        }
+        self._whole = self._slices(slice(None), slice(None))
+        self._reads = self._writes = self._whole
+        self._masks = TailMasks(max_length)
+        self._scattered = False
+        self._picked: Tensor | None = None
+        self._rows = 0
+        self._trace: Trace | None = None
+        self._no = [False] * len(shapes)
+        pairs = enumerate(zip(*self._whole, strict=True))
+        super().__init__(layers=[_SlotLayer(self, layer, *pair) for layer, pair in pairs])
+
+    def plan(
+        self,
+        *,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        num_tokens: int,
+        used: Sequence[int] | None = None,
+        stacked: bool = False,
+        trace: Trace | None = None,
+    ) -> SlotPlan:
+        """Point the cache at the rows of the next forward.
+
+        Parameters
+        ----------
+        slots, lengths
+            Slot of each row, and its valid cache rows before this step.
+        num_tokens
+            Columns of the step. Column i of row b goes to cache row ``lengths[b] + i``.
+        used
+            Columns of each row that are tokens (default: all); others may reach past the end of the slot.
+        stacked
+            Have `update` return one tensor with a row per row of the step whatever the slots, copied where
+            the slots are not neighbours: for attention that is not ours.
+        trace
+            Filled with what the forward does, for a probe.
+
+        Raises
+        ------
+        ValueError
+            Tokens that do not fit their slot.
+        """
+        fits = max(lengths) + num_tokens <= self.max_length
+        if not fits:
+            self._check_room(slots, lengths, used if used is not None else [num_tokens] * len(slots))
+        spans = _spans(slots, lengths, num_tokens, self.max_length)
+        whole = len(spans) == 1
+        if whole:
+            self._reads = self._slices(spans[0].slots, slice(0, spans[0].end))
+        else:
+            self._reads = self._whole
+        end = max(span.end for span in spans)
+        self._picked = torch.tensor(slots) if stacked and not whole else None
+        self._scattered = not (whole and fits and len(spans[0].lengths) == 1)
+        if self._scattered:
+            for store, _ in self._stores:
+                store.aim(slots, lengths, num_tokens)
+        else:
+            self._writes = self._slices(spans[0].slots, slice(lengths[0], lengths[0] + num_tokens))
+        self._rows = end - num_tokens
+        self._trace = trace
+        return SlotPlan(spans, num_tokens, self._masks, trace)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the step's keys and values ``[B, G, T, D]`` in place; return what attention reads.
+
+        That is slices ``[B, G, end, D]`` where the step's rows sit in neighbouring slots, else the layer's
+        whole buffers, in which the plan's spans say where to look.
+        """
+        if self._scattered:
+            store, index = self._home[layer_idx]
+            store.scatter(index, key_states, value_states)
+        else:
+            self._writes[0][layer_idx].copy_(key_states)
+            self._writes[1][layer_idx].copy_(value_states)
+        keys, values = self._reads[0][layer_idx], self._reads[1][layer_idx]
+        if self._picked is not None:
+            end = self._rows + key_states.shape[2]
+            picked = self._picked.to(keys.device)
+            return keys[:, :, :end].index_select(0, picked), values[:, :, :end].index_select(0, picked)
+        return keys, values
+
+    def reset(self) -> None:
+        """Zero all rows."""
+        for store, _ in self._stores:
+            store.clear()
+
+    # What transformers asks a cache; nothing here reads a device
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the longest row of the current step, before the step's tokens."""
+        return self._rows
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the step's first query sits, for the longest row."""
+        return self._rows
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset for mask creation."""
+        rows = SlotRows(self._rows + query_length)
+        rows.trace = self._trace
+        return rows, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Windows are masked, not dropped: all layers keep all rows."""
+        return self._no
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No recurrent layers."""
+        return self._no
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layers without rows of their own."""
+        return self._no
+
+    def _slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if len(self._stores) == 1:
+            return self._stores[0][0].slices(slots, rows)
+        keys: list[Tensor] = [torch.empty(0)] * len(self._home)
+        values = list(keys)
+        for store, layers in self._stores:
+            for layer, key, value in zip(layers, *store.slices(slots, rows), strict=True):
+                keys[layer], values[layer] = key, value
+        return keys, values
+
+    def _check_room(self, slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> None:
+        for slot, length, tokens in zip(slots, lengths, used, strict=True):
+            if length + tokens > self.max_length:
+                raise ValueError(
+                    f"slot {slot}: expected at most max_length = {self.max_length} rows, "
+                    f"got {length} and {tokens} more"
+                )
+
+
+def _spans(slots: Sequence[int], lengths: Sequence[int], num_tokens: int, max_length: int) -> list[Span]:
+    """Cut a step's rows where their slots are not neighbours."""
+    cuts = [0, *(b for b in range(1, len(slots)) if slots[b] != slots[b - 1] + 1), len(slots)]
+    spans = []
+    for first, last in pairwise(cuts):
+        inside = tuple(lengths[first:last])
+        longest = max(inside)
+        if min(inside) == longest:
+            inside = inside[:1]
+        spans.append(
+            Span(
+                rows=slice(first, last),
+                slots=slice(slots[first], slots[last - 1] + 1),
+                lengths=inside,
+                end=min(longest + num_tokens, max_length),
+            )
+        )
+    return spans

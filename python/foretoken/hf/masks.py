@@ -1,0 +1,93 @@
+"""Additive attention masks of rows that end at different lengths, cut out of one table where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A table is kept where it stays small (16 MiB in float32); wider steps, prefill chunks, build their mask.
+TABLE_ELEMENTS = 1 << 22
+
+
+class TailMasks:
+    """Masks for T queries at the end of ``length + T`` cache rows: query i sees rows up to ``length + i``.
+
+    Row i of the table is 0 up to column ``rows + i`` and -inf after it, so the mask of any length is a slice
+    that starts at column ``rows - length``: no arithmetic per step, and one slice for every row of a ragged
+    batch. Query heads that share a key head are folded into the query dimension, query-major, so each row is
+    repeated `group` times.
+
+    Parameters
+    ----------
+    rows
+        Cache rows per slot.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._tables: dict[tuple[int | None, int, torch.dtype, torch.device], Tensor] = {}
+
+    def tail(
+        self,
+        lengths: Sequence[int],
+        num_tokens: int,
+        *,
+        first: int,
+        end: int,
+        window: int | None,
+        group: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """The mask over cache rows ``first .. end`` for queries at the end of each of `lengths`.
+
+        Returns
+        -------
+        Tensor
+            ``[T * group, end - first]`` for one length, else ``[B, 1, T * group, end - first]``.
+        """
+        queries = num_tokens * group
+        if queries * 2 * self._rows > TABLE_ELEMENTS:
+            return self._build(lengths, num_tokens, first, end, window, group, dtype, device)
+        table = self._table(window, group, num_tokens, dtype, device)
+        starts = [self._rows - length + first for length in lengths]
+        rows = [table[:queries, start : start + end - first] for start in starts]
+        if len(rows) == 1:
+            return rows[0]
+        return torch.stack(rows).unsqueeze(1)
+
+    def _table(
+        self, window: int | None, group: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        key = (window, group, dtype, device)
+        table = self._tables.get(key)
+        if table is None or len(table) < num_tokens * group:
+            queries = max(16, num_tokens)
+            if queries * group * 2 * self._rows > TABLE_ELEMENTS:
+                queries = num_tokens
+            # The table is the mask of length `rows` itself, wide enough for a slot of length 0.
+            table = self._build([self._rows], queries, 0, 2 * self._rows, window, group, dtype, device)
+            self._tables[key] = table
+        return table
+
+    @staticmethod
+    def _build(
+        lengths: Sequence[int],
+        num_tokens: int,
+        first: int,
+        end: int,
+        window: int | None,
+        group: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        positions = torch.arange(num_tokens).repeat_interleave(group) + torch.tensor(lengths)[:, None]
+        positions = positions.to(device)[:, None, :, None]
+        columns = torch.arange(first, end, device=device)
+        hidden = columns > positions
+        if window is not None:
+            hidden |= columns <= positions - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return mask[0, 0] if len(lengths) == 1 else mask

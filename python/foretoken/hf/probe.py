@@ -1,0 +1,133 @@
+"""Forwards on a few tokens that show how a model can be run over a slot cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from foretoken.hf.cache import Trace
+from foretoken.hf.families import input_device, text_config
+
+PROBE_TOKENS = 12
+
+# Largest relative error of the logits, as a norm over all positions: the same sums in another order.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class ProbeStep:
+    """A step as a session would hand it out."""
+
+    kind: str
+    tokens: Tensor
+    positions: Tensor
+    num_tokens: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+
+def plain_forward(model: PreTrainedModel, max_length: int) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Tokens ``[P]``, their logits ``[P, V]`` by the untouched module, and the cache that it filled."""
+    config = text_config(model)
+    # A multimodal model takes some ids for pictures.
+    special = [value for name, value in vars(model.config).items() if name.endswith("token_id")]
+    usual = [token for token in range(3, min(int(config.vocab_size), 1 << 12)) if token not in special]
+    count = min(PROBE_TOKENS, max_length)
+    tokens = torch.tensor([usual[(17 * i + i * i) % len(usual)] for i in range(count)])
+    cache = DynamicCache(config=model.config)
+    device = input_device(model)
+    with torch.inference_mode():
+        output = model(
+            input_ids=tokens[None].to(device), past_key_values=cache, use_cache=True, return_dict=True
+        )
+    return tokens, output.logits[0], cache
+
+
+def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[ProbeStep, list[tuple[int, int, int]]]]:
+    """Two steps that between them use everything: ragged rows, several tokens, a rollback.
+
+    Yields
+    ------
+    tuple
+        The step, and for each row ``(row, first, last)``: its columns are positions ``first .. last``.
+    """
+    count = len(tokens)
+    ends = [count] if max_batch == 1 else [count, max(1, count - 2)]
+    rows = len(ends)
+    slots = torch.arange(rows, dtype=torch.int32)
+    padded = tokens.expand(rows, count).clone()
+    for row, end in enumerate(ends):
+        padded[row, end:] = 0
+    yield (
+        ProbeStep(
+            "decode",
+            padded,
+            torch.arange(count).expand(rows, count),
+            torch.tensor(ends, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int64),
+            slots,
+        ),
+        [(row, 0, end) for row, end in enumerate(ends)],
+    )
+    width = min(3, min(ends) - 1)
+    if width < 1:
+        return
+    starts = torch.tensor(ends) - width
+    columns = starts[:, None] + torch.arange(width)
+    yield (
+        ProbeStep(
+            "decode",
+            tokens[columns],
+            columns,
+            torch.full((rows,), width, dtype=torch.int32),
+            starts,
+            slots,
+        ),
+        [(row, end - width, end) for row, end in enumerate(ends)],
+    )
+
+
+def disagreement(
+    run: Callable[[Any, Trace | None], Tensor], tokens: Tensor, expected: Tensor, max_batch: int, layers: int
+) -> tuple[int | None, str] | None:
+    """Run the probe's steps; None if the logits are the plain module's, else the layer and what is wrong.
+
+    Parameters
+    ----------
+    run
+        Called with a step and a trace, gives logits ``[B, T, V]``.
+    tokens, expected
+        As `plain_forward` gave them.
+    layers
+        Attention layers that must each call the attention function once, or 0 where the model uses its own.
+    """
+    for step, rows in steps(tokens, max_batch):
+        trace = Trace() if layers else None
+        logits = run(step, trace)
+        if trace is not None and (fault := trace.fault(layers)) is not None:
+            return fault
+        ours = torch.cat([logits[row, : last - first] for row, first, last in rows])
+        plain = torch.cat([expected[first:last] for _, first, last in rows])
+        error, allowed = relative_error(ours, plain), tolerance(expected.dtype)
+        if not error <= allowed:
+            return None, (
+                f"logits differ from the plain module's by {error:.2g} of their norm, allowed {allowed:g}"
+            )
+    return None
+
+
+def relative_error(ours: Tensor, plain: Tensor) -> float:
+    """Norm of the difference over the norm of `plain`, both centred per position: an offset says nothing."""
+    ours, plain = ours.double(), plain.to(ours.device).double()
+    ours, plain = ours - ours.mean(-1, keepdim=True), plain - plain.mean(-1, keepdim=True)
+    return float((ours - plain).norm() / plain.norm().clamp_min(1e-30))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest `relative_error` taken for rounding."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])

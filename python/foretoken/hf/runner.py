@@ -1,0 +1,240 @@
+"""A Hugging Face causal language model as the forward of a session or of a model drafter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from foretoken.hf.attention import NAME
+from foretoken.hf.cache import SlotCache, Trace
+from foretoken.hf.families import (
+    UnsupportedModelError,
+    input_device,
+    layer_shapes,
+    looks_local,
+    position_limit,
+    refuse_by_design,
+    text_config,
+)
+from foretoken.hf.probe import disagreement, plain_forward
+
+
+class StepLike(Protocol):
+    """What a runner reads of a session's step: tokens and positions ``[B, T]``, else a value per row."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def num_tokens(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def slots(self) -> Tensor: ...
+
+
+class ModuleRunner:
+    """Calls `model` on the steps of a session, over a `SlotCache` of its own; for target and draft model.
+
+    The model is run in one of three ways, found by a probe at construction:
+
+    - ``"attention"``: through the attention function registered as ``"foretoken"``;
+    - ``"masks"``: through the model's own attention with 4-D masks, for models that never call a custom one;
+    - ``"rows"``: through the model's own attention and masks, rows of equal length together.
+
+    Parameters
+    ----------
+    model
+        A decoder-only ``PreTrainedModel`` with a language modelling head, on any device map. It is not
+        changed: its attention implementation is switched inside a call and put back, exceptions included.
+    max_batch, max_length
+        Slots of the cache and rows per slot; prompt and new tokens of a request must fit one slot.
+
+    Attributes
+    ----------
+    cache : SlotCache
+    mode : str
+        One of the three ways above.
+    max_positions : int or None
+        Positions the model was made for; no token should be drafted past them.
+    vocab_size : int
+        Width of the logits.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model cannot be run exactly; the message names model, layer and reason.
+
+    Examples
+    --------
+    >>> runner = ModuleRunner(model, max_batch=1, max_length=512)    # doctest: +SKIP
+    >>> while (step := session.plan()) is not None:    # doctest: +SKIP
+    ...     session.commit(None if step.kind == "prefill" else runner(step))
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_batch: int, max_length: int) -> None:
+        refuse_by_design(model, max_length)
+        self.model = model
+        self.max_batch, self.max_length = max_batch, max_length
+        self.max_positions = position_limit(text_config(model))
+        self._configs = _configs(model)
+        self._device = input_device(model)
+        accepted = inspect.signature(type(model).forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_keep = "logits_to_keep" in accepted
+        limit = max_length if self.max_positions is None else min(max_length, self.max_positions)
+        tokens, logits, plain_cache = plain_forward(model, limit)
+        self.vocab_size = int(logits.shape[-1])
+        shapes = layer_shapes(model, plain_cache)
+        self.cache = SlotCache(shapes, max_batch=max_batch, max_length=max_length)
+        self._mask_dtype = shapes[0].dtype
+        self.mode = self._find_mode(tokens, logits)
+        self.reset()
+
+    def __call__(self, step: StepLike) -> Tensor:
+        """Run one step.
+
+        Parameters
+        ----------
+        step
+            Column i of row b is written to cache row ``lengths[b] + i`` of slot ``slots[b]``.
+
+        Returns
+        -------
+        Tensor
+            Logits ``[B, T, V]`` on the device of ``step.tokens``; of a prefill step as few as can be had.
+
+        Raises
+        ------
+        ValueError
+            Tokens that do not fit their slot.
+        """
+        return self._run(step, None)
+
+    def reset(self) -> None:
+        """Zero the cache. Not needed between requests: lengths live with the session."""
+        self.cache.reset()
+
+    def _run(self, step: StepLike, trace: Trace | None) -> Tensor:
+        slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
+        tokens, positions = step.tokens, step.positions
+        if self.max_positions is not None and max(lengths) + tokens.shape[1] > self.max_positions:
+            # Padding columns go on counting; a table of learned positions ends somewhere.
+            positions = positions.clamp_max(self.max_positions - 1)
+        few = step.kind == "prefill"
+        with torch.inference_mode():
+            if self.mode == "rows":
+                return self._run_rows(few, tokens, positions, slots, lengths, used)
+            plan = self.cache.plan(
+                slots=slots,
+                lengths=lengths,
+                num_tokens=tokens.shape[1],
+                used=used,
+                stacked=self.mode == "masks",
+                trace=trace,
+            )
+            if self.mode == "attention":
+                with self._switched():
+                    return self._forward(few, tokens, positions, foretoken=plan)
+            mask = plan.stacked_mask(self._mask_dtype, self._device)
+            return self._forward(few, tokens, positions, attention_mask=mask)
+
+    def _run_rows(
+        self,
+        few: bool,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        used: Sequence[int],
+    ) -> Tensor:
+        """Rows of equal length in neighbouring slots together, through the model's own masks."""
+        outputs = []
+        for first, last in _alike(slots, lengths, used):
+            width = used[first]
+            self.cache.plan(slots=slots[first:last], lengths=lengths[first:last], num_tokens=width)
+            part = self._forward(few, tokens[first:last, :width], positions[first:last, :width])
+            missing = 0 if few else tokens.shape[1] - width
+            outputs.append(pad(part, (0, 0, 0, missing)) if missing else part)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _forward(self, few: bool, tokens: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
+        if self._takes_positions:
+            arguments["position_ids"] = positions.to(self._device)
+        if few and self._takes_keep:
+            arguments["logits_to_keep"] = 1
+        logits: Tensor = self.model(
+            input_ids=tokens.to(self._device),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **arguments,
+        ).logits
+        return logits.to(tokens.device)
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        before = [config._attn_implementation_internal for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation_internal = NAME
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+
+    def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
+        """The first way of running the model that gives its own logits."""
+        faults: list[tuple[str, int | None, str]] = []
+        layers = len(self.cache.layers)
+        for mode in ("attention", "masks", "rows"):
+            if mode == "masks" and looks_local(text_config(self.model)):
+                faults.append((mode, None, "a 4-D mask would hide its local layers"))
+                continue
+            self.mode = mode
+            self.cache.reset()
+            try:
+                fault = disagreement(
+                    self._run, tokens, logits, self.max_batch, layers if mode == "attention" else 0
+                )
+            except Exception as error:  # modelling code may fail in any way; the reason is kept and told
+                fault = None, f"{type(error).__name__}: {error}"
+            if fault is None:
+                return mode
+            faults.append((mode, *fault))
+        hint = "; it is in training mode, call model.eval()" if self.model.training else ""
+        told = "; ".join(
+            f"{mode}: {reason}" if layer is None else f"{mode}: layer {layer}: {reason}"
+            for mode, layer, reason in faults
+        )
+        raise UnsupportedModelError(self.model, told + hint, faults[0][1])
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every configuration object that a module of `model` may read its attention implementation from."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _alike(slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of rows with neighbouring slots, equal lengths and equal numbers of tokens."""
+    cuts = [0]
+    for row in range(1, len(slots)):
+        same = lengths[row] == lengths[row - 1] and used[row] == used[row - 1]
+        if not same or slots[row] != slots[row - 1] + 1:
+            cuts.append(row)
+    return list(zip(cuts, [*cuts[1:], len(slots)], strict=True))

@@ -1,0 +1,111 @@
+"""The sampling law of a request, or of a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from foretoken._core import SamplingTable, derive_seed
+
+__all__ = ["Sampling", "SamplingTable", "derive_seed", "fresh_seed"]
+
+Number = TypeVar("Number", int, float)
+
+
+def fresh_seed() -> int:
+    """A 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` makes unseeded calls
+    repeatable.
+    """
+    return int(torch.randint(0, 2**63 - 1, ()).item())
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn: temperature, then top-k, top-p and min-p, each renormalising what is left.
+
+    Every field is one value, or a sequence with one value per row of the batch.
+
+    Parameters
+    ----------
+    temperature
+        0 is greedy: the lowest id among the largest logits.
+    top_k
+        Keep the ``top_k`` largest logits and everything that ties with the last of them; 0 is off.
+    top_p
+        Keep every token at or above the smallest threshold whose mass reaches ``top_p``; 1 is off.
+    min_p
+        Keep tokens with at least ``min_p`` times the probability of the likeliest; 0 is off.
+    seed
+        An integer seeds the batch: row 0 uses it as it is, row r a seed derived from it. A sequence
+        is used as it is. None draws from torch's CPU generator each time the law is prepared.
+
+    Examples
+    --------
+    >>> table = Sampling(temperature=[0.0, 0.8], top_p=0.9, seed=7).prepare(2)
+    >>> table.size
+    2
+    """
+
+    temperature: float | Sequence[float] = 1.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    seed: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        # A wrong value is refused where it is written down, not where it is used.
+        for row in range(self._rows()):
+            self.write(SamplingTable(1), 0, row=row, seed=0)
+
+    def prepare(self, batch: int) -> SamplingTable:
+        """The native table of ``batch`` slots, slot b holding the law of row b.
+
+        Raises
+        ------
+        ValueError
+            A field is a sequence whose length is not ``batch``.
+        """
+        base = fresh_seed() if self.seed is None else self.seed
+        table = SamplingTable(batch)
+        for row in range(batch):
+            seed = (
+                derive_seed(_seed_bits(base), row, 0)
+                if isinstance(base, int)
+                else _pick("seed", base, row, batch)
+            )
+            self.write(table, row, row=row, batch=batch, seed=seed)
+        return table
+
+    def write(
+        self, table: SamplingTable, slot: int, *, row: int = 0, batch: int | None = None, seed: int
+    ) -> None:
+        """Write the law of ``row`` into one slot of a table, under the given seed."""
+        table.set(
+            slot,
+            _pick("temperature", self.temperature, row, batch),
+            _pick("top_k", self.top_k, row, batch),
+            _pick("top_p", self.top_p, row, batch),
+            _pick("min_p", self.min_p, row, batch),
+            _seed_bits(seed),
+        )
+
+    def _rows(self) -> int:
+        fields = (self.temperature, self.top_k, self.top_p, self.min_p)
+        return max([len(field) for field in fields if isinstance(field, Sequence)], default=1)
+
+
+def _pick(name: str, field: Number | Sequence[Number], row: int, batch: int | None) -> Number:
+    if not isinstance(field, Sequence):
+        return field
+    if batch is not None and len(field) != batch:
+        raise ValueError(f"{name}: expected one value or {batch} of them, got {len(field)}")
+    return field[min(row, len(field) - 1)]
+
+
+def _seed_bits(seed: int) -> int:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    return seed % 2**64
