@@ -6,6 +6,7 @@
 
 #include "cpu/sampling.hpp"
 #include "cpu/verify.hpp"
+#include "ops/device.hpp"
 #include "ops/sampling.hpp"
 #include "ops/verify.hpp"
 
@@ -35,8 +36,17 @@ inline Backend backend_for(Device device) {
 
 namespace dispatch {
 
+inline CudaReport cuda_report() {
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::report();
+#else
+  return {};
+#endif
+}
+
 [[noreturn]] inline void refuse_cuda(const char* op) {
-  throw std::invalid_argument(std::string(op) + ": this version has no CUDA kernel for it; move the tensors to the CPU");
+  throw std::invalid_argument(std::string(op) +
+                              ": this version has no CUDA kernel for it; move the tensors to the CPU");
 }
 
 inline void sample(const SampleArgs& args, Device device, Stream) {

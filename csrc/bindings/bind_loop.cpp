@@ -74,10 +74,11 @@ int64_t admit(Session& session, py::handle prompt_ids, int64_t max_new_tokens, i
   return session.admit(data<const int64_t>(prompt), count, std::move(limits));
 }
 
-// (shape of the step, needs drafts, most drafts of a row, version of the rows, any held open, any got a slot)
+// (shape of the step, the outstanding one again, needs drafts, most drafts of a row, version of the rows, any held
+// open, any got a slot)
 py::tuple plan(Session& session, bool drafting) {
-  const Step& step = session.plan(drafting);
-  return py::make_tuple(shape_of(step), session.needs_drafts(), session.max_budget(), session.rows_version(),
+  const bool again = session.plan(drafting);
+  return py::make_tuple(shape_of(session.step()), again, session.needs_drafts(), session.max_budget(), session.rows_version(),
                         session.any_held_open(), !session.assigned().empty());
 }
 

@@ -3,6 +3,7 @@
 
 namespace foretoken {
 void register_drafters(pybind11::module_& module);
+void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
@@ -11,6 +12,7 @@ void register_testing(pybind11::module_& module);
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
   foretoken::register_drafters(module);
+  foretoken::register_info(module);
   foretoken::register_loop(module);
   foretoken::register_ops(module);
   foretoken::register_testing(module);

@@ -277,29 +277,29 @@ void Session::drop_finished_rows() {
   ++rows_version_;
 }
 
-const Step& Session::plan(bool drafting) {
+bool Session::plan(bool drafting) {
   if (outstanding_) {
     drop_finished_rows();
     if (!rows_.empty()) {
       step_.kind == StepKind::prefill ? build_prefill() : build_decode();
-      return step_;
+      return true;
     }
     outstanding_ = false;
   }
   drafting_ = false;
   drafted_columns_ = 0;
   assign_waiting();
-  if (!choose_rows()) return step_;
+  if (!choose_rows()) return false;
   if (step_.kind == StepKind::prefill) {
     build_prefill();
     outstanding_ = true;
-    return step_;
+    return false;
   }
   choose_budgets();
   build_decode();
   drafting_ = drafting && max_budget_ > 0;
   outstanding_ = !drafting_;
-  return step_;
+  return false;
 }
 
 void Session::draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts) {

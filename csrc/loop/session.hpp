@@ -52,9 +52,9 @@ class Session {
   int32_t truncate(int64_t id, int64_t n, Finish reason);
   void release(int64_t id);
 
-  // The next step; kind none: nothing is live or waiting. A new decode step holds the roots alone and, with
-  // `drafting`, waits for draft() if needs_drafts().
-  const Step& plan(bool drafting);
+  // Builds the next step; kind none: nothing is live or waiting. A new decode step holds the roots alone and, with
+  // `drafting`, waits for draft() if needs_drafts(). True: it is the outstanding step again.
+  bool plan(bool drafting);
   bool needs_drafts() const { return drafting_; }
   void draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts);
 
