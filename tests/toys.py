@@ -1,7 +1,7 @@
 """A target and a drafter that are tables: logits are a fixed function of the last tokens, whatever the batch.
 
-They keep a cache of token ids instead of K/V, read their context from it alone, and check on every step that each row
-they read holds the committed token of its position.
+They keep a cache of token ids instead of K/V, read their context from it alone, and check on every step that
+each row they read holds the committed token of its position.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Request, Session, Step
-from torch import Tensor
 
 CONTEXT = 3
 CONTEXTS = 509
@@ -74,7 +75,8 @@ class TableModel:
         assert step.max_length_after == int(step.lengths.max()) + columns
         assert (step.slot_range is not None) == (slots == list(range(slots[0], slots[0] + rows)))
         assert step.slot_range in (None, (slots[0], slots[-1] + 1))
-        assert int(step.num_tokens.max()) == columns and int(step.num_tokens.min()) >= 1
+        assert int(step.num_tokens.max()) == columns
+        assert int(step.num_tokens.min()) >= 1
         expected = step.lengths[:, None] + torch.arange(columns)
         assert torch.equal(step.positions, expected)
         for b in range(rows):

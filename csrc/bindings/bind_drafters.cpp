@@ -30,7 +30,8 @@ void append(NgramIndex& index, py::handle tokens) {
   }
   Intake intake("append");
   int64_t count = 0;
-  const TensorView ids = intake.read(tokens, "tokens", DType::int64, {Dim::bind(count, "L")}, Layout::contiguous);
+  const TensorView ids =
+      intake.read(tokens, "tokens", DType::int64, {Dim::bind(count, "L")}, Layout::contiguous);
   index.append(data<const int64_t>(ids), count);
 }
 
@@ -53,14 +54,17 @@ void pool_reserve(NgramPool& pool, py::handle slots, py::handle lengths) {
 void take_in(NgramPool& pool, Intake& intake, const TensorView& slots, int64_t rows, py::handle tokens,
              py::handle counts, py::handle taken) {
   int64_t width = 0, num_slots = 0;
-  const TensorView ids = intake.read(tokens, "tokens", DType::int64, {rows, Dim::bind(width, "W")}, Layout::contiguous);
+  const TensorView ids =
+      intake.read(tokens, "tokens", DType::int64, {rows, Dim::bind(width, "W")}, Layout::contiguous);
   const TensorView n = intake.read(counts, "counts", DType::int32, {rows}, Layout::contiguous);
   const TensorView lengths =
       intake.write(taken, "taken", DType::int64, {Dim::bind(num_slots, "slots")}, Layout::contiguous);
   for (int64_t b = 0; b < rows; ++b) {
     const int32_t slot = data<const int32_t>(slots)[b], count = data<const int32_t>(n)[b];
-    if (count < 0 || count > width) throw py::value_error("counts: expected 0 to W, got " + std::to_string(count));
-    if (slot < 0 || slot >= num_slots) throw py::value_error("taken: no entry for slot " + std::to_string(slot));
+    if (count < 0 || count > width)
+      throw py::value_error("counts: expected 0 to W, got " + std::to_string(count));
+    if (slot < 0 || slot >= num_slots)
+      throw py::value_error("taken: no entry for slot " + std::to_string(slot));
     NgramIndex& index = pool.at(slot);
     index.append(data<const int64_t>(ids) + b * width, count);
     data<int64_t>(lengths)[slot] = index.length();
@@ -94,12 +98,14 @@ void pool_propose(NgramPool& pool, py::handle slots, py::handle tokens, py::hand
 }  // namespace
 
 void register_drafters(py::module_& module) {
-  py::class_<NgramIndex>(module, "NgramIndex",
-                         "One request's text and the previous occurrence of its last n-grams. See foretoken.NgramDrafter.")
+  py::class_<NgramIndex>(
+      module, "NgramIndex",
+      "One request's text and the previous occurrence of its last n-grams. See foretoken.NgramDrafter.")
       .def(py::init<int, int, size_t>(), py::kw_only(), py::arg("min_ngram") = 1, py::arg("max_ngram"),
            py::arg("max_bytes"))
       .def("append", &append, py::arg("tokens"), "Take in tokens: a list of int, or an int64 tensor [L].")
-      .def("propose", &propose, py::arg("k"), "The k tokens that followed the longest suffix the last time; [] if none.")
+      .def("propose", &propose, py::arg("k"),
+           "The k tokens that followed the longest suffix the last time; [] if none.")
       .def("truncate", &NgramIndex::truncate, py::arg("length"), "Keep the first `length` tokens.")
       .def("reserve", &NgramIndex::reserve, py::arg("length"), "Make room for a text of `length` tokens.")
       .def("clear", &NgramIndex::clear, "Forget everything and give the memory back.")
@@ -109,16 +115,20 @@ void register_drafters(py::module_& module) {
       .def_property_readonly("capacity", &NgramIndex::capacity)
       .def_property_readonly("bytes", &NgramIndex::bytes);
   py::class_<NgramPool>(module, "NgramPool", "One NgramIndex per request slot.")
-      .def(py::init<int, int, size_t>(), py::kw_only(), py::arg("min_ngram"), py::arg("max_ngram"), py::arg("max_bytes"))
-      .def("reset", [](NgramPool& pool, int64_t slot) { pool.at(slot).clear(); }, py::arg("slot"))
-      .def("truncate",
-           [](NgramPool& pool, int64_t slot, int64_t length) {
-             NgramIndex& index = pool.at(slot);
-             index.truncate(length);
-             return index.length();
-           },
-           py::arg("slot"), py::arg("length"))
-      .def("bytes", [](NgramPool& pool, int64_t slot) { return pool.at(slot).bytes(); }, py::arg("slot"))
+      .def(py::init<int, int, size_t>(), py::kw_only(), py::arg("min_ngram"), py::arg("max_ngram"),
+           py::arg("max_bytes"))
+      .def(
+          "reset", [](NgramPool& pool, int64_t slot) { pool.at(slot).clear(); }, py::arg("slot"))
+      .def(
+          "truncate",
+          [](NgramPool& pool, int64_t slot, int64_t length) {
+            NgramIndex& index = pool.at(slot);
+            index.truncate(length);
+            return index.length();
+          },
+          py::arg("slot"), py::arg("length"))
+      .def(
+          "bytes", [](NgramPool& pool, int64_t slot) { return pool.at(slot).bytes(); }, py::arg("slot"))
       .def("reserve", &pool_reserve, py::arg("slots"), py::arg("lengths"))
       .def("take_in", &pool_take_in, py::arg("slots"), py::arg("tokens"), py::arg("counts"), py::arg("taken"))
       .def("propose", &pool_propose, py::arg("slots"), py::arg("tokens"), py::arg("counts"), py::arg("taken"),

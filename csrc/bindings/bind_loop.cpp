@@ -29,8 +29,8 @@ T* data(const TensorView& view) {
 
 // (kind, rows, columns, uniform, max_length_after, first slot if slots are contiguous else -1)
 py::tuple shape_of(const Step& step) {
-  return py::make_tuple(static_cast<int>(step.kind), step.rows, step.columns, step.uniform, step.max_length_after,
-                        step.contiguous_slots() ? step.slots[0] : -1);
+  return py::make_tuple(static_cast<int>(step.kind), step.rows, step.columns, step.uniform,
+                        step.max_length_after, step.contiguous_slots() ? step.slots[0] : -1);
 }
 
 py::dict arrays_of(Step& step, py::handle owner) {
@@ -55,7 +55,8 @@ py::dict dict_of(const loop::Counters& counters) {
 }
 
 Finish finish_of(int code) {
-  if (code < 1 || code > static_cast<int>(Finish::cancelled)) throw py::value_error("reason: not a finish reason");
+  if (code < 1 || code > static_cast<int>(Finish::cancelled))
+    throw py::value_error("reason: not a finish reason");
   return static_cast<Finish>(code);
 }
 
@@ -74,20 +75,22 @@ int64_t admit(Session& session, py::handle prompt_ids, int64_t max_new_tokens, i
   return session.admit(data<const int64_t>(prompt), count, std::move(limits));
 }
 
-// (shape of the step, the outstanding one again, needs drafts, most drafts of a row, version of the rows, any held
-// open, any got a slot)
+// (shape of the step, the outstanding one again, needs drafts, most drafts of a row, version of the rows, any
+// held open, any got a slot)
 py::tuple plan(Session& session, bool drafting) {
   const bool again = session.plan(drafting);
-  return py::make_tuple(shape_of(session.step()), again, session.needs_drafts(), session.max_budget(), session.rows_version(),
-                        session.any_held_open(), !session.assigned().empty());
+  return py::make_tuple(shape_of(session.step()), again, session.needs_drafts(), session.max_budget(),
+                        session.rows_version(), session.any_held_open(), !session.assigned().empty());
 }
 
 py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts) {
   Intake intake("draft");
   const int64_t rows = session.step().rows;
   int64_t columns = 0;
-  const TensorView drafts = intake.read(tokens, "proposal.tokens", DType::int64, {rows, Dim::bind(columns, "K")});
-  const TensorView counts = intake.read(num_drafts, "proposal.num_drafts", DType::int32, {rows}, Layout::contiguous);
+  const TensorView drafts =
+      intake.read(tokens, "proposal.tokens", DType::int64, {rows, Dim::bind(columns, "K")});
+  const TensorView counts =
+      intake.read(num_drafts, "proposal.num_drafts", DType::int32, {rows}, Layout::contiguous);
   session.draft(data<const int64_t>(drafts), drafts.strides[0], columns, data<const int32_t>(counts));
   return shape_of(session.step());
 }
@@ -104,7 +107,8 @@ void commit_decode(Session& session, py::handle tokens, py::handle num_emitted, 
                    py::handle status, py::handle logprobs) {
   Intake intake("commit");
   const int64_t rows = session.step().rows, columns = session.step().columns;
-  const TensorView ids = intake.read(tokens, "verdict.tokens", DType::int64, {rows, columns}, Layout::contiguous);
+  const TensorView ids =
+      intake.read(tokens, "verdict.tokens", DType::int64, {rows, columns}, Layout::contiguous);
   const TensorView emitted =
       intake.read(num_emitted, "verdict.num_emitted", DType::int32, {rows}, Layout::contiguous);
   const TensorView accepted =
@@ -113,7 +117,8 @@ void commit_decode(Session& session, py::handle tokens, py::handle num_emitted, 
   const TensorView probs =
       intake.read_or_null(logprobs, "verdict.logprobs", DType::float32, {rows, columns}, Layout::contiguous);
   session.commit_decode({data<const int64_t>(ids), columns, data<const int32_t>(emitted),
-                         data<const int32_t>(accepted), data<const int32_t>(flags), data<const float>(probs)});
+                         data<const int32_t>(accepted), data<const int32_t>(flags),
+                         data<const float>(probs)});
 }
 
 py::list list_of(const int64_t* first, const int64_t* last) {
@@ -131,7 +136,8 @@ py::object take_event(Session& session) {
   if (session.config().logprobs) logprobs = py::cast(event.logprobs);
   return py::make_tuple(event.id, static_cast<int>(event.finish), event.retracted, event.num_drafts,
                         list_of(first, first + event.tokens.size()),
-                        py::bytes(reinterpret_cast<const char*>(event.kinds.data()), event.kinds.size()), logprobs);
+                        py::bytes(reinterpret_cast<const char*>(event.kinds.data()), event.kinds.size()),
+                        logprobs);
 }
 
 py::list tokens(const Session& session, int64_t id, int64_t start) {
@@ -144,8 +150,8 @@ py::list tokens(const Session& session, int64_t id, int64_t start) {
 py::tuple state(const Session& session, int64_t id) {
   const loop::Record& record = session.record(id);
   const bool live = record.phase == loop::Phase::prefill || record.phase == loop::Phase::decode;
-  return py::make_tuple(static_cast<int>(record.phase), static_cast<int>(record.finish), live ? record.slot : -1,
-                        record.prompt_length, record.generated(), record.status);
+  return py::make_tuple(static_cast<int>(record.phase), static_cast<int>(record.finish),
+                        live ? record.slot : -1, record.prompt_length, record.generated(), record.status);
 }
 
 py::dict counters(const Session& session) {
@@ -176,8 +182,8 @@ void bind_session(py::module_& module) {
              return std::make_unique<Session>(
                  loop::SessionConfig{max_batch, vocab_size, max_length, num_drafts, prefill_chunk, logprobs});
            }),
-           py::kw_only(), py::arg("max_batch"), py::arg("vocab_size"), py::arg("max_length"), py::arg("num_drafts"),
-           py::arg("prefill_chunk"), py::arg("logprobs"))
+           py::kw_only(), py::arg("max_batch"), py::arg("vocab_size"), py::arg("max_length"),
+           py::arg("num_drafts"), py::arg("prefill_chunk"), py::arg("logprobs"))
       .def("arrays", &session_arrays, "Views of the per-row arrays, by name; valid for the session's life.")
       .def("admit", &admit, py::arg("prompt_ids"), py::arg("max_new_tokens"), py::arg("min_new_tokens"),
            py::arg("num_drafts"), py::arg("eos_ids"), py::arg("stop_ids"))
@@ -185,20 +191,26 @@ void bind_session(py::module_& module) {
       .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"))
       .def("tokens_from", &tokens_from, py::arg("starts"))
       .def("commit_prefill", &Session::commit_prefill)
-      .def("commit_decode", &commit_decode, py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
-           py::arg("status"), py::arg("logprobs"))
-      .def("finish", [](Session& session, int64_t id, int reason) { session.finish(id, finish_of(reason)); },
-           py::arg("request"), py::arg("reason"))
-      .def("truncate",
-           [](Session& session, int64_t id, int64_t n, int reason) { return session.truncate(id, n, finish_of(reason)); },
-           py::arg("request"), py::arg("n"), py::arg("reason"))
+      .def("commit_decode", &commit_decode, py::arg("tokens"), py::arg("num_emitted"),
+           py::arg("num_accepted"), py::arg("status"), py::arg("logprobs"))
+      .def(
+          "finish", [](Session& session, int64_t id, int reason) { session.finish(id, finish_of(reason)); },
+          py::arg("request"), py::arg("reason"))
+      .def(
+          "truncate",
+          [](Session& session, int64_t id, int64_t n, int reason) {
+            return session.truncate(id, n, finish_of(reason));
+          },
+          py::arg("request"), py::arg("n"), py::arg("reason"))
       .def("release", &Session::release, py::arg("request"))
       .def("take_event", &take_event)
       .def("tokens", &tokens, py::arg("request"), py::arg("start"))
       .def("state", &state, py::arg("request"))
       .def("counters", &counters)
-      .def("request_counters", [](const Session& session, int64_t id) { return dict_of(session.record(id).counters); },
-           py::arg("request"))
+      .def(
+          "request_counters",
+          [](const Session& session, int64_t id) { return dict_of(session.record(id).counters); },
+          py::arg("request"))
       .def("row_ids", &Session::row_ids)
       .def("kept_rows", &Session::kept_rows)
       .def("held_open", &Session::held_open)
@@ -221,7 +233,8 @@ py::tuple feed(DraftSteps& steps, py::handle tokens, py::handle counts) {
   Intake intake("propose");
   const int64_t rows = steps.rows();
   int64_t width = 0;
-  const TensorView ids = intake.read(tokens, "tokens", DType::int64, {rows, Dim::bind(width, "W")}, Layout::contiguous);
+  const TensorView ids =
+      intake.read(tokens, "tokens", DType::int64, {rows, Dim::bind(width, "W")}, Layout::contiguous);
   const TensorView n = intake.read(counts, "counts", DType::int32, {rows}, Layout::contiguous);
   return shape_of(steps.feed(data<const int64_t>(ids), width, data<const int32_t>(n)));
 }
@@ -232,7 +245,8 @@ py::tuple drawn(DraftSteps& steps, py::handle draws, py::handle out, int64_t k) 
   const int64_t active = steps.step().rows;
   int64_t columns = 0;
   const TensorView ids = intake.read(draws, "draws", DType::int64, {active}, Layout::contiguous);
-  const TensorView drafts = intake.write(out, "drafts", DType::int64, {steps.rows(), Dim::bind(columns, "K", k + 1)});
+  const TensorView drafts =
+      intake.write(out, "drafts", DType::int64, {steps.rows(), Dim::bind(columns, "K", k + 1)});
   for (int64_t i = 0; i < active; ++i) {
     data<int64_t>(drafts)[steps.active()[i] * drafts.strides[0] + k] = data<const int64_t>(ids)[i];
   }

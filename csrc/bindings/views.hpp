@@ -9,7 +9,8 @@ namespace foretoken::boundary {
 
 template <typename T>
 pybind11::array_t<T> view_of(std::vector<T>& values, pybind11::handle owner) {
-  return pybind11::array_t<T>({static_cast<pybind11::ssize_t>(values.size())}, {sizeof(T)}, values.data(), owner);
+  return pybind11::array_t<T>({static_cast<pybind11::ssize_t>(values.size())}, {sizeof(T)}, values.data(),
+                              owner);
 }
 
 }  // namespace foretoken::boundary

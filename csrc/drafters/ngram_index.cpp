@@ -73,7 +73,8 @@ uint32_t NgramIndex::back(uint32_t place, int64_t steps) const {
 
 uint32_t NgramIndex::place_of(int64_t position) const { return back(last_, length_ - 1 - position); }
 
-// tags[i] is that of the n-gram of n = min_ngram + i tokens that ends at `place`; `available` tokens can be read.
+// tags[i] is that of the n-gram of n = min_ngram + i tokens that ends at `place`; `available` tokens can be
+// read.
 void NgramIndex::tags_ending_at(uint32_t place, int64_t available, uint32_t* tags) const {
   const uint64_t key = process_key();
   const int longest = static_cast<int>(std::min<int64_t>(available, max_ngram_));
@@ -141,7 +142,8 @@ void NgramIndex::append_one(int64_t token) {
     const int i = n - min_ngram_;
     Entry& entry = table_[find(tags[i], place, n)];
     const uint32_t before = entry.place;
-    distance[i] = before == 0 ? 0 : (place + 1 > before ? place + 1 - before : place + 1 + capacity_ - before);
+    distance[i] =
+        before == 0 ? 0 : (place + 1 > before ? place + 1 - before : place + 1 + capacity_ - before);
     entry = Entry{tags[i], place + 1};
   }
   for (int n = std::max(longest + 1, min_ngram_); n <= max_ngram_; ++n) distance[n - min_ngram_] = 0;
@@ -274,7 +276,8 @@ int64_t NgramIndex::propose(int64_t k, int64_t* out) const {
 
 NgramIndex& NgramPool::at(int64_t slot) {
   if (slot < 0 || slot > kMaxSlot) {
-    throw std::invalid_argument("slot: expected 0 to " + std::to_string(kMaxSlot) + ", got " + std::to_string(slot));
+    throw std::invalid_argument("slot: expected 0 to " + std::to_string(kMaxSlot) + ", got " +
+                                std::to_string(slot));
   }
   if (static_cast<size_t>(slot) >= indexes_.size()) {
     indexes_.resize(slot + 1, NgramIndex(min_ngram_, max_ngram_, max_bytes_));

@@ -10,17 +10,17 @@ namespace foretoken::drafters {
 // One request's text and, for every n in [min_ngram, max_ngram], where each n-gram ended last.
 //
 // propose() takes the longest suffix of the text (at most max_ngram tokens) that occurred before, its most
-// recent earlier occurrence, and copies what followed. A copy that reaches the end of the text goes on reading
-// from itself, so a text with period d is continued with period d.
+// recent earlier occurrence, and copies what followed. A copy that reaches the end of the text goes on
+// reading from itself, so a text with period d is continued with period d.
 //
-// Cost. Because every append looks its n-grams up anyway, the answer to propose() is known before it is asked:
-// it follows one stored distance and copies k tokens. An append is one table visit per n, whatever the text:
-// no chain of occurrences is ever walked, so repetition cannot blow the work up. Tables are hashed with a key
-// drawn once per process, and every hit is verified token by token, so hashing never changes an answer.
+// Cost. Because every append looks its n-grams up anyway, the answer to propose() is known before it is
+// asked: it follows one stored distance and copies k tokens. An append is one table visit per n, whatever the
+// text: no chain of occurrences is ever walked, so repetition cannot blow the work up. Tables are hashed with
+// a key drawn once per process, and every hit is verified token by token, so hashing never changes an answer.
 //
-// Memory. At most max_bytes, also while growing. When the text outgrows them, the oldest token is forgotten for
-// every one that comes in: matches lie in the last capacity() tokens, and what has been forgotten stays so after a
-// truncate().
+// Memory. At most max_bytes, also while growing. When the text outgrows them, the oldest token is forgotten
+// for every one that comes in: matches lie in the last capacity() tokens, and what has been forgotten stays
+// so after a truncate().
 //
 // Exceptions. A call that throws (std::bad_alloc, std::invalid_argument) leaves the index as it was; append()
 // of several tokens may have taken a prefix of them, which length() tells.
@@ -55,8 +55,8 @@ class NgramIndex {
 
  private:
   struct Entry {
-    uint32_t tag;   // hash bits with n in the top four; its low bits are the entry's home
-    uint32_t place; // 1 + ring place of the n-gram's last token; 0: empty
+    uint32_t tag;    // hash bits with n in the top four; its low bits are the entry's home
+    uint32_t place;  // 1 + ring place of the n-gram's last token; 0: empty
   };
 
   int kinds() const { return max_ngram_ - min_ngram_ + 1; }
@@ -96,7 +96,10 @@ class NgramPool {
   static constexpr int64_t kMaxSlot = (1 << 20) - 1;
 
   NgramPool(int min_ngram, int max_ngram, size_t max_bytes)
-      : min_ngram_(min_ngram), max_ngram_(max_ngram), max_bytes_(max_bytes), indexes_(1, {min_ngram, max_ngram, max_bytes}) {}
+      : min_ngram_(min_ngram),
+        max_ngram_(max_ngram),
+        max_bytes_(max_bytes),
+        indexes_(1, {min_ngram, max_ngram, max_bytes}) {}
 
   NgramIndex& at(int64_t slot);
 

@@ -29,7 +29,8 @@ DraftSteps::DraftSteps(int64_t max_batch, int64_t max_length, int64_t chunk)
 
 void DraftSteps::check_slot(int64_t slot) const {
   if (slot >= 0 && slot < static_cast<int64_t>(held_.size())) return;
-  throw std::invalid_argument("slot: expected 0 to " + std::to_string(held_.size() - 1) + ", got " + std::to_string(slot));
+  throw std::invalid_argument("slot: expected 0 to " + std::to_string(held_.size() - 1) + ", got " +
+                              std::to_string(slot));
 }
 
 void DraftSteps::reset(int64_t slot) {
@@ -80,8 +81,8 @@ const Step& DraftSteps::feed(const int64_t* tokens, int64_t width, const int32_t
     const int64_t b = active_[i];
     const int64_t lag = lengths_[b] + 1 - held_[slots_[b]];
     if (counts[b] <= width && counts[b] <= lag && counts[b] >= std::min(lag, kMostInDecode)) continue;
-    throw std::invalid_argument("counts: row " + std::to_string(b) + " cannot take in " + std::to_string(counts[b]) +
-                                " tokens");
+    throw std::invalid_argument("counts: row " + std::to_string(b) + " cannot take in " +
+                                std::to_string(counts[b]) + " tokens");
   }
   if (!prefill(tokens, width, counts)) decode(tokens, width, counts);
   return step_;
@@ -99,7 +100,8 @@ bool DraftSteps::prefill(const int64_t* tokens, int64_t width, const int32_t* co
   step_.begin(StepKind::prefill, columns);
   for (int64_t i = 0; i < num_active_; ++i) {
     const int64_t b = active_[i];
-    if (share(b) > 0) step_.add_row(slots_[b], held_[slots_[b]], tokens + b * width, share(b));
+    const int64_t count = share(b);
+    if (count > 0) std::copy_n(tokens + b * width, count, step_.add_row(slots_[b], held_[slots_[b]], count));
   }
   return true;
 }
@@ -110,7 +112,7 @@ void DraftSteps::decode(const int64_t* tokens, int64_t width, const int32_t* cou
   step_.begin(StepKind::decode, columns);
   for (int64_t i = 0; i < num_active_; ++i) {
     const int64_t b = active_[i];
-    step_.add_row(slots_[b], held_[slots_[b]], tokens + b * width, counts[b]);
+    std::copy_n(tokens + b * width, counts[b], step_.add_row(slots_[b], held_[slots_[b]], counts[b]));
   }
   drawing_ = true;
 }
@@ -132,7 +134,7 @@ const Step& DraftSteps::drawn(const int64_t* draws) {
     const int64_t b = active_[i];
     if (num_drafts_[b] <= drawn_) continue;
     if (next == 0) step_.begin(StepKind::decode, 1);
-    step_.add_row(slots_[b], lengths_[b] + drawn_, draws + i, 1);
+    *step_.add_row(slots_[b], lengths_[b] + drawn_, 1) = draws[i];
     active_[next] = b;
     base_[next] = lengths_[b] + 1;
     ++next;

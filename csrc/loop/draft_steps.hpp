@@ -10,9 +10,9 @@ namespace foretoken::loop {
 
 // The one owner of the drafter's cache lengths, and the builder of its forward passes.
 //
-// held(slot) rows of a slot's cache are those of committed tokens. They lag behind the text by one token after a
-// rejection, by two after full acceptance (the last draft was never fed), by more when rounds were skipped or a
-// prompt is new. A proposal is
+// held(slot) rows of a slot's cache are those of committed tokens. They lag behind the text by one token
+// after a rejection, by two after full acceptance (the last draft was never fed), by more when rounds were
+// skipped or a prompt is new. A proposal is
 //   begin()                        which rows draft, and how many
 //   feed() .. fed()                prefill steps, as long as a row lags by more than two tokens
 //   feed()                         a decode step of one or two tokens; its last logits give the first draft
@@ -28,7 +28,8 @@ class DraftSteps {
   // Rows draft min(budget, cache rows that are left). Returns the most that any row drafts.
   int64_t begin(int64_t rows, const int32_t* slots, const int64_t* lengths, const int32_t* budget);
 
-  // tokens [rows, width], counts [rows]: the text from held(slot) on, for rows as in begin(), maybe cut short.
+  // tokens [rows, width], counts [rows]: the text from held(slot) on, for rows as in begin(), maybe cut
+  // short.
   const Step& feed(const int64_t* tokens, int64_t width, const int32_t* counts);
   void fed();
 

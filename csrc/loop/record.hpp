@@ -55,8 +55,8 @@ struct Record {
   // Takes tokens up to the first that ends the text; returns what ended it. `total` counts along.
   Finish emit(const Emission& emission, Counters& total);
 
-  // Keeps the first n generated tokens. A round that is cut keeps its drafts in the counters, as if the text had ended
-  // there; a round that loses all its tokens has never been.
+  // Keeps the first n generated tokens. A round that is cut keeps its drafts in the counters, as if the text
+  // had ended there; a round that loses all its tokens has never been.
   void withdraw(int64_t n, Counters& total);
 
   Finish end_with(int64_t token) const;
@@ -64,20 +64,20 @@ struct Record {
   int64_t id = 0;
   Phase phase = Phase::waiting;
   Finish finish = Finish::none;
-  int32_t slot = -1;  // of a live request
+  int32_t slot = -1;   // of a live request
   int32_t status = 0;  // every bit that verification ever set for it
   Limits limits;
   int64_t prompt_length = 0;
-  std::vector<int64_t> tokens;   // prompt, then generated
-  std::vector<Kind> kinds;       // [generated]
-  std::vector<float> logprobs;   // [generated], when the session keeps them
+  std::vector<int64_t> tokens;  // prompt, then generated
+  std::vector<Kind> kinds;      // [generated]
+  std::vector<float> logprobs;  // [generated], when the session keeps them
   std::vector<Round> rounds;
   Counters counters;
 
-  bool pending = false;       // stands in the session's queue of events
-  int64_t delivered = 0;      // generated tokens that events have handed out
-  int64_t retracted = 0;      // of those, withdrawn since the last event
-  int64_t event_drafts = 0;   // drafts checked since the last event
+  bool pending = false;      // stands in the session's queue of events
+  int64_t delivered = 0;     // generated tokens that events have handed out
+  int64_t retracted = 0;     // of those, withdrawn since the last event
+  int64_t event_drafts = 0;  // drafts checked since the last event
 };
 
 struct Event {

@@ -12,14 +12,16 @@ std::string text(int64_t number) { return std::to_string(number); }
 const SessionConfig& checked(const SessionConfig& config) {
   const auto at_least = [](const char* name, int64_t value, int64_t least) {
     if (value >= least) return;
-    throw std::invalid_argument(std::string(name) + ": expected at least " + text(least) + ", got " + text(value));
+    throw std::invalid_argument(std::string(name) + ": expected at least " + text(least) + ", got " +
+                                text(value));
   };
   at_least("max_batch", config.max_batch, 1);
   at_least("vocab_size", config.vocab_size, 1);
   at_least("max_length", config.max_length, 2);
   at_least("num_drafts", config.num_drafts, 0);
   at_least("prefill_chunk", config.prefill_chunk, 1);
-  if (config.num_drafts > 255) throw std::invalid_argument("num_drafts: expected at most 255, got " + text(config.num_drafts));
+  if (config.num_drafts > 255)
+    throw std::invalid_argument("num_drafts: expected at most 255, got " + text(config.num_drafts));
   return config;
 }
 
@@ -49,7 +51,8 @@ Session::Session(const SessionConfig& config)
 
 Record& Session::at(int64_t id) {
   const auto found = records_.find(id);
-  if (found == records_.end()) throw std::invalid_argument("request " + text(id) + " is not known (never admitted, or released)");
+  if (found == records_.end())
+    throw std::invalid_argument("request " + text(id) + " is not known (never admitted, or released)");
   return *found->second;
 }
 
@@ -61,16 +64,17 @@ void Session::check_limits(int64_t count, const Limits& limits) const {
     throw std::invalid_argument("max_new_tokens: expected at least 1, got " + text(limits.max_new_tokens));
   }
   if (limits.min_new_tokens < 0 || limits.min_new_tokens > limits.max_new_tokens) {
-    throw std::invalid_argument("min_new_tokens: expected 0 to max_new_tokens (" + text(limits.max_new_tokens) + "), got " +
-                                text(limits.min_new_tokens));
+    throw std::invalid_argument("min_new_tokens: expected 0 to max_new_tokens (" +
+                                text(limits.max_new_tokens) + "), got " + text(limits.min_new_tokens));
   }
   if (limits.num_drafts < 0 || limits.num_drafts > config_.num_drafts) {
-    throw std::invalid_argument("num_drafts: expected 0 to the session's " + text(config_.num_drafts) + ", got " +
-                                text(limits.num_drafts));
+    throw std::invalid_argument("num_drafts: expected 0 to the session's " + text(config_.num_drafts) +
+                                ", got " + text(limits.num_drafts));
   }
   if (limits.max_new_tokens > config_.max_length - count) {
-    throw std::invalid_argument("max_new_tokens: " + text(count) + " prompt tokens and " + text(limits.max_new_tokens) +
-                                " new ones do not fit max_length " + text(config_.max_length));
+    throw std::invalid_argument("max_new_tokens: " + text(count) + " prompt tokens and " +
+                                text(limits.max_new_tokens) + " new ones do not fit max_length " +
+                                text(config_.max_length));
   }
 }
 
@@ -125,7 +129,8 @@ void Session::finish(int64_t id, Finish reason) {
 int32_t Session::truncate(int64_t id, int64_t n, Finish reason) {
   Record& record = at(id);
   if (n < 0 || n > record.generated()) {
-    throw std::invalid_argument("n: expected 0 to " + text(record.generated()) + " generated tokens, got " + text(n));
+    throw std::invalid_argument("n: expected 0 to " + text(record.generated()) + " generated tokens, got " +
+                                text(n));
   }
   note(record);
   if (record.phase == Phase::waiting) waiting_.erase(std::find(waiting_.begin(), waiting_.end(), id));
@@ -233,13 +238,14 @@ void Session::choose_budgets() {
 void Session::build_prefill() {
   int64_t columns = 0;
   for (const Record* record : rows_) {
-    columns = std::max(columns, std::min(config_.prefill_chunk, record->prompt_length - 1 - lengths_[record->slot]));
+    columns = std::max(columns,
+                       std::min(config_.prefill_chunk, record->prompt_length - 1 - lengths_[record->slot]));
   }
   step_.begin(StepKind::prefill, columns);
   for (const Record* record : rows_) {
     const int64_t length = lengths_[record->slot];
     const int64_t count = std::min(columns, record->prompt_length - 1 - length);
-    step_.add_row(record->slot, length, &record->tokens[length], count);
+    std::copy_n(&record->tokens[length], count, step_.add_row(record->slot, length, count));
   }
 }
 
@@ -247,11 +253,9 @@ void Session::build_decode() {
   step_.begin(StepKind::decode, drafted_columns_ + 1);
   for (size_t b = 0; b < rows_.size(); ++b) {
     const Record& record = *rows_[b];
-    const int64_t* const drafts = drafts_.data() + b * drafted_columns_;
-    step_.add_row(record.slot, lengths_[record.slot], &record.tokens.back(), 1);
-    std::copy(drafts, drafts + num_drafts_[b], &step_.tokens[b * step_.columns + 1]);
-    step_.num_tokens[b] = 1 + num_drafts_[b];
-    step_.uniform = (b == 0 || step_.uniform) && num_drafts_[b] == drafted_columns_;
+    int64_t* const row = step_.add_row(record.slot, lengths_[record.slot], 1 + num_drafts_[b]);
+    row[0] = record.tokens.back();
+    std::copy_n(drafts_.data() + b * drafted_columns_, num_drafts_[b], row + 1);
   }
 }
 
@@ -308,8 +312,8 @@ void Session::draft(const int64_t* tokens, int64_t row_stride, int64_t columns, 
   for (size_t b = 0; b < rows_.size(); ++b) {
     const int64_t most = std::min<int64_t>(budget_[b], columns);
     if (num_drafts[b] < 0 || num_drafts[b] > most) {
-      throw std::invalid_argument("num_drafts: expected 0 to " + text(most) + " in row " + text(b) + ", got " +
-                                  text(num_drafts[b]));
+      throw std::invalid_argument("num_drafts: expected 0 to " + text(most) + " in row " + text(b) +
+                                  ", got " + text(num_drafts[b]));
     }
     longest = std::max<int64_t>(longest, num_drafts[b]);
   }
@@ -317,7 +321,8 @@ void Session::draft(const int64_t* tokens, int64_t row_stride, int64_t columns, 
   for (size_t b = 0; b < rows_.size(); ++b) {
     const int64_t* const from = tokens + b * row_stride;
     const int64_t vocab = config_.vocab_size;
-    const bool usable = std::all_of(from, from + num_drafts[b], [vocab](int64_t id) { return id >= 0 && id < vocab; });
+    const bool usable =
+        std::all_of(from, from + num_drafts[b], [vocab](int64_t id) { return id >= 0 && id < vocab; });
     num_drafts_[b] = usable ? num_drafts[b] : 0;
     bad_drafts_ += usable ? 0 : 1;
     int64_t* const to = drafts_.data() + b * longest;
@@ -333,12 +338,13 @@ int64_t Session::tokens_from(const int64_t* starts, int64_t slots) {
   int64_t width = 0;
   for (size_t b = 0; b < rows_.size(); ++b) {
     const Record& record = *rows_[b];
-    if (record.slot >= slots) throw std::invalid_argument("starts: expected one entry per slot, got " + text(slots));
+    if (record.slot >= slots)
+      throw std::invalid_argument("starts: expected one entry per slot, got " + text(slots));
     const int64_t size = static_cast<int64_t>(record.tokens.size());
     const int64_t start = starts[record.slot];
     if (start < 0 || start > size) {
-      throw std::invalid_argument("starts: expected 0 to " + text(size) + " for slot " + text(record.slot) + ", got " +
-                                  text(start));
+      throw std::invalid_argument("starts: expected 0 to " + text(size) + " for slot " + text(record.slot) +
+                                  ", got " + text(start));
     }
     from_counts_[b] = budget_[b] == 0 ? 0 : static_cast<int32_t>(std::min(size - start, from_limit_));
     width = std::max<int64_t>(width, from_counts_[b]);
@@ -365,7 +371,8 @@ std::vector<std::pair<int64_t, int64_t>> Session::held_open() const {
 // ---- settling it ----
 
 void Session::commit_prefill() {
-  if (!outstanding_ || step_.kind != StepKind::prefill) throw std::logic_error("commit: no prefill step is outstanding");
+  if (!outstanding_ || step_.kind != StepKind::prefill)
+    throw std::logic_error("commit: no prefill step is outstanding");
   for (size_t b = 0; b < rows_.size(); ++b) {
     Record* const record = rows_[b];
     if (record == nullptr || record->phase == Phase::finished) continue;
@@ -380,20 +387,22 @@ void Session::check_verdict(const Verdict& verdict) const {
     if (rows_[b] == nullptr || rows_[b]->phase == Phase::finished) continue;
     const int32_t emitted = verdict.num_emitted[b], accepted = verdict.num_accepted[b];
     if (accepted < 0 || accepted > num_drafts_[b] || emitted != accepted + 1) {
-      throw std::runtime_error("verdict: row " + text(b) + " of " + text(num_drafts_[b]) + " drafts accepts " +
-                               text(accepted) + " and emits " + text(emitted));
+      throw std::runtime_error("verdict: row " + text(b) + " of " + text(num_drafts_[b]) +
+                               " drafts accepts " + text(accepted) + " and emits " + text(emitted));
     }
     for (int32_t i = 0; i < emitted; ++i) {
       const int64_t token = verdict.tokens[b * verdict.row_stride + i];
       if (token < 0 || token >= config_.vocab_size) {
-        throw std::runtime_error("verdict: row " + text(b) + " emits token " + text(token) + ", outside the vocabulary");
+        throw std::runtime_error("verdict: row " + text(b) + " emits token " + text(token) +
+                                 ", outside the vocabulary");
       }
     }
   }
 }
 
 void Session::commit_decode(const Verdict& verdict) {
-  if (!outstanding_ || step_.kind != StepKind::decode) throw std::logic_error("commit: no decode step is outstanding");
+  if (!outstanding_ || step_.kind != StepKind::decode)
+    throw std::logic_error("commit: no decode step is outstanding");
   check_verdict(verdict);
   pending_.reserve(pending_.size() + rows_.size());
   for (Record* record : rows_) {
@@ -404,8 +413,10 @@ void Session::commit_decode(const Verdict& verdict) {
     Record* const record = rows_[b];
     if (record == nullptr || record->phase == Phase::finished) continue;
     const int64_t at = b * verdict.row_stride;
-    const Emission emission{verdict.tokens + at, verdict.logprobs == nullptr ? nullptr : verdict.logprobs + at,
-                            verdict.num_emitted[b], num_drafts_[b], verdict.num_accepted[b], verdict.status[b]};
+    const Emission emission{
+        verdict.tokens + at,     verdict.logprobs == nullptr ? nullptr : verdict.logprobs + at,
+        verdict.num_emitted[b],  num_drafts_[b],
+        verdict.num_accepted[b], verdict.status[b]};
     const Finish end = record->emit(emission, counters_);
     lengths_[record->slot] = static_cast<int64_t>(record->tokens.size()) - 1;
     note(*record);

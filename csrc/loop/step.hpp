@@ -10,8 +10,8 @@ namespace foretoken::loop {
 enum class StepKind : uint8_t { none, prefill, decode };
 
 // B rows of T columns. Column i of row b is the token at position lengths[b] + i, written to cache row
-// lengths[b] + i of slot slots[b]; columns from num_tokens[b] on are padding. Sized once, so that views of the
-// arrays stay good for the life of the owner.
+// lengths[b] + i of slot slots[b]; columns from num_tokens[b] on are padding. Sized once, so that views of
+// the arrays stay good for the life of the owner.
 struct Step {
   Step(int64_t max_rows, int64_t max_columns)
       : max_rows(max_rows),
@@ -30,18 +30,18 @@ struct Step {
     max_length_after = 0;
   }
 
-  // Appends a row whose first tokens are `first[0..count)`; the caller may still overwrite them.
-  void add_row(int32_t slot, int64_t length, const int64_t* first, int64_t count) {
+  // Appends a row of `count` tokens, which the caller writes to the address that comes back.
+  int64_t* add_row(int32_t slot, int64_t length, int64_t count) {
     const int64_t b = rows++;
     slots[b] = slot;
     lengths[b] = length;
     num_tokens[b] = static_cast<int32_t>(count);
     int64_t* const row = &tokens[b * columns];
-    std::copy(first, first + count, row);
     std::fill(row + count, row + columns, int64_t{0});
     for (int64_t i = 0; i < columns; ++i) positions[b * columns + i] = length + i;
     uniform = uniform && count == columns;
     max_length_after = std::max(max_length_after, length + columns);
+    return row;
   }
 
   bool contiguous_slots() const { return rows > 0 && slots[rows - 1] - slots[0] == rows - 1; }

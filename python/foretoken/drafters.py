@@ -25,8 +25,8 @@ Forward = Callable[[Step], Tensor]
 class Proposal:
     """What a drafter proposes for B rows, and the law it drew from.
 
-    Without ``draft_logits`` and ``draft_probs`` the proposal is deterministic (a point law). The declared law is
-    the one the tokens were really drawn from, whatever else: that is what keeps the output exact.
+    Without ``draft_logits`` and ``draft_probs`` the proposal is deterministic (a point law). The declared law
+    is the one the tokens were really drawn from, whatever else: that is what keeps the output exact.
     """
 
     tokens: Tensor
@@ -96,8 +96,8 @@ class Context:
         -------
         tuple of Tensor
             int64 ``[B, W]`` tokens, padded with 0, and int32 ``[B]`` counts. A call gives a row no more than
-            ``chunk``: ask again with larger starts. Rows whose budget is 0 get none; they catch up when they draft
-            again. The next call overwrites both.
+            ``chunk``: ask again with larger starts. Rows whose budget is 0 get none; they catch up when they
+            draft again. The next call overwrites both.
 
         Raises
         ------
@@ -113,10 +113,10 @@ class Context:
 class Drafter(Protocol):
     """Proposes, and is told what came of it.
 
-    A session calls ``reset`` when a request takes a slot, ``propose`` for the rows of a decode step when one of
-    them has a budget, ``observe`` after its verdict, and ``truncate`` when tokens are withdrawn. How long to draft
-    is decided by the session, in ``budget``; a drafter may stay below it, deciding before a token is drawn and
-    never by looking at the token.
+    A session calls ``reset`` when a request takes a slot, ``propose`` for the rows of a decode step when one
+    of them has a budget, ``observe`` after its verdict, and ``truncate`` when tokens are withdrawn. How long
+    to draft is decided by the session, in ``budget``; a drafter may stay below it, deciding before a token is
+    drawn and never by looking at the token.
     """
 
     def propose(self, context: Context, budget: Tensor) -> Proposal:
@@ -159,18 +159,18 @@ class _Rows:
 class NgramDrafter:
     """Copies what followed the last time: "Prompt lookup decoding" (Saxena 2023), on an index.
 
-    The longest suffix of prompt and output, at most ``max_ngram`` and at least ``min_ngram`` tokens, that occurred
-    before is looked up; its most recent earlier occurrence gives the continuation. A copy that reaches the end of
-    the text goes on with itself, so a text with period d is continued with period d. Rows without a match draft
-    nothing. Proposals are deterministic: a point law.
+    The longest suffix of prompt and output, at most ``max_ngram`` and at least ``min_ngram`` tokens, that
+    occurred before is looked up; its most recent earlier occurrence gives the continuation. A copy that
+    reaches the end of the text goes on with itself, so a text with period d is continued with period d. Rows
+    without a match draft nothing. Proposals are deterministic: a point law.
 
     Parameters
     ----------
     max_ngram, min_ngram
         Lengths of the suffixes that are looked up, ``1 <= min_ngram <= max_ngram <= 15``.
     max_bytes
-        Memory of one request's index, at least 4096. A text that outgrows it loses its oldest token for every new
-        one; about 90 bytes a token hold the whole text at ``max_ngram=4``.
+        Memory of one request's index, at least 4096. A text that outgrows it loses its oldest token for every
+        new one; about 90 bytes a token hold the whole text at ``max_ngram=4``.
 
     Examples
     --------
@@ -220,16 +220,16 @@ class NgramDrafter:
 class ModelDrafter:
     """A smaller model of the same vocabulary, with a cache of its own.
 
-    It draws with :func:`foretoken.ops.sample` (purpose "draft", step k), each row by its request's own law, and hands
-    out the logits it drew from; rows at temperature 0 are point laws. Its cache lengths have one owner, native code:
-    after a round a row takes in one token, two after full acceptance (its last draft was never fed), more when it
-    skipped rounds, in chunks.
+    It draws with :func:`foretoken.ops.sample` (purpose "draft", step k), each row by its request's own law,
+    and hands out the logits it drew from; rows at temperature 0 are point laws. Its cache lengths have one
+    owner, native code: after a round a row takes in one token, two after full acceptance (its last draft was
+    never fed), more when it skipped rounds, in chunks.
 
     Parameters
     ----------
     forward
-        The same contract as the target's: writes K/V, returns logits ``[B, T, Vd]``. Logits past ``vocab_size`` are
-        cut off before drawing, missing ones have no mass.
+        The same contract as the target's: writes K/V, returns logits ``[B, T, Vd]``. Logits past
+        ``vocab_size`` are cut off before drawing, missing ones have no mass.
     max_batch, max_length
         Slots of the drafter's cache, and rows per slot. Nothing is drafted past ``max_length``.
     vocab_size
@@ -307,7 +307,9 @@ class ModelDrafter:
         self._steps.truncate(slot, length)
 
     def _catch_up(self, context: Context) -> tuple[Step, Tensor]:
-        """Take in what was committed since; the step whose last logits give the first draft, and all of them."""
+        """Take in what was committed since; the step whose last logits give the first draft, and all of
+        them.
+        """
         while True:
             step = self._step(self._steps.feed(*context.tokens_from(self._held)), context)
             logits = self._run(step)

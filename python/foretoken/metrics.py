@@ -1,9 +1,10 @@
 """What a session counts, and where its time goes.
 
-Names mirror vLLM's (``vllm:spec_decode_num_drafts`` is ``foretoken_drafts`` here, and so on). Two of them are often
-mixed up: the **acceptance rate** is accepted drafts over checked drafts and knows nothing of closing tokens; the
-**acceptance length** is tokens emitted by a round that checked drafts, *including* the closing token, so it is 1 when
-nothing is ever accepted.
+Names mirror vLLM's (``vllm:spec_decode_num_drafts`` is ``foretoken_drafts`` here, and so on). Two of them are
+often mixed up: the **acceptance rate** is accepted drafts over checked drafts and knows nothing of closing
+tokens; the
+**acceptance length** is tokens emitted by a round that checked drafts, *including* the closing token, so it
+is 1 when nothing is ever accepted.
 """
 
 from __future__ import annotations
@@ -78,13 +79,17 @@ class Seconds:
     draft: float = 0.0
     """In the drafter's ``propose``, its forward passes included."""
     target_forward: float = 0.0
-    """From the ``plan`` of a decode step to its ``commit``: the caller's forward pass and all else it does there."""
+    """From the ``plan`` of a decode step to its ``commit``: the caller's forward pass and all else it does
+    there.
+    """
     prefill_forward: float = 0.0
     """The same for prefill steps."""
     verify_commit: float = 0.0
     """In ``commit``."""
     rest: float = 0.0
-    """``plan`` without drafting, and the caller between ``commit`` and the next ``plan``: reading events, say."""
+    """``plan`` without drafting, and the caller between ``commit`` and the next ``plan``: reading events,
+    say.
+    """
 
     @property
     def total(self) -> float:

@@ -87,13 +87,16 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """What has become known of a request since its last event; one a round when events are read every round."""
+    """What has become known of a request since its last event; one a round when events are read every
+    round.
+    """
 
     request: Request
     tokens: list[int]
     """Newly emitted, in order."""
     kinds: list[Kind]
-    """Of each token: an accepted draft, or the closing token of its round: ``"recovery"`` when a draft was rejected,
+    """Of each token: an accepted draft, or the closing token of its round: ``"recovery"`` when a draft was
+    rejected,
     ``"bonus"`` when none was (also in rounds without drafts).
     """
     logprobs: list[float] | None
@@ -267,9 +270,9 @@ class Session:
     def truncate(self, request: Request, n: int, *, finish_reason: FinishReason = "stop") -> None:
         """Keep its first ``n`` generated tokens and end it, also if it has ended by itself already.
 
-        Events, counters, cache lengths and the drafter are rolled back. Tokens that no event has handed out yet
-        vanish from the coming one; for those that have been, an event tells how many are ``retracted``. It cannot go
-        on: the random numbers of the withdrawn rounds have been seen.
+        Events, counters, cache lengths and the drafter are rolled back. Tokens that no event has handed out
+        yet vanish from the coming one; for those that have been, an event tells how many are ``retracted``.
+        It cannot go on: the random numbers of the withdrawn rounds have been seen.
 
         Raises
         ------
@@ -316,8 +319,8 @@ class Session:
     def plan(self) -> Step | None:
         """The next forward pass: prompts first, then one round of every live request. None: nothing is left.
 
-        A step is outstanding until it is committed. If the forward fails, call ``plan`` again: it gives an equal
-        step, with the same drafts and random numbers, less the rows of requests that have ended since.
+        A step is outstanding until it is committed. If the forward fails, call ``plan`` again: it gives an
+        equal step, with the same drafts and random numbers, less the rows of requests that have ended since.
         """
         began = perf_counter()
         shape, again, drafting, most, version, self._held_open, seated = self._native.plan(
@@ -364,7 +367,8 @@ class Session:
         Returns
         -------
         Verdict or None
-            What verification found, in buffers that the next commit reuses; None for a prefill step. Events and
+            What verification found, in buffers that the next commit reuses; None for a prefill step. Events
+            and
             :meth:`generated` tell what of it was emitted.
 
         Raises
