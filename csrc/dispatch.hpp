@@ -8,6 +8,7 @@
 #include "cpu/verify.hpp"
 #include "ops/device.hpp"
 #include "ops/sampling.hpp"
+#include "ops/selfcheck.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken {
@@ -42,6 +43,15 @@ inline CudaReport cuda_report() {
 #else
   return {};
 #endif
+}
+
+// The device's results are filled in; false in a build without CUDA code.
+inline bool cuda_self_check([[maybe_unused]] const SelfCheckInput* inputs,
+                            [[maybe_unused]] SelfCheckOutput* outputs, [[maybe_unused]] int64_t count) {
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::self_check(inputs, outputs, count);
+#endif
+  return kBuiltWithCuda;
 }
 
 [[noreturn]] inline void refuse_cuda(const char* op) {

@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "build_info.hpp"
+#include "cpu/row_kernels.hpp"
 #include "dispatch.hpp"
 
 namespace foretoken {
@@ -80,6 +82,37 @@ py::dict cuda_info_dict() {
   return info;
 }
 
+py::list cpu_features() {
+  py::list features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // The builtin takes nothing but literals.
+  if (__builtin_cpu_supports("avx2")) features.append("avx2");
+  if (__builtin_cpu_supports("fma")) features.append("fma");
+  if (__builtin_cpu_supports("avx512f")) features.append("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) features.append("avx512bw");
+  if (__builtin_cpu_supports("avx512dq")) features.append("avx512dq");
+  if (__builtin_cpu_supports("avx512vl")) features.append("avx512vl");
+#endif
+  return features;
+}
+
+py::dict cpu_info_dict() {
+  const char* wanted = std::getenv("FORETOKEN_CPU");
+  const std::string path = cpu::row_kernels().name;
+  std::string reason = "the widest path that this processor has";
+  if (wanted != nullptr) {
+    reason = path == wanted
+                 ? "FORETOKEN_CPU asks for it"
+                 : "FORETOKEN_CPU asks for " + std::string(wanted) + ", which this machine or build has not";
+  }
+  py::dict info;
+  info["path"] = path;
+  info["reason"] = reason;
+  info["features"] = cpu_features();
+  return info;
+}
+
 int num_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -92,6 +125,7 @@ int num_threads() {
 
 void register_info(py::module_& module) {
   module.def("build_info", &build_info_dict, "How this binary was built.");
+  module.def("cpu_info", &cpu_info_dict, "Which of the compiled row loops runs on this processor, and why.");
   module.def("cuda_info", &cuda_info_dict, "The CUDA runtime, driver and devices, or why there are none.");
   module.def("num_threads", &num_threads,
              "Threads the native loops use at most; torch.set_num_threads sets it.");
