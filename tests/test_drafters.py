@@ -71,7 +71,9 @@ ACTION = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 3), st.integers(0, 3), st.sampled_from([4096, 6000, BYTES]), st.lists(ACTION, max_size=60))
+@given(
+    st.integers(1, 3), st.integers(0, 3), st.sampled_from([4096, 6000, BYTES]), st.lists(ACTION, max_size=60)
+)
 def test_index_equals_naive_search(shortest, more, max_bytes, actions):
     index, naive = make(shortest, shortest + more, max_bytes)
     for name, value in actions:
