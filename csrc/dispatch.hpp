@@ -6,7 +6,9 @@
 
 #include "cpu/sampling.hpp"
 #include "cpu/verify.hpp"
+#include "ops/device.hpp"
 #include "ops/sampling.hpp"
+#include "ops/selfcheck.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken {
@@ -35,8 +37,26 @@ inline Backend backend_for(Device device) {
 
 namespace dispatch {
 
+inline CudaReport cuda_report() {
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::report();
+#else
+  return {};
+#endif
+}
+
+// The device's results are filled in; false in a build without CUDA code.
+inline bool cuda_self_check([[maybe_unused]] const SelfCheckInput* inputs,
+                            [[maybe_unused]] SelfCheckOutput* outputs, [[maybe_unused]] int64_t count) {
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::self_check(inputs, outputs, count);
+#endif
+  return kBuiltWithCuda;
+}
+
 [[noreturn]] inline void refuse_cuda(const char* op) {
-  throw std::invalid_argument(std::string(op) + ": this version has no CUDA kernel for it; move the tensors to the CPU");
+  throw std::invalid_argument(std::string(op) +
+                              ": this version has no CUDA kernel for it; move the tensors to the CPU");
 }
 
 inline void sample(const SampleArgs& args, Device device, Stream) {

@@ -1,8 +1,16 @@
 // Hooks for the project's own tests and benches. No part of the public interface.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
 #include "bindings/boundary.hpp"
+#include "dispatch.hpp"
+#include "math/selfcheck.hpp"
 
 namespace foretoken {
 
@@ -55,6 +63,43 @@ py::tuple describe(py::handle tensor, const std::string& layout, bool write) {
                         std::vector<int64_t>(view.strides, view.strides + view.rank));
 }
 
+// Arguments spread over the ranges the functions are used in; every eighth sits on an edge.
+SelfCheckInput self_check_input(uint64_t seed, uint32_t index) {
+  const PhiloxWords a = philox4x32(seed, index, 0, 0, 0);
+  const PhiloxWords b = philox4x32(seed, index, 1, 0, 0);
+  const auto wide = [](const PhiloxWords& words, int i) {
+    return static_cast<uint64_t>(words.word[i + 1]) << 32 | words.word[i];
+  };
+  SelfCheckInput in;
+  in.key = wide(a, 0);
+  in.other = wide(a, 2);
+  for (int i = 0; i < 4; ++i) in.counter[i] = b.word[i] ^ a.word[3 - i];
+  const bool edge = index % 8 == 0;
+  in.scale = logits_scale(std::exp2(static_cast<float>(b.word[0] % 4096) / 256.0f - 8.0f));
+  in.distance = edge ? 0.0f : -125.0f / in.scale * (static_cast<float>(b.word[1] >> 8) * 0x1p-24f);
+  in.positive =
+      double_of((wide(b, 2) & 0x000FFFFFFFFFFFFFull) | static_cast<uint64_t>(1 + b.word[0] % 2046) << 52);
+  in.target_prob = static_cast<float>(b.word[2] >> 8) * 0x1p-24f;
+  in.draft_prob = edge ? in.target_prob + 0x1p-30f : static_cast<float>((b.word[3] >> 8) + 1) * 0x1p-24f;
+  return in;
+}
+
+py::array_t<uint64_t> self_check_results(int64_t count, uint64_t seed, const std::string& device) {
+  std::vector<SelfCheckInput> inputs;
+  for (int64_t i = 0; i < count; ++i) inputs.push_back(self_check_input(seed, static_cast<uint32_t>(i)));
+  std::vector<SelfCheckOutput> outputs(inputs.size());
+  if (device == "cuda") {
+    if (!dispatch::cuda_self_check(inputs.data(), outputs.data(), count)) {
+      throw py::value_error(std::string("device: expected cpu, got cuda: ") + why_no_cuda());
+    }
+  } else {
+    for (size_t i = 0; i < inputs.size(); ++i) outputs[i] = self_check(inputs[i]);
+  }
+  py::array_t<uint64_t> result({static_cast<py::ssize_t>(count), static_cast<py::ssize_t>(kSelfCheckWords)});
+  std::memcpy(result.mutable_data(), outputs.data(), outputs.size() * sizeof(SelfCheckOutput));
+  return result;
+}
+
 }  // namespace
 
 void register_testing(py::module_& module) {
@@ -64,6 +109,8 @@ void register_testing(py::module_& module) {
               py::arg("draft_logits"), py::arg("base"), py::arg("tokens"), py::arg("num_emitted"),
               py::arg("logprobs"));
   testing.def("describe", &describe, py::arg("tensor"), py::arg("layout") = "rows", py::arg("write") = false);
+  testing.def("self_check", &self_check_results, py::arg("count"), py::arg("seed"), py::arg("device"),
+              "The shared arithmetic on `count` sets of arguments, as integers: uint64 [count, fields].");
   register_testing_ops(testing);
 }
 

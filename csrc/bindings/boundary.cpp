@@ -130,28 +130,23 @@ bool shape_matches(const DLTensor& tensor, std::initializer_list<Dim> shape) {
 // Empty tensors have no address; a view's null means None.
 alignas(64) char empty_tensor_memory[64];
 
-TensorView view_of(const DLTensor& tensor, DType dtype, Device device, std::initializer_list<Dim> shape) {
-  TensorView view;
+// Fills in all but dtype and device, and hands the sizes to the dimensions that bind.
+void fill_view(TensorView& view, const DLTensor& tensor, std::initializer_list<Dim> shape) {
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  view.dtype = dtype;
-  view.device = device;
   view.rank = tensor.ndim;
-  int64_t dense =
-      1;  // stride the dimension would have without gaps: what size 0 and 1 are given, and DLPack < 1.2
-  for (int i = tensor.ndim - 1; i >= 0; --i) {
-    view.shape[i] = tensor.shape[i];
-    view.strides[i] = tensor.shape[i] > 1 && tensor.strides != nullptr ? tensor.strides[i] : dense;
-    dense *= tensor.shape[i] > 1 ? tensor.shape[i] : 1;
-  }
-  const int64_t* size = tensor.shape;
+  int64_t dense = 1;  // the stride without gaps, given to dimensions of size 0 and 1, where any would do
   bool empty = false;
-  for (const Dim& dim : shape) {
-    empty = empty || *size == 0;
-    if (dim.rule == Dim::Rule::bind) *dim.target = *size;
-    ++size;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    const int64_t size = tensor.shape[i];
+    const Dim& dim = shape.begin()[i];
+    if (dim.rule == Dim::Rule::bind) *dim.target = size;
+    view.shape[i] = size;
+    // DLPack before 1.2 leaves the strides of dense tensors out.
+    view.strides[i] = size > 1 && tensor.strides != nullptr ? tensor.strides[i] : dense;
+    if (size > 1) dense *= size;
+    empty = empty || size == 0;
   }
-  if (empty || view.data == nullptr) view.data = empty_tensor_memory;
-  return view;
+  if (empty) view.data = empty_tensor_memory;
 }
 
 bool layout_matches(const TensorView& view, Layout layout) {
@@ -221,26 +216,25 @@ TensorView Intake::take(py::handle object, const char* name, DTypes dtypes, std:
   if (exported.managed != nullptr) owners_.push_back({exported.managed, exported.versioned});
   const DLTensor& tensor = exported.tensor;
 
-  DType dtype = DType::float32;
-  Device device;
-  const bool known_device = device_from(tensor.device, device);
-  if (!known_device || (has_device_ && device != device_) || !dtype_from(tensor.dtype, dtype) ||
-      !dtypes.has(dtype) || !shape_matches(tensor, shape)) {
+  TensorView view;
+  const bool known = device_from(tensor.device, view.device) && dtype_from(tensor.dtype, view.dtype);
+  if (!known || (has_device_ && view.device != device_) || !dtypes.has(view.dtype) ||
+      !shape_matches(tensor, shape)) {
     refuse(expected, tensor, "", "");
   }
-  if (!kBuiltWithCuda && device.type == DeviceType::cuda) {
+  if (!kBuiltWithCuda && view.device.type == DeviceType::cuda) {
     refuse(expected, tensor, "", std::string(": ") + why_no_cuda());
   }
-  const TensorView view = view_of(tensor, dtype, device, shape);
+  fill_view(view, tensor, shape);
   if (!layout_matches(view, layout)) {
     const char* demand = layout == Layout::rows ? " with neighbours in the last dimension side by side"
                          : layout == Layout::contiguous ? " without gaps"
                                                         : " with strides >= 0";
     refuse(expected, tensor, demand, " with strides " + text_of(view.strides, view.rank));
   }
-  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(bytes_of(dtype)) != 0) {
-    refuse(expected, tensor, " aligned to " + std::to_string(bytes_of(dtype)) + " bytes",
-           " at an odd address");
+  const int64_t alignment = bytes_of(view.dtype);  // a power of two
+  if ((reinterpret_cast<uintptr_t>(view.data) & static_cast<uintptr_t>(alignment - 1)) != 0) {
+    refuse(expected, tensor, " aligned to " + std::to_string(alignment) + " bytes", " at an odd address");
   }
   if (access == Access::write) {
     if (exported.read_only) refuse(expected, tensor, " to write to", " that is read-only");
@@ -252,7 +246,7 @@ TensorView Intake::take(py::handle object, const char* name, DTypes dtypes, std:
   note_span(view, name, access);
   if (!has_device_) {
     has_device_ = true;
-    device_ = device;
+    device_ = view.device;
     exchange_ = exported.exchange;
   }
   return view;

@@ -1,6 +1,7 @@
 // One request of a chain verification, as the walk of math/chain_walk.hpp sees it.
 #pragma once
 
+#include "cpu/parallel.hpp"
 #include "cpu/views.hpp"
 #include "math/chain_walk.hpp"
 #include "ops/verify.hpp"
@@ -78,15 +79,37 @@ class ChainRows {
     return residual;
   }
 
+  bool indices_usable(int32_t node) const {
+    const TensorView& laws = args_.draft_logits ? args_.draft_logits : args_.draft_probs;
+    return token(node) >= 0 && token(node) < vocab_ && !(laws && dense_row(node) >= laws.shape[1]);
+  }
+
+  bool indices_usable_to(int32_t drafts) const {
+    for (int32_t node = 1; node <= drafts; ++node) {
+      if (!indices_usable(node)) return false;
+    }
+    return true;
+  }
+
   // Judged from the proposal alone, before any coin: then dropping it changes no law.
   bool proposal_usable(int32_t drafts) {
+    if (!indices_usable_to(drafts)) return false;
     for (int32_t node = 1; node <= drafts; ++node) {
-      if (token(node) < 0 || token(node) >= vocab_) return false;
-      const TensorView& laws = args_.draft_logits ? args_.draft_logits : args_.draft_probs;
-      if (laws && dense_row(node) >= laws.shape[1]) return false;
       if (dense(node) && !(draft_law(node).usable && draft_prob(node) > 0.0)) return false;
     }
     return true;
+  }
+
+  // All laws of the row at once, on threads that one row of the batch would leave idle.
+  void make_laws(int32_t drafts) {
+    parallel_for(2 * int64_t{drafts} + 1, vocab_, [&](int64_t item) {
+      const int32_t index = static_cast<int32_t>(item);
+      if (index <= drafts) {
+        target_law(index);
+      } else if (dense(index - drafts)) {
+        draft_law(index - drafts);
+      }
+    });
   }
 
   bool any_dense(int32_t drafts) const {

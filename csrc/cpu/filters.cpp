@@ -10,97 +10,114 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+float distance_of_weight(double weight, float scale) {
+  return static_cast<float>(log_positive(weight) * kLog2E / static_cast<double>(scale));
+}
+
 std::vector<float> elements_at_least(const Row& row, float bound, const RowSummary& summary) {
   const RowKernels& kernels = row_kernels();
   std::vector<float> kept;
-  float buffer[kTile];
-  for (size_t tile = 0; tile < summary.tile_max.size(); ++tile) {
-    if (summary.tile_max[tile] < bound) continue;
-    const int64_t first = static_cast<int64_t>(tile) * kTile;
-    const int64_t count = std::min<int64_t>(kTile, row.size - first);
-    kernels.load(row.data, row.dtype, first, count, -kInfinity, buffer);
-    for (int64_t e = 0; e < count; ++e) {
-      if (buffer[e] >= bound) kept.push_back(buffer[e]);
-    }
+  size_t count = 0;
+  Tile tile;
+  for (size_t index = 0; index < summary.tile_max.size(); ++index) {
+    if (summary.tile_max[index] < bound) continue;
+    kept.resize(count + kTile);  // the kernel writes whole vectors
+    const float* x = tile.of(kernels, row, static_cast<int64_t>(index), -kInfinity);
+    count += static_cast<size_t>(kernels.at_least(x, bound, kept.data() + count));
   }
+  kept.resize(count);
   return kept;
 }
 
-// The k-th largest maximum of disjoint groups cannot exceed the k-th largest element.
-float lower_bound_of_kth(const RowSummary& summary, int64_t k) {
-  if (static_cast<int64_t>(summary.groups.size()) < k) return -kInfinity;
-  std::vector<float> groups = summary.groups;
-  std::nth_element(groups.begin(), groups.begin() + (k - 1), groups.end(), std::greater<float>());
-  return groups[static_cast<size_t>(k - 1)];
+float kth_largest(std::vector<float>& values, int64_t k) {
+  std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
+  return values[static_cast<size_t>(k - 1)];
 }
 
-struct Weighed {
-  float logit;
-  uint64_t mass;
-};
-
-// Largest threshold t such that the mass of {logit >= t} reaches `need`: a quickselect on masses. Integers
-// make the answer independent of the order of the candidates and of the pivots.
-float threshold_reaching(std::vector<Weighed>& candidates, uint64_t need) {
-  size_t begin = 0, end = candidates.size();
-  float threshold = -kInfinity;
-  while (begin < end) {
-    const float a = candidates[begin].logit, b = candidates[(begin + end) / 2].logit;
-    const float c = candidates[end - 1].logit;
-    const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
-    const auto first = candidates.begin() + static_cast<std::ptrdiff_t>(begin);
-    const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(end);
-    const auto equal = std::partition(first, last, [=](const Weighed& w) { return w.logit > pivot; });
-    const auto below = std::partition(equal, last, [=](const Weighed& w) { return w.logit == pivot; });
-    uint64_t above_mass = 0, equal_mass = 0;
-    for (auto it = first; it != equal; ++it) above_mass += it->mass;
-    for (auto it = equal; it != below; ++it) equal_mass += it->mass;
-    if (above_mass >= need) {
-      end = static_cast<size_t>(equal - candidates.begin());
-      continue;
-    }
-    threshold = pivot;
-    if (above_mass + equal_mass >= need) return threshold;
-    need -= above_mass + equal_mass;
-    begin = static_cast<size_t>(below - candidates.begin());
+// The k-th largest maximum of disjoint groups cannot exceed the k-th largest element: whole tiles are the
+// groups where there are enough of them, 64 elements each otherwise.
+float lower_bound_of_kth(const Row& row, const RowSummary& summary, int64_t k) {
+  const int64_t tiles = tiles_of(row.size);
+  if (k <= tiles) {
+    std::vector<float> maxima = summary.tile_max;
+    return kth_largest(maxima, k);
   }
-  return threshold;
+  if (k > tiles * kGroups) return -kInfinity;
+  const RowKernels& kernels = row_kernels();
+  std::vector<float> maxima(static_cast<size_t>(tiles * kGroups));
+  Tile tile;
+  for (int64_t index = 0; index < tiles; ++index) {
+    kernels.group_max(tile.of(kernels, row, index, -kInfinity), maxima.data() + index * kGroups);
+  }
+  return kth_largest(maxima, k);
 }
 
-uint64_t logit_mass(const RowLaw& law, float logit, float floor) {
-  return mass_of(weight_of_logit(logit, law.max, law.scale, floor));
+float top_k_cut(const Row& row, const RowSummary& summary, int64_t k) {
+  std::vector<float> kept = elements_at_least(row, lower_bound_of_kth(row, summary, k), summary);
+  return kth_largest(kept, k);
 }
 
-float top_p_cut(const Row& row, const RowLaw& law, float top_p, float top_k_cut, const RowSummary& summary) {
-  const float floor = std::max(logits_floor(law.max, law.scale), top_k_cut);
+// The integer masses of a list of logits, as if it were a row.
+std::vector<uint64_t> masses_of(const std::vector<float>& logits, const RowLaw& law) {
+  const RowKernels& kernels = row_kernels();
+  const Row row{logits.data(), DType::float32, static_cast<int64_t>(logits.size())};
+  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(row.size) * kTile));
+  Tile tile;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const float* x = tile.of(kernels, row, index, -kInfinity);
+    kernels.masses(x, law, nullptr, law, 0.0f, masses.data() + index * kTile);
+  }
+  return masses;
+}
+
+// Largest threshold t such that the mass of {logit >= t} reaches `need`, -infinity if all of it does not:
+// one pass spreads the candidates over equal bins, and the bin in which `need` is reached is sorted.
+// Masses are integers, so the answer depends neither on the order of the candidates nor on the bins.
+float threshold_reaching(const std::vector<float>& candidates, const std::vector<uint64_t>& masses, float low,
+                         float high, uint64_t need) {
+  constexpr int kBins = 1024;
+  const float per_unit = high > low ? static_cast<float>(kBins - 1) / (high - low) : 0.0f;
+  const auto bin_of = [=](float logit) { return static_cast<int>((high - logit) * per_unit); };
+  std::vector<uint64_t> bins(kBins, 0);
+  for (size_t i = 0; i < candidates.size(); ++i)
+    bins[static_cast<size_t>(bin_of(candidates[i]))] += masses[i];
+  int bin = 0;
+  while (bin < kBins && bins[static_cast<size_t>(bin)] < need) need -= bins[static_cast<size_t>(bin++)];
+  if (bin == kBins) return -kInfinity;
+  std::vector<std::pair<float, uint64_t>> inside;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    if (bin_of(candidates[i]) == bin) inside.emplace_back(candidates[i], masses[i]);
+  }
+  std::sort(inside.begin(), inside.end(), std::greater<>());
+  size_t last = 0;
+  while (inside[last].second < need) need -= inside[last++].second;
+  return inside[last].first;
+}
+
+float top_p_cut(const Row& row, const RowLaw& law, float top_p, float kept_from, const RowSummary& summary) {
+  RowLaw whole = law;
+  whole.cut = std::max(logits_floor(law.max, law.scale), kept_from);
+  float bound = whole.cut;
   uint64_t total = 0;
-  float bound = floor;
-  if (top_k_cut == -kInfinity) {
-    // Tokens lighter than (1 - top_p) * mass / V weigh less than 1 - top_p together: none is ever needed.
-    // Half of that, as this mass and the candidates' masses are rounded differently.
-    double mass = 0.0;
+  if (kept_from == -kInfinity) {
     for (size_t tile = 0; tile < summary.tile_max.size(); ++tile) {
-      mass += static_cast<double>(summary.tile_sum[tile]) *
-              static_cast<double>(weight_of_logit(summary.tile_max[tile], law.max, law.scale, floor));
+      const float weight = weight_of_logit(summary.tile_max[tile], law.max, law.scale, whole.cut);
+      total += mass_of_tile(summary.tile_sum[tile], weight);
     }
+    // All tokens lighter than (1 - top_p) * mass / V together weigh less than what may be left out, so none
+    // of them is ever needed. Half of that: the masses of tiles and of elements are rounded differently.
+    const double mass = static_cast<double>(total) / kMassUnit;
     const double light = 0.5 * (1.0 - static_cast<double>(top_p)) * mass / static_cast<double>(row.size);
-    if (light > 1e-30) {
-      const double distance = log_positive(light) * kLog2E / static_cast<double>(law.scale);
-      bound = std::max(bound, static_cast<float>(static_cast<double>(law.max) + distance));
-    }
-    RowLaw whole = law;
-    whole.cut = floor;
-    total = total_mass(row, whole);
+    if (light > 1e-30) bound = std::max(bound, law.max + distance_of_weight(light, law.scale));
   }
-  std::vector<Weighed> candidates;
-  for (float logit : elements_at_least(row, bound, summary)) {
-    candidates.push_back({logit, logit_mass(law, logit, floor)});
-  }
-  if (top_k_cut != -kInfinity) {
-    for (const Weighed& candidate : candidates) total += candidate.mass;
+  bound = std::min(bound, law.max);
+  const std::vector<float> candidates = elements_at_least(row, bound, summary);
+  const std::vector<uint64_t> masses = masses_of(candidates, whole);
+  if (kept_from != -kInfinity) {
+    for (size_t i = 0; i < candidates.size(); ++i) total += masses[i];
   }
   const uint64_t need = static_cast<uint64_t>(static_cast<double>(top_p) * static_cast<double>(total));
-  return threshold_reaching(candidates, std::max<uint64_t>(need, 1));
+  return threshold_reaching(candidates, masses, bound, law.max, std::max<uint64_t>(need, 1));
 }
 
 }  // namespace
@@ -111,19 +128,14 @@ bool filters_on(const Processing& processing, int64_t vocab) {
 }
 
 float filter_cut(const Row& row, const RowLaw& law, const Processing& processing, const RowSummary& summary) {
-  float top_k_cut = -kInfinity;
-  if (processing.top_k > 0 && processing.top_k < row.size) {
-    const int64_t k = processing.top_k;
-    std::vector<float> kept = elements_at_least(row, lower_bound_of_kth(summary, k), summary);
-    std::nth_element(kept.begin(), kept.begin() + (k - 1), kept.end(), std::greater<float>());
-    top_k_cut = kept[static_cast<size_t>(k - 1)];
+  const bool top_k = processing.top_k > 0 && processing.top_k < row.size;
+  const float kept_from = top_k ? top_k_cut(row, summary, processing.top_k) : -kInfinity;
+  float cut = kept_from;
+  if (processing.top_p < 1.0f) {
+    cut = std::max(cut, top_p_cut(row, law, processing.top_p, kept_from, summary));
   }
-  float cut = top_k_cut;
-  if (processing.top_p < 1.0f) cut = std::max(cut, top_p_cut(row, law, processing.top_p, top_k_cut, summary));
   if (processing.min_p > 0.0f) {
-    const double distance =
-        log_positive(static_cast<double>(processing.min_p)) * kLog2E / static_cast<double>(law.scale);
-    cut = std::max(cut, static_cast<float>(static_cast<double>(law.max) + distance));
+    cut = std::max(cut, law.max + distance_of_weight(static_cast<double>(processing.min_p), law.scale));
   }
   return cut;
 }

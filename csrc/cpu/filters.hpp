@@ -7,18 +7,13 @@
 
 namespace foretoken::cpu {
 
-// What the first pass over a row leaves behind for the later ones.
+// What the first pass over a row leaves behind for the later ones, per tile.
 struct RowSummary {
   explicit RowSummary(int64_t tiles)
-      : tile_max(static_cast<size_t>(tiles)),
-        tile_sum(static_cast<size_t>(tiles)),
-        groups(static_cast<size_t>(tiles * kGroups)) {}
+      : tile_max(static_cast<size_t>(tiles)), tile_sum(static_cast<size_t>(tiles)) {}
 
-  float* group_max(int64_t tile) { return groups.data() + tile * kGroups; }
-
-  std::vector<float> tile_max;  // [tiles]
-  std::vector<float> tile_sum;  // [tiles] float32 sum of weights relative to the tile's own largest
-  std::vector<float> groups;    // [tiles * kGroups] maxima of 64 elements each
+  std::vector<float> tile_max;
+  std::vector<float> tile_sum;  // float32 sum of weights relative to the tile's own largest element
 };
 
 bool filters_on(const Processing& processing, int64_t vocab);

@@ -1,130 +1,191 @@
-// Included once per instruction set, with FORETOKEN_KERNELS naming the path. No intrinsics: loops of fixed
-// length over plain arrays, which the compiler turns into whatever the flags of this file allow.
+// Included once per instruction set, behind a header that defines Floats and its operations, with
+// FORETOKEN_KERNELS naming the path. Nothing here knows how wide a vector is.
 #include "cpu/row_kernels.hpp"
-#include "math/half.hpp"
 
 namespace foretoken::cpu {
 namespace {
 
 constexpr int kQuarter = kTile / 4;
+constexpr int kLanes = Floats::kLanes;
 
 void load(const void* row, DType dtype, int64_t first, int64_t count, float pad, float* tile) {
+  int64_t i = 0;
   if (dtype == DType::float32) {
     std::memcpy(tile, static_cast<const float*>(row) + first, static_cast<size_t>(count) * sizeof(float));
-  } else if (dtype == DType::bfloat16) {
-    const uint16_t* source = static_cast<const uint16_t*>(row) + first;
-    for (int64_t i = 0; i < count; ++i) tile[i] = float_of_bfloat(source[i]);
+    i = count;
   } else {
     const uint16_t* source = static_cast<const uint16_t*>(row) + first;
-    for (int64_t i = 0; i < count; ++i) tile[i] = float_of_half(source[i]);
+    const bool half = dtype == DType::float16;
+    for (; i + kLanes <= count; i += kLanes) {
+      (half ? load_half(source + i) : load_bfloat(source + i)).store(tile + i);
+    }
+    for (; i < count; ++i) tile[i] = half ? float_of_half(source[i]) : float_of_bfloat(source[i]);
   }
-  for (int64_t i = count; i < kTile; ++i) tile[i] = pad;
+  for (; i < kTile; ++i) tile[i] = pad;
 }
 
-TileExtremes extremes(const float* tile, float* group_max) {
-  float high[kQuarter], low[kQuarter];
-  uint32_t nan[kQuarter];
-  for (int k = 0; k < kQuarter; ++k) {
-    high[k] = -__builtin_inff();
-    low[k] = __builtin_inff();
-    nan[k] = 0;
+float max_of(const float* tile) {
+  Floats high[4];
+  for (int c = 0; c < 4; ++c) high[c] = Floats::all(-__builtin_inff());
+  for (int e = 0; e < kTile; e += 4 * kLanes) {
+    for (int c = 0; c < 4; ++c) high[c] = greater_of(Floats::load(tile + e + c * kLanes), high[c]);
   }
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    const float* x = tile + quarter * kQuarter;
-    for (int k = 0; k < kQuarter; ++k) {
-      high[k] = x[k] > high[k] ? x[k] : high[k];
-      low[k] = x[k] < low[k] ? x[k] : low[k];
-      nan[k] |= x[k] != x[k] ? 1u : 0u;
-    }
-  }
-  for (int width = kQuarter / 2; width >= 1; width /= 2) {
-    if (width == kGroups / 2) {
-      for (int k = 0; k < kGroups; ++k) group_max[k] = high[k];
-    }
-    for (int k = 0; k < width; ++k) {
-      high[k] = high[k + width] > high[k] ? high[k + width] : high[k];
-      low[k] = low[k + width] < low[k] ? low[k + width] : low[k];
-      nan[k] |= nan[k + width];
-    }
-  }
-  return {high[0], low[0], nan[0] != 0};
+  float lane[kLanes];
+  greater_of(greater_of(high[0], high[1]), greater_of(high[2], high[3])).store(lane);
+  float max = lane[0];
+  for (int i = 1; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
+  return max;
 }
 
-// The pinned order. `value(e)` is element e of the tile; a CUDA warp that loads eight neighbours per thread
-// performs the same tree with three folds in registers and five shuffles.
+TileExtremes extremes(const float* tile) {
+  Floats low = Floats::all(__builtin_inff());
+  bool nan = false;
+  for (int e = 0; e < kTile; e += kLanes) {
+    const Floats x = Floats::load(tile + e);
+    low = lesser_of(x, low);
+    nan |= any_nan(x);
+  }
+  float lane[kLanes];
+  low.store(lane);
+  float min = lane[0];
+  for (int i = 1; i < kLanes; ++i) min = lane[i] < min ? lane[i] : min;
+  return {max_of(tile), min, nan};
+}
+
+void group_max(const float* tile, float* groups) {
+  constexpr int kMembers = kTile / kGroups;
+  for (int group = 0; group < kGroups; ++group) {
+    Floats high = Floats::load(tile + group * kMembers);
+    for (int e = kLanes; e < kMembers; e += kLanes) {
+      high = greater_of(Floats::load(tile + group * kMembers + e), high);
+    }
+    float lane[kLanes];
+    high.store(lane);
+    float max = lane[0];
+    for (int i = 1; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
+    groups[group] = max;
+  }
+}
+
+// The pinned order. `value(e)` holds elements e .. e + lanes of the tile; a CUDA warp that loads eight
+// neighbours per thread performs the same tree with three folds in registers and five shuffles.
+template <int kFolds, class Value>
+inline __attribute__((always_inline)) Floats fold_neighbours(const Value& value, int k) {
+  if constexpr (kFolds == 0) {
+    const Floats first = add(value(k), value(k + kQuarter));
+    return add(first, add(value(k + 2 * kQuarter), value(k + 3 * kQuarter)));
+  } else {
+    constexpr int kStep = kLanes << (kFolds - 1);
+    const Floats low = fold_neighbours<kFolds - 1>(value, k);
+    return add_neighbours(low, fold_neighbours<kFolds - 1>(value, k + kStep));
+  }
+}
+
 template <class Value>
-float sum_tile(Value value) {
-  float sum[kQuarter];
-  for (int k = 0; k < kQuarter; ++k) {
-    sum[k] = (value(k) + value(k + kQuarter)) + (value(k + 2 * kQuarter) + value(k + 3 * kQuarter));
+inline float sum_tile(const Value& value) {
+  constexpr int kVectors = kQuarter / 8 / kLanes;
+  Floats sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = fold_neighbours<3>(value, v * 8 * kLanes);
+  for (int width = kVectors / 2; width >= 1; width /= 2) {
+    for (int v = 0; v < width; ++v) sum[v] = add(sum[v], sum[v + width]);
   }
-  float folded[kQuarter / 2];
-  for (int k = 0; k < kQuarter / 2; ++k) folded[k] = sum[2 * k] + sum[2 * k + 1];
-  for (int k = 0; k < kQuarter / 4; ++k) sum[k] = folded[2 * k] + folded[2 * k + 1];
-  for (int k = 0; k < kQuarter / 8; ++k) folded[k] = sum[2 * k] + sum[2 * k + 1];
-  for (int width = kQuarter / 16; width >= 1; width /= 2) {
-    for (int k = 0; k < width; ++k) folded[k] += folded[k + width];
-  }
-  return folded[0];
+  return add_halves(sum[0]);
 }
+
+// exp2_scaled of math/exp_log.hpp and weight_of_logit of math/row_law.hpp, lane by lane.
+struct LogitWeights {
+  Floats max, scale, cut;
+  LogitWeights(float max_, float scale_, float cut_)
+      : max(Floats::all(max_)), scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
+
+  inline Floats operator()(Floats x) const {
+    const Floats round = Floats::all(12582912.0f);
+    const Floats distance = subtract(x, max);
+    const Floats shifted = multiply_add(distance, scale, round);
+    const Floats fraction = multiply_add(distance, scale, subtract(round, shifted));
+    Floats power = Floats::all(0x1.5bba14p-10f);
+    power = multiply_add(power, fraction, Floats::all(0x1.3cea88p-7f));
+    power = multiply_add(power, fraction, Floats::all(0x1.c6b752p-5f));
+    power = multiply_add(power, fraction, Floats::all(0x1.ebf9bcp-3f));
+    power = multiply_add(power, fraction, Floats::all(0x1.62e42ap-1f));
+    power = multiply_add(power, fraction, Floats::all(1.0f));
+    return scale_unless_below(x, cut, power, shifted);
+  }
+};
+
+struct ProbWeights {
+  Floats scale, cut;
+  ProbWeights(float scale_, float cut_) : scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
+  inline Floats operator()(Floats x) const { return unless_below(x, cut, multiply(x, scale)); }
+};
 
 float sum_weights(const float* tile, float anchor, float scale, float cut) {
-  return sum_tile([=](int e) { return weight_of_logit(tile[e], anchor, scale, cut); });
+  const LogitWeights weights(anchor, scale, cut);
+  return sum_tile([&](int e) { return weights(Floats::load(tile + e)); });
 }
 
 float sum_probs(const float* tile, float cut) {
-  return sum_tile([=](int e) { return tile[e] >= cut ? tile[e] : 0.0f; });
+  const Floats bound = Floats::all(cut);
+  return sum_tile([&](int e) {
+    const Floats x = Floats::load(tile + e);
+    return unless_below(x, bound, x);
+  });
 }
 
-float positive(float value) { return value > 0.0f ? value : 0.0f; }
+// Calls body with the weight of the residual's elements, whatever kind of law the draft has.
+template <class Body>
+inline auto with_residual(const float* target, const RowLaw& target_law, const float* draft,
+                          const RowLaw& draft_law, float gain, Body body) {
+  const LogitWeights of_target(target_law.max, target_law.scale, target_law.cut);
+  const Floats minus_gain = Floats::all(-gain), zero = Floats::all(0.0f);
+  if (draft == nullptr) return body([&](int e) { return of_target(Floats::load(target + e)); });
+  if (draft_law.kind == LawKind::probs) {
+    const ProbWeights of_draft(draft_law.scale, draft_law.cut);
+    return body([&](int e) {
+      const Floats weight = of_target(Floats::load(target + e));
+      return greater_of(multiply_add(minus_gain, of_draft(Floats::load(draft + e)), weight), zero);
+    });
+  }
+  const LogitWeights of_draft(draft_law.max, draft_law.scale, draft_law.cut);
+  return body([&](int e) {
+    const Floats weight = of_target(Floats::load(target + e));
+    return greater_of(multiply_add(minus_gain, of_draft(Floats::load(draft + e)), weight), zero);
+  });
+}
 
 float sum_residual(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
                    float gain) {
-  const float max = target_law.max, scale = target_law.scale, cut = target_law.cut;
-  const float draft_max = draft_law.max, draft_scale = draft_law.scale, draft_cut = draft_law.cut;
-  if (draft_law.kind == LawKind::probs) {
-    return sum_tile([=](int e) {
-      const float weight = weight_of_logit(target[e], max, scale, cut);
-      return positive(fused(-gain, weight_of_prob(draft[e], draft_scale, draft_cut), weight));
-    });
-  }
-  return sum_tile([=](int e) {
-    const float weight = weight_of_logit(target[e], max, scale, cut);
-    return positive(fused(-gain, weight_of_logit(draft[e], draft_max, draft_scale, draft_cut), weight));
+  return with_residual(target, target_law, draft, draft_law, gain,
+                       [](auto weight) { return sum_tile(weight); });
+}
+
+uint64_t sum_masses(const float* target, const RowLaw& target_law, const float* draft,
+                    const RowLaw& draft_law, float gain) {
+  return with_residual(target, target_law, draft, draft_law, gain, [](auto weight) {
+    MassSum sum;
+    for (int e = 0; e < kTile; e += kLanes) sum.add(weight(e));
+    return sum.total();
   });
 }
 
-template <class Weight>
-uint64_t fill_masses(uint64_t* masses, Weight weight) {
-  uint64_t total = 0;
-  for (int e = 0; e < kTile; ++e) masses[e] = mass_of(weight(e));
-  for (int e = 0; e < kTile; ++e) total += masses[e];
-  return total;
+void masses(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
+            float gain, uint64_t* out) {
+  with_residual(target, target_law, draft, draft_law, gain, [=](auto weight) {
+    for (int e = 0; e < kTile; e += kLanes) store_masses(weight(e), out + e);
+  });
 }
 
-uint64_t masses(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
-                float gain, uint64_t* out) {
-  const float max = target_law.max, scale = target_law.scale, cut = target_law.cut;
-  const float draft_max = draft_law.max, draft_scale = draft_law.scale, draft_cut = draft_law.cut;
-  if (draft == nullptr) {
-    return fill_masses(out, [=](int e) { return weight_of_logit(target[e], max, scale, cut); });
-  }
-  if (draft_law.kind == LawKind::probs) {
-    return fill_masses(out, [=](int e) {
-      const float weight = weight_of_logit(target[e], max, scale, cut);
-      return positive(fused(-gain, weight_of_prob(draft[e], draft_scale, draft_cut), weight));
-    });
-  }
-  return fill_masses(out, [=](int e) {
-    const float weight = weight_of_logit(target[e], max, scale, cut);
-    return positive(fused(-gain, weight_of_logit(draft[e], draft_max, draft_scale, draft_cut), weight));
-  });
+int64_t at_least(const float* tile, float bound, float* out) {
+  int64_t kept = 0;
+  for (int e = 0; e < kTile; e += kLanes) kept += keep_at_least(Floats::load(tile + e), bound, out + kept);
+  return kept;
 }
 
 }  // namespace
 
 extern const RowKernels FORETOKEN_KERNELS;
-const RowKernels FORETOKEN_KERNELS = {FORETOKEN_KERNELS_NAME, load,  extremes, sum_weights, sum_probs,
-                                      sum_residual,           masses};
+const RowKernels FORETOKEN_KERNELS = {
+    FORETOKEN_KERNELS_NAME, load,       max_of, extremes, group_max, sum_weights, sum_probs,
+    sum_residual,           sum_masses, masses, at_least};
 
 }  // namespace foretoken::cpu

@@ -1,64 +1,89 @@
 #include "cpu/rows.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cpu/filters.hpp"
-#include "math/half.hpp"
+#include "cpu/parallel.hpp"
 
 namespace foretoken::cpu {
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
-
-// A tile of a row as float32, in place where the row already is float32 and the tile is whole.
-struct Tile {
-  alignas(64) float buffer[kTile];
-
-  const float* of(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
-    const int64_t first = index * kTile, count = std::min<int64_t>(kTile, row.size - first);
-    if (row.dtype == DType::float32 && count == kTile) return static_cast<const float*>(row.data) + first;
-    kernels.load(row.data, row.dtype, first, count, pad, buffer);
-    return buffer;
-  }
-};
+constexpr int64_t kTilesPerRun = 16;  // of a row that several threads share
 
 float pad_of(const RowLaw& law) { return law.kind == LawKind::probs ? 0.0f : -kInfinity; }
 
-// The two tiles that a residual reads side by side, and the loop over them.
-struct ResidualTiles {
-  explicit ResidualTiles(const Residual& r) : residual(r), kernels(row_kernels()) {}
+// The two tiles that a residual reads side by side.
+class ResidualTiles {
+ public:
+  explicit ResidualTiles(const Residual& residual)
+      : residual_(residual),
+        kernels_(row_kernels()),
+        draft_law_(residual.draft.data != nullptr ? *residual.draft_law : *residual.target_law) {}
 
-  int64_t count() const { return tiles_of(residual.target.size); }
-
-  double sum(int64_t index) {
-    const float* t = target.of(kernels, residual.target, index, -kInfinity);
-    const float* d = draft.of(kernels, residual.draft, index, pad_of(*residual.draft_law));
-    return kernels.sum_residual(t, *residual.target_law, d, *residual.draft_law, residual.gain);
+  float sum(int64_t index) {
+    read(index);
+    return kernels_.sum_residual(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
   }
 
-  uint64_t masses(int64_t index, uint64_t* out) {
-    const float* t = target.of(kernels, residual.target, index, -kInfinity);
-    const bool dense = residual.draft.data != nullptr;
-    const float* d = dense ? draft.of(kernels, residual.draft, index, pad_of(*residual.draft_law)) : nullptr;
-    const RowLaw& draft_law = dense ? *residual.draft_law : *residual.target_law;
-    uint64_t total = kernels.masses(t, *residual.target_law, d, draft_law, residual.gain, out);
-    const int64_t excluded = residual.excluded - index * kTile;
+  uint64_t mass(int64_t index) {
+    read(index);
+    const int64_t excluded = residual_.excluded - index * kTile;
     if (excluded >= 0 && excluded < kTile) {
-      total -= out[excluded];
-      out[excluded] = 0;
+      uint64_t masses[kTile];
+      return fill(index, masses);
     }
+    return kernels_.sum_masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
+  }
+
+  uint64_t fill(int64_t index, uint64_t* masses) {
+    read(index);
+    kernels_.masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain, masses);
+    const int64_t excluded = residual_.excluded - index * kTile;
+    if (excluded >= 0 && excluded < kTile) masses[excluded] = 0;
+    uint64_t total = 0;
+    for (int e = 0; e < kTile; ++e) total += masses[e];
     return total;
   }
 
-  const Residual& residual;
-  const RowKernels& kernels;
-  Tile target, draft;
+ private:
+  void read(int64_t index) {
+    target_ = target_tile_.of(kernels_, residual_.target, index, -kInfinity);
+    if (residual_.draft.data != nullptr) {
+      draft_ = draft_tile_.of(kernels_, residual_.draft, index, pad_of(draft_law_));
+    }
+  }
+
+  const Residual& residual_;
+  const RowKernels& kernels_;
+  const RowLaw& draft_law_;
+  Tile target_tile_, draft_tile_;
+  const float* target_ = nullptr;
+  const float* draft_ = nullptr;
 };
+
+// body(tiles, index) for every tile of the residual, in runs that threads may share.
+template <class Body>
+void for_each_tile(const Residual& residual, Body body) {
+  const int64_t tiles = tiles_of(residual.target.size);
+  const int64_t runs = (tiles + kTilesPerRun - 1) / kTilesPerRun;
+  parallel_for(runs, kTilesPerRun * kTile, [&](int64_t run) {
+    ResidualTiles reader(residual);
+    const int64_t last = std::min(tiles, (run + 1) * kTilesPerRun);
+    for (int64_t index = run * kTilesPerRun; index < last; ++index) body(reader, index);
+  });
+}
+
+Residual whole_of(const Row& row, const RowLaw& law) {
+  Residual residual;
+  residual.target = row;
+  residual.target_law = &law;
+  return residual;
+}
 
 RowLaw unusable(const Row& row) {
   RowLaw law;
@@ -67,7 +92,35 @@ RowLaw unusable(const Row& row) {
   return law;
 }
 
+// First pass of a sampled row: what each tile holds, relative to its own largest element.
+// False if the row has no law.
+bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
+  const RowKernels& kernels = row_kernels();
+  Tile tile;
+  law.max = -kInfinity;
+  bool regular = true;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const float* x = tile.of(kernels, row, index, -kInfinity);
+    const float max = kernels.max_of(x);
+    // A tile of nothing but -infinity has no weight, but may still hide a NaN.
+    const float anchor = max > -kInfinity ? max : 0.0f;
+    const float sum = kernels.sum_weights(x, anchor, law.scale, logits_floor(anchor, law.scale));
+    summary.tile_max[static_cast<size_t>(index)] = max;
+    summary.tile_sum[static_cast<size_t>(index)] = sum;
+    regular &= max < kInfinity && !std::isnan(sum);
+    law.max = std::max(law.max, max);
+  }
+  return regular && law.max > -kInfinity;
+}
+
 }  // namespace
+
+const float* Tile::of(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
+  const int64_t first = index * kTile, count = std::min<int64_t>(kTile, row.size - first);
+  if (row.dtype == DType::float32 && count == kTile) return static_cast<const float*>(row.data) + first;
+  kernels.load(row.data, row.dtype, first, count, pad, buffer_);
+  return buffer_;
+}
 
 float Row::at(int64_t token) const {
   if (dtype == DType::float32) return static_cast<const float*>(data)[token];
@@ -81,42 +134,32 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
 
 RowLaw law_of_logits(const Row& row, const Processing& processing) {
   const RowKernels& kernels = row_kernels();
-  const int64_t tiles = tiles_of(row.size);
-  const bool greedy = processing.temperature == 0.0f;
   RowLaw law;
-  law.kind = greedy ? LawKind::point : LawKind::logits;
-  law.scale = greedy ? 0.0f : logits_scale(processing.temperature);
-
-  RowSummary summary(tiles);
   Tile tile;
-  bool has_nan = false;
-  for (int64_t index = 0; index < tiles; ++index) {
-    const float* x = tile.of(kernels, row, index, -kInfinity);
-    const TileExtremes extremes = kernels.extremes(x, summary.group_max(index));
-    summary.tile_max[index] = extremes.max;
-    has_nan |= extremes.has_nan;
-    const bool summed = !greedy && extremes.max > -kInfinity && extremes.max < kInfinity;
-    summary.tile_sum[index] =
-        summed ? kernels.sum_weights(x, extremes.max, law.scale, logits_floor(extremes.max, law.scale))
-               : 0.0f;
-  }
-  law.max = *std::max_element(summary.tile_max.begin(), summary.tile_max.end());
-  if (has_nan || law.max == -kInfinity || (law.max == kInfinity && !greedy)) return unusable(row);
-  if (greedy) {
+  if (processing.temperature == 0.0f) {
+    law.kind = LawKind::point;
     law.top = argmax(row);
+    for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+      law.usable &= !kernels.extremes(tile.of(kernels, row, index, -kInfinity)).has_nan;
+    }
+    law.usable &= row.at(law.top) > -kInfinity;
     return law;
   }
+  law.kind = LawKind::logits;
+  law.scale = logits_scale(processing.temperature);
+  RowSummary summary(tiles_of(row.size));
+  if (!summarise(row, law, summary)) return unusable(row);
 
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
   if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
-  for (int64_t index = 0; index < tiles; ++index) {
-    const float anchor = summary.tile_max[index];
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const float anchor = summary.tile_max[static_cast<size_t>(index)];
     if (anchor < law.cut) continue;
-    float sum = summary.tile_sum[index];
+    float sum = summary.tile_sum[static_cast<size_t>(index)];
     if (law.cut > floor) {  // the first pass summed what the filters have removed since
-      const float* x = tile.of(kernels, row, index, -kInfinity);
-      sum = kernels.sum_weights(x, anchor, law.scale, std::max(law.cut, logits_floor(anchor, law.scale)));
+      const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
+      sum = kernels.sum_weights(tile.of(kernels, row, index, -kInfinity), anchor, law.scale, cut);
     }
     law.mass += mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
   }
@@ -125,39 +168,36 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
 
 RowLaw law_of_probs(const Row& row) {
   const RowKernels& kernels = row_kernels();
-  const int64_t tiles = tiles_of(row.size);
-  std::vector<float> sums(static_cast<size_t>(tiles));
+  std::vector<float> sums(static_cast<size_t>(tiles_of(row.size)));
   RowLaw law;
   law.kind = LawKind::probs;
-  law.cut = 0x1p-126f;
+  law.cut = std::numeric_limits<float>::min();
   Tile tile;
-  float groups[kGroups];
   float low = 0.0f;
   bool has_nan = false;
-  double total = 0.0;
-  for (int64_t index = 0; index < tiles; ++index) {
-    const float* x = tile.of(kernels, row, index, 0.0f);
-    const TileExtremes extremes = kernels.extremes(x, groups);
+  for (size_t index = 0; index < sums.size(); ++index) {
+    const float* x = tile.of(kernels, row, static_cast<int64_t>(index), 0.0f);
+    const TileExtremes extremes = kernels.extremes(x);
     law.max = std::max(law.max, extremes.max);
     low = std::min(low, extremes.min);
     has_nan |= extremes.has_nan;
-    sums[static_cast<size_t>(index)] = kernels.sum_probs(x, law.cut);
-    total += static_cast<double>(sums[static_cast<size_t>(index)]);
+    sums[index] = kernels.sum_probs(x, law.cut);
   }
-  if (has_nan || low < 0.0f || !(total > 0.98 && total < 1.02)) return unusable(row);
+  // Below 2^-24 even a uniform row over the largest vocabulary does not add up to 1.
+  if (has_nan || low < 0.0f || !(law.max > 0x1p-24f && law.max < 2.0f)) return unusable(row);
   law.scale = 1.0f / law.max;
   for (float sum : sums) law.mass += mass_of_tile(sum, law.scale);
-  return law;
+  const double total = static_cast<double>(law.mass) / kMassUnit * static_cast<double>(law.max);
+  return total > 0.98 && total < 1.02 ? law : unusable(row);
 }
 
 int64_t argmax(const Row& row) {
   const RowKernels& kernels = row_kernels();
   Tile tile;
-  float groups[kGroups];
   float best = -kInfinity;
   int64_t best_tile = -1;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float high = kernels.extremes(tile.of(kernels, row, index, -kInfinity), groups).max;
+    const float high = kernels.max_of(tile.of(kernels, row, index, -kInfinity));
     if (high > best) {  // strict: on ties the lower id stays
       best = high;
       best_tile = index;
@@ -179,48 +219,40 @@ float log_probability(const Row& row, const RowLaw& law, int64_t token) {
 }
 
 double residual_fraction(const Residual& residual) {
-  ResidualTiles tiles(residual);
+  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
+  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
+    masses[static_cast<size_t>(index)] = mass_of_tile(tiles.sum(index), 1.0f);
+  });
   uint64_t mass = 0;
-  for (int64_t index = 0; index < tiles.count(); ++index) {
-    mass += mass_of_tile(static_cast<float>(tiles.sum(index)), 1.0f);
-  }
+  for (uint64_t of_tile : masses) mass += of_tile;
   return static_cast<double>(mass) / static_cast<double>(residual.target_law->mass);
 }
 
-uint64_t total_mass(const Row& row, const RowLaw& law) {
-  Residual residual;
-  residual.target = row;
-  residual.target_law = &law;
-  ResidualTiles tiles(residual);
-  uint64_t masses[kTile];
-  uint64_t total = 0;
-  for (int64_t index = 0; index < tiles.count(); ++index) total += tiles.masses(index, masses);
-  return total;
-}
-
 int64_t draw(const Residual& residual, uint64_t bits) {
-  ResidualTiles tiles(residual);
-  uint64_t masses[kTile];
-  std::vector<uint64_t> totals(static_cast<size_t>(tiles.count()));
+  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
+  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
+    masses[static_cast<size_t>(index)] = tiles.mass(index);
+  });
   uint64_t total = 0;
-  for (int64_t index = 0; index < tiles.count(); ++index) {
-    total += totals[static_cast<size_t>(index)] = tiles.masses(index, masses);
-  }
+  for (uint64_t of_tile : masses) total += of_tile;
   if (total == 0) return -1;
   uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
-  int64_t index = 0;
-  while (left >= totals[static_cast<size_t>(index)]) left -= totals[static_cast<size_t>(index++)];
-  tiles.masses(index, masses);
+  size_t index = 0;
+  while (left >= masses[index]) left -= masses[index++];
+  uint64_t elements[kTile];
+  ResidualTiles(residual).fill(static_cast<int64_t>(index), elements);
   int64_t element = 0;
-  while (left >= masses[element]) left -= masses[element++];
-  return index * kTile + element;
+  while (left >= elements[element]) left -= elements[element++];
+  return static_cast<int64_t>(index) * kTile + element;
 }
+
+int64_t draw(const Row& row, const RowLaw& law, uint64_t bits) { return draw(whole_of(row, law), bits); }
 
 void all_masses(const Residual& residual, uint64_t* out) {
   ResidualTiles tiles(residual);
   uint64_t masses[kTile];
-  for (int64_t index = 0; index < tiles.count(); ++index) {
-    tiles.masses(index, masses);
+  for (int64_t index = 0; index < tiles_of(residual.target.size); ++index) {
+    tiles.fill(index, masses);
     const int64_t first = index * kTile, count = std::min<int64_t>(kTile, residual.target.size - first);
     std::copy(masses, masses + count, out + first);
   }

@@ -14,6 +14,17 @@ struct Row {
   float at(int64_t token) const;
 };
 
+constexpr int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// A tile of a row as float32, in place where the row already is float32 and the tile is whole.
+class Tile {
+ public:
+  const float* of(const RowKernels& kernels, const Row& row, int64_t index, float pad);
+
+ private:
+  alignas(64) float buffer_[kTile];
+};
+
 // The processing of one request, read from its slot.
 struct Processing {
   float temperature = 1.0f;
@@ -53,8 +64,8 @@ double residual_fraction(const Residual& residual);
 // A token drawn by 64 random bits on integer masses; -1 if the residual has no mass at all.
 int64_t draw(const Residual& residual, uint64_t bits);
 
-// Sum of the integer masses of a whole law.
-uint64_t total_mass(const Row& row, const RowLaw& law);
+// The same from the law itself.
+int64_t draw(const Row& row, const RowLaw& law, uint64_t bits);
 
 // All integer masses of a (small) residual, for the tests that enumerate instead of drawing.
 void all_masses(const Residual& residual, uint64_t* masses);

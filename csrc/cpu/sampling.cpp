@@ -17,10 +17,7 @@ Drawn sample_row(const Row& row, const SamplingView& sampling, int64_t slot, uin
   const RowLaw law = law_of_logits(row, processing_of(sampling, slot));
   if (!law.usable) return {law.top, -__builtin_inff(), kLawLost};
   if (law.kind == LawKind::point) return {law.top, 0.0f, 0};
-  Residual whole;
-  whole.target = row;
-  whole.target_law = &law;
-  const int64_t token = draw(whole, bits);
+  const int64_t token = draw(row, law, bits);
   return {token, log_probability(row, law, token), 0};
 }
 
@@ -28,7 +25,7 @@ Drawn sample_row(const Row& row, const SamplingView& sampling, int64_t slot, uin
 
 void sample(const SampleArgs& args) {
   const int64_t batch = args.logits.shape[0];
-  parallel_rows(batch, args.logits.shape[1], [&](int64_t b) {
+  parallel_for(batch, args.logits.shape[1], [&](int64_t b) {
     const int64_t slot = slot_of(args.slots, b, args.sampling.size);
     Drawn drawn{-1, -__builtin_inff(), kBadRow};
     if (slot >= 0) {

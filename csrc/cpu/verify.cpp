@@ -57,7 +57,7 @@ int64_t target_rows(const VerifyArgs& args, int64_t b) {
   return first >= 0 && last >= first && last <= args.target_logits.shape[0] ? last - first : 0;
 }
 
-void verify_row(const VerifyArgs& args, int64_t b) {
+void verify_row(const VerifyArgs& args, int64_t b, bool share_row) {
   const int64_t nodes = args.draft_tokens.shape[1];
   const int64_t requested = args.num_drafts ? read_index(args.num_drafts, b) : nodes;
   const int64_t slot = slot_of(args.slots, b, std::min(args.sampling.size, args.draft_sampling.size));
@@ -70,6 +70,7 @@ void verify_row(const VerifyArgs& args, int64_t b) {
   int32_t status = 0;
   int32_t drafts = static_cast<int32_t>(requested);
   const bool count_usable = requested >= 0 && requested <= nodes && requested < rows_there;
+  if (share_row && count_usable && rows.indices_usable_to(drafts)) rows.make_laws(drafts);
   if (!count_usable || !rows.proposal_usable(drafts)) {
     drafts = 0;
     status |= kBadDraft;
@@ -89,8 +90,14 @@ void verify_row(const VerifyArgs& args, int64_t b) {
 
 void verify(const VerifyArgs& args) {
   const TensorView& logits = args.target_logits;
-  const int64_t per_row = logits.shape[logits.rank - 1] * (args.draft_tokens.shape[1] + 1);
-  parallel_rows(args.draft_tokens.shape[0], per_row, [&](int64_t b) { verify_row(args, b); });
+  const int64_t batch = args.draft_tokens.shape[0], rows = args.draft_tokens.shape[1] + 1;
+  const int64_t vocab = logits.shape[logits.rank - 1];
+  // With fewer requests than threads the rows of each request are shared out instead.
+  if (batch < threads_for(2 * rows, vocab)) {
+    for (int64_t b = 0; b < batch; ++b) verify_row(args, b, true);
+    return;
+  }
+  parallel_for(batch, rows * vocab, [&](int64_t b) { verify_row(args, b, false); });
 }
 
 }  // namespace foretoken::cpu

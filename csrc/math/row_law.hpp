@@ -37,14 +37,15 @@ FORETOKEN_INLINE float logits_floor(float max, float scale) {
   return static_cast<float>(static_cast<double>(max) - 125.0 / static_cast<double>(scale));
 }
 
+// A NaN is not below the cut: it comes through, and makes the sum of its tile a NaN.
 FORETOKEN_INLINE float weight_of_logit(float logit, float max, float scale, float cut) {
   const float weight = exp2_scaled(logit - max, scale);
-  return logit >= cut ? weight : 0.0f;  // NaN compares false
+  return logit < cut ? 0.0f : weight;
 }
 
 FORETOKEN_INLINE float weight_of_prob(float prob, float scale, float cut) {
   const float weight = prob * scale;
-  return prob >= cut ? weight : 0.0f;
+  return prob < cut ? 0.0f : weight;
 }
 
 FORETOKEN_INLINE float weight_in(const RowLaw& law, float element) {

@@ -1,0 +1,113 @@
+// The few vector operations the row kernels need, as plain loops. The x86 twins are in csrc/cpu/x86.
+#pragma once
+
+#include "math/half.hpp"
+#include "math/row_law.hpp"
+
+namespace foretoken::cpu {
+namespace {
+
+struct Floats {
+  static constexpr int kLanes = 8;
+  float lane[kLanes];
+
+  template <class Value>
+  static inline __attribute__((always_inline)) Floats from(Value value) {
+    Floats result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = value(i);
+    return result;
+  }
+
+  static Floats load(const float* p) {
+    return from([=](int i) { return p[i]; });
+  }
+  static Floats all(float value) {
+    return from([=](int) { return value; });
+  }
+  void store(float* p) const { std::memcpy(p, lane, sizeof lane); }
+};
+
+inline Floats add(Floats a, Floats b) {
+  return Floats::from([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Floats subtract(Floats a, Floats b) {
+  return Floats::from([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline Floats multiply(Floats a, Floats b) {
+  return Floats::from([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return Floats::from([&](int i) { return fused(a.lane[i], b.lane[i], c.lane[i]); });
+}
+// a where it is greater, else b: a NaN in a is passed over.
+inline Floats greater_of(Floats a, Floats b) {
+  return Floats::from([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Floats lesser_of(Floats a, Floats b) {
+  return Floats::from([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// value, or 0 where x < bound; not where x is NaN.
+inline Floats unless_below(Floats x, Floats bound, Floats value) {
+  return Floats::from([&](int i) { return x.lane[i] < bound.lane[i] ? 0.0f : value.lane[i]; });
+}
+// power * 2^n, n being the integer that adding 1.5 * 2^23 left in the low bits of `shifted`; 0 where x <
+// bound.
+inline Floats scale_unless_below(Floats x, Floats bound, Floats power, Floats shifted) {
+  return Floats::from([&](int i) {
+    const float scaled = float_of(bits_of(power.lane[i]) + (bits_of(shifted.lane[i]) << 23));
+    return x.lane[i] < bound.lane[i] ? 0.0f : scaled;
+  });
+}
+// {a0 + a1, a2 + a3, ..., b0 + b1, ...}
+inline Floats add_neighbours(Floats a, Floats b) {
+  constexpr int half = Floats::kLanes / 2;
+  return Floats::from([&](int i) {
+    return i < half ? a.lane[2 * i] + a.lane[2 * i + 1] : b.lane[2 * (i - half)] + b.lane[2 * (i - half) + 1];
+  });
+}
+// Adds the upper half to the lower until one element is left.
+inline float add_halves(Floats a) {
+  for (int width = Floats::kLanes / 2; width >= 1; width /= 2) {
+    for (int i = 0; i < width; ++i) a.lane[i] += a.lane[i + width];
+  }
+  return a.lane[0];
+}
+inline bool any_nan(Floats a) {
+  bool found = false;
+  for (int i = 0; i < Floats::kLanes; ++i) found |= a.lane[i] != a.lane[i];
+  return found;
+}
+inline void store_masses(Floats weights, uint64_t* out) {
+  for (int i = 0; i < Floats::kLanes; ++i) out[i] = mass_of(weights.lane[i]);
+}
+
+struct MassSum {
+  uint64_t lane[Floats::kLanes] = {};
+  void add(Floats weights) {
+    for (int i = 0; i < Floats::kLanes; ++i) lane[i] += mass_of(weights.lane[i]);
+  }
+  uint64_t total() const {
+    uint64_t sum = 0;
+    for (uint64_t value : lane) sum += value;
+    return sum;
+  }
+};
+
+inline Floats load_bfloat(const uint16_t* p) {
+  return Floats::from([=](int i) { return float_of_bfloat(p[i]); });
+}
+inline Floats load_half(const uint16_t* p) {
+  return Floats::from([=](int i) { return float_of_half(p[i]); });
+}
+// Appends the lanes at or above bound; writes up to kLanes elements at out, returns how many count.
+inline int keep_at_least(Floats x, float bound, float* out) {
+  int kept = 0;
+  for (int i = 0; i < Floats::kLanes; ++i) {
+    out[kept] = x.lane[i];
+    kept += x.lane[i] >= bound ? 1 : 0;
+  }
+  return kept;
+}
+
+}  // namespace
+}  // namespace foretoken::cpu

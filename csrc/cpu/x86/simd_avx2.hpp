@@ -1,0 +1,91 @@
+// The operations of simd_portable.hpp on eight lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "math/row_law.hpp"
+
+namespace foretoken::cpu {
+namespace {
+
+struct Floats {
+  static constexpr int kLanes = 8;
+  __m256 lane;
+
+  static Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Floats all(float value) { return {_mm256_set1_ps(value)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, lane); }
+};
+
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.lane, b.lane)}; }
+inline Floats subtract(Floats a, Floats b) { return {_mm256_sub_ps(a.lane, b.lane)}; }
+inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.lane, b.lane)}; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.lane, b.lane, c.lane)}; }
+// maxps and minps return the second operand if either is NaN: exactly `a > b ? a : b`.
+inline Floats greater_of(Floats a, Floats b) { return {_mm256_max_ps(a.lane, b.lane)}; }
+inline Floats lesser_of(Floats a, Floats b) { return {_mm256_min_ps(a.lane, b.lane)}; }
+inline Floats unless_below(Floats x, Floats bound, Floats value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.lane, bound.lane, _CMP_NLT_UQ), value.lane)};
+}
+inline Floats scale_unless_below(Floats x, Floats bound, Floats power, Floats shifted) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted.lane), 23);
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(power.lane), exponent);
+  return unless_below(x, bound, {_mm256_castsi256_ps(scaled)});
+}
+inline Floats add_neighbours(Floats a, Floats b) {
+  const __m256 mixed = _mm256_hadd_ps(a.lane, b.lane);  // a0+a1 a2+a3 b0+b1 b2+b3 | a4+a5 ...
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0b11011000))};
+}
+inline float add_halves(Floats a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.lane), _mm256_extractf128_ps(a.lane, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline bool any_nan(Floats a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.lane, a.lane, _CMP_UNORD_Q)) != 0; }
+
+inline __m256i masses_of(__m128 weights) {
+  const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtps_pd(weights), _mm256_set1_pd(kMassUnit)),
+                                        _mm256_set1_pd(4503599627370496.0));
+  return _mm256_and_si256(_mm256_castpd_si256(shifted), _mm256_set1_epi64x(0x000FFFFFFFFFFFFFll));
+}
+inline __m128 low_half(Floats a) { return _mm256_castps256_ps128(a.lane); }
+inline __m128 high_half(Floats a) { return _mm256_extractf128_ps(a.lane, 1); }
+
+inline void store_masses(Floats weights, uint64_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), masses_of(low_half(weights)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 4), masses_of(high_half(weights)));
+}
+
+struct MassSum {
+  __m256i sum = _mm256_setzero_si256();
+  void add(Floats weights) {
+    const __m256i both = _mm256_add_epi64(masses_of(low_half(weights)), masses_of(high_half(weights)));
+    sum = _mm256_add_epi64(sum, both);
+  }
+  uint64_t total() const {
+    uint64_t lane[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), sum);
+    return lane[0] + lane[1] + lane[2] + lane[3];
+  }
+};
+
+inline Floats load_bfloat(const uint16_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Floats load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline int keep_at_least(Floats x, float bound, float* out) {
+  float lane[Floats::kLanes];
+  x.store(lane);
+  int kept = 0;
+  for (float value : lane) {
+    out[kept] = value;
+    kept += value >= bound ? 1 : 0;
+  }
+  return kept;
+}
+
+}  // namespace
+}  // namespace foretoken::cpu
