@@ -16,7 +16,7 @@ from foretoken.hf.arguments import Prepared
 from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
 from foretoken.hf.runner import ModuleRunner
 from foretoken.hf.stopping import Replay
-from foretoken.metrics import Counters
+from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
 from foretoken.session import Event, Request, Session, Step
 
@@ -37,11 +37,11 @@ class Emission:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a callback gets after each round: its number from 1, what it emitted, the figures so far."""
+    """What a callback gets after each round: its number from 1, what it emitted, the session's metrics."""
 
     index: int
     emissions: tuple[Emission, ...]
-    figures: Figures
+    metrics: Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +61,18 @@ class Figures:
 
 
 class Runners:
-    """Runners by model, kept while they are large enough; making one probes its model."""
+    """Runners of a target and a draft model, kept while they fit: making one allocates caches and probes."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, ModuleRunner] = {}
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
-    def get(self, model: Any, max_batch: int, max_length: int, role: int = 0) -> ModuleRunner:
-        key = 2 * id(model) + role
-        runner = self._kept.get(key)
-        if runner is not None and runner.max_batch >= max_batch and runner.max_length >= max_length:
-            return runner
-        self._kept.pop(key, None)  # before the new one takes memory
-        self._kept[key] = runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+    def get(self, role: str, model: Any, max_batch: int, max_length: int) -> Any:
+        made_for = (model, model.dtype, model.device, model.training)
+        known, runner = self._kept.pop(role, (None, None))
+        if known != made_for or runner.max_batch < max_batch or runner.max_length < max_length:
+            runner = None  # let go of it first: two sets of caches may not fit
+            runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+        self._kept[role] = made_for, runner
         return runner
 
 
@@ -90,7 +90,7 @@ class Decoding:
         self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
         # A round looks past the end of its row by less than it drafts.
         self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens
-        self._runner = runners.get(prepared.model, prepared.batch, self._max_length)
+        self._runner = runners.get("target", prepared.model, prepared.batch, self._max_length)
         self._session = Session(
             max_batch=prepared.batch,
             vocab_size=self._runner.vocab_size,
@@ -124,15 +124,30 @@ class Decoding:
 
     def rounds(self) -> Iterator[Round]:
         """Run the call. Leaving early loses nothing but the rounds still to come."""
-        with torch.no_grad():
+        index = 0
+        while self._advance():
+            index += 1
+            yield Round(index, tuple(self._emissions()), self._session.metrics)
+
+    def run(self) -> None:
+        """Run the call to its end, telling nobody."""
+        while self._advance():
+            pass
+
+    @torch.no_grad()
+    def _advance(self) -> bool:
+        """Prefill if there is something to fill in, then one round; False when there was none left."""
+        if not self._requests:
             self._admit()
         while not self._replay.done and (step := self._session.plan()) is not None:
-            with torch.no_grad():
-                decoded = self._forward(step)
-            if decoded:
-                yield Round(self._session.metrics.steps, tuple(self._emissions()), self.figures())
+            if self._forward(step):
+                return True
+        if not self._replay.done:
+            table = self._runner.position_table
+            raise IndexError(f"a row has used all {table} positions of the model; lower max_new_tokens")
         if self._prepared.streamer is not None:
             self._prepared.streamer.end()
+        return False
 
     def sequences(self) -> Tensor:
         """int64 [B, L + new]: prompts as they came, what was generated, padding."""
@@ -172,7 +187,7 @@ class Decoding:
             return NgramDrafter() if spec.max_ngram is None else NgramDrafter(max_ngram=spec.max_ngram)
         if not isinstance(spec.drafter, torch.nn.Module):
             return spec.drafter
-        runner = runners.get(spec.drafter, batch, self._max_length, role=1)
+        runner = runners.get("draft", spec.drafter, batch, self._max_length)
         # A drafter made for fewer positions than the target stops drafting there.
         limit = min(self._max_length, runner.max_positions or self._max_length)
         return ModelDrafter(runner, max_batch=batch, vocab_size=self._runner.vocab_size, max_length=limit)
@@ -183,11 +198,20 @@ class Decoding:
             request = self._session.admit(
                 prompt,
                 sampling,
-                max_new_tokens=prepared.max_new_tokens,
+                max_new_tokens=min(prepared.max_new_tokens, self._room(prompt)),
                 eos_ids=prepared.eos_ids,
             )
             self._requests.append(request)
             self._row[request] = row
+
+    def _room(self, prompt: Tensor) -> int:
+        """New tokens that a table of learned positions has room for; the last one is never fed."""
+        table = self._runner.position_table
+        if table is None:
+            return self._prepared.max_new_tokens
+        if len(prompt) > table:
+            raise ValueError(f"input_ids: {len(prompt)} tokens, but the model has only {table} positions")
+        return table - len(prompt) + 1
 
     def _forward(self, step: Step) -> bool:
         """One step, to its end; whether it was a round."""
@@ -221,7 +245,7 @@ class Decoding:
         if self._replay.scores is not None:
             scores = processed[:count].to(torch.float32, copy=True)
             for warper in self._warpers(row):
-                scores = warper(self._replay.ids[:count], scores)
+                scores = warper(self._replay.ids, scores)  # none of these looks at the ids
         self._replay.append(row, event.tokens, scores, logits)
 
     def _warpers(self, row: int) -> Sequence[Any]:
@@ -234,7 +258,9 @@ class Decoding:
         for row, request in enumerate(self._requests):
             if self._replay.ended(row) and not self._closed[row]:
                 self._closed[row] = True
-                self._session.truncate(request, self._replay.generated(row), finish_reason="stop")
+                keep = self._replay.generated(row)
+                if request.finish_reason is None or keep < request.num_generated:
+                    self._session.truncate(request, keep)
 
     def _emissions(self) -> Iterator[Emission]:
         for row in range(self._prepared.batch):

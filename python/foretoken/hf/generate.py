@@ -199,8 +199,10 @@ def finish(prepared: Prepared, callback: Callback | None, runners: Runners) -> A
     """Decode to the end and build what ``model.generate`` returns."""
     decoding = Decoding(prepared, runners)
     _warn_without_drafts(prepared, decoding)
-    for finished_round in decoding.rounds():
-        if callback is not None:
+    if callback is None:
+        decoding.run()
+    else:
+        for finished_round in decoding.rounds():
             callback(finished_round)
     sequences = decoding.sequences()
     if not prepared.config.return_dict_in_generate:

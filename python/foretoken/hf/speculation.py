@@ -118,9 +118,9 @@ def _check_draft_model(model: Any, drafter: Any, same_tokenizer: bool) -> None:
         raise ValueError(f"drafter: {type(drafter).__name__} is an encoder-decoder model; drafters are not")
     target_size = model.config.get_text_config().vocab_size
     draft_size = drafter.config.get_text_config().vocab_size
-    # Rows that pad the embedding may differ in number; only the tokenizers can tell that it is no more than that.
+    # Rows that pad the embedding may differ in number; only the tokenizers can tell that it is just that.
     if target_size != draft_size and not same_tokenizer:
         raise ValueError(
-            f"drafter: its vocabulary has {draft_size} tokens and the target's {target_size}; if they share one "
-            "tokenizer all the same, show it with tokenizer= and assistant_tokenizer="
+            f"drafter: its vocabulary has {draft_size} tokens and the target's {target_size}; if they share "
+            "one tokenizer all the same, show it with tokenizer= and assistant_tokenizer="
         )

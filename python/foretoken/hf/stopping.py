@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -23,6 +24,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+_BEYOND = torch.iinfo(torch.int64).max
 _ROW_BY_ROW = (EosTokenCriteria, MaxLengthCriteria)
 
 
@@ -65,6 +67,7 @@ class Replay:
         self._max_new_tokens = max_new_tokens
         self._eos = frozenset(eos_ids)
         self._strings = [c for c in criteria if type(c) is StopStringCriteria]
+        self._lengths = [c for c in criteria if type(c) is MaxLengthCriteria]
         self._shared = StoppingCriteriaList(
             c for c in criteria if type(c) not in _ROW_BY_ROW and type(c) is not StopStringCriteria
         )
@@ -147,6 +150,10 @@ class Replay:
                 self.done = True
                 for row in range(self.batch):
                     self._end(row, min(step, self._count[row]))
+                for criterion in self._lengths:
+                    criterion(
+                        now[:, :-1], None
+                    )  # reminds of the model's own maximum length, as it would have
 
     def sequences(self) -> Tensor:
         """int64 [B, L + steps], as `model.generate` returns it."""
@@ -173,12 +180,15 @@ class Replay:
         """Steps among the next `count` at which a stop string is complete."""
         steps = range(first + 1, first + count + 1)
         found: set[int] = set()
+        first_end, last_end = self.prompt_length + first + 1, self.prompt_length + first + count
         for criterion in self._strings:
-            for step in steps:
-                ids = self.ids[row : row + 1, : self.prompt_length + step]
-                if bool(criterion(ids, None)):
-                    found.add(step)
-                    break
+            # It looks at `reach` tokens from the end, and takes an id beyond its vocabulary for the start of
+            # the text; so one call serves all steps.
+            reach = criterion.maximum_token_len
+            text = self.ids[row, max(0, first_end - reach) : last_end]
+            text = pad(text, (max(0, reach - first_end), 0), value=_BEYOND)
+            hits = criterion(text.unfold(0, reach, 1), None).tolist()
+            found.update(step for step, hit in zip(steps, hits, strict=True) if hit)
         return frozenset(found)
 
     def _end(self, row: int, count: int) -> None:
