@@ -2,14 +2,18 @@
 #include <pybind11/pybind11.h>
 
 namespace foretoken {
+void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
+void register_loop(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
 }  // namespace foretoken
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
+  foretoken::register_drafters(module);
   foretoken::register_info(module);
+  foretoken::register_loop(module);
   foretoken::register_ops(module);
   foretoken::register_testing(module);
 }

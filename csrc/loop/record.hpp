@@ -1,0 +1,93 @@
+// One request: what was asked, what has been emitted, and how each token came about.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace foretoken::loop {
+
+enum class Phase : uint8_t { waiting, prefill, decode, finished };
+enum class Finish : uint8_t { none, eos, stop, length, cancelled };
+enum class Kind : uint8_t { accepted, recovery, bonus };
+
+struct Limits {
+  int64_t max_new_tokens = 0;
+  int64_t min_new_tokens = 0;
+  int64_t num_drafts = 0;  // 0: speculation is off
+  std::vector<int64_t> eos_ids;
+  std::vector<int64_t> stop_ids;
+};
+
+// Sums over rounds; a round is one verdict of one request.
+struct Counters {
+  explicit Counters(int64_t num_drafts = 0) : accepted_per_pos(num_drafts) {}
+
+  int64_t rounds = 0;
+  int64_t drafts = 0;  // rounds that checked at least one draft
+  int64_t draft_tokens = 0;
+  int64_t accepted_tokens = 0;
+  int64_t emitted_tokens = 0;  // accepted and closing ones
+  std::vector<int64_t> accepted_per_pos;
+};
+
+struct Round {
+  int64_t first;  // index of its first generated token
+  int32_t drafted;
+  int32_t accepted;  // how many of the accepted drafts were emitted (an end may cut the run)
+};
+
+// What one verdict found for one request.
+struct Emission {
+  const int64_t* tokens;  // [count]
+  const float* logprobs;  // [count] or null
+  int32_t count;
+  int32_t drafted;
+  int32_t accepted;
+  int32_t status;
+};
+
+struct Record {
+  int64_t generated() const { return static_cast<int64_t>(tokens.size()) - prompt_length; }
+
+  // After this, emit() of as many tokens cannot throw.
+  void reserve_round(int64_t tokens_of_round, bool keep_logprobs);
+
+  // Takes tokens up to the first that ends the text; returns what ended it. `total` counts along.
+  Finish emit(const Emission& emission, Counters& total);
+
+  // Keeps the first n generated tokens. A round that is cut keeps its drafts in the counters, as if the text
+  // had ended there; a round that loses all its tokens has never been.
+  void withdraw(int64_t n, Counters& total);
+
+  Finish end_with(int64_t token) const;
+
+  int64_t id = 0;
+  Phase phase = Phase::waiting;
+  Finish finish = Finish::none;
+  int32_t slot = -1;   // of a live request
+  int32_t status = 0;  // every bit that verification ever set for it
+  Limits limits;
+  int64_t prompt_length = 0;
+  std::vector<int64_t> tokens;  // prompt, then generated
+  std::vector<Kind> kinds;      // [generated]
+  std::vector<float> logprobs;  // [generated], when the session keeps them
+  std::vector<Round> rounds;
+  Counters counters;
+
+  bool pending = false;      // stands in the session's queue of events
+  int64_t delivered = 0;     // generated tokens that events have handed out
+  int64_t retracted = 0;     // of those, withdrawn since the last event
+  int64_t event_drafts = 0;  // drafts checked since the last event
+};
+
+struct Event {
+  int64_t id;
+  Finish finish;  // none: goes on
+  int64_t retracted;
+  int64_t num_drafts;
+  std::vector<int64_t> tokens;
+  std::vector<Kind> kinds;
+  std::vector<float> logprobs;
+};
+
+}  // namespace foretoken::loop

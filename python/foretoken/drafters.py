@@ -1,0 +1,361 @@
+"""Who guesses ahead of the target: the protocol, an n-gram index, a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from foretoken import _core, ops
+from foretoken.sampling import Sampling, SamplingTable
+from foretoken.step import Shape, Step, StepViews
+
+__all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
+
+Forward = Callable[[Step], Tensor]
+"""Writes the K/V of a :class:`~foretoken.step.Step` and returns its logits ``[B, T, V]``."""
+
+
+@dataclass(slots=True)
+class Proposal:
+    """What a drafter proposes for B rows, and the law it drew from.
+
+    Without ``draft_logits`` and ``draft_probs`` the proposal is deterministic (a point law). The declared law
+    is the one the tokens were really drawn from, whatever else: that is what keeps the output exact.
+    """
+
+    tokens: Tensor
+    """int64 ``[B, K]``; what lies behind a row's ``num_drafts`` is not read."""
+    num_drafts: Tensor
+    """int32 ``[B]``, at most the row's budget. 0: the row is decoded plainly this round."""
+    draft_logits: Tensor | None = None
+    """``[B, M, V]``: row i is what draft i was drawn from, through ``draft_sampling``."""
+    draft_probs: Tensor | None = None
+    """``[B, M, V]``: the same as final probabilities."""
+    draft_row: Tensor | None = None
+    """int32 ``[B, K]``: the law row of each draft, -1 for a point law; None: row i for draft i."""
+    draft_sampling: Sampling | SamplingTable | None = None
+    """Law applied to ``draft_logits``; None: the request's own."""
+
+    def select(self, rows: Tensor) -> Proposal:
+        """The proposal of some of the rows (int64 ``[R]``), in that order."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, rows)
+
+        return Proposal(
+            tokens=self.tokens.index_select(0, rows),
+            num_drafts=self.num_drafts.index_select(0, rows),
+            draft_logits=pick(self.draft_logits),
+            draft_probs=pick(self.draft_probs),
+            draft_row=pick(self.draft_row),
+            draft_sampling=self.draft_sampling,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """The rows of a decode step, as a drafter sees them. Tensors are valid until the step is committed."""
+
+    sampling: SamplingTable
+    """Law and seed of every slot."""
+    chunk: int
+    """The most tokens that :meth:`tokens_from` gives a row at once."""
+    _session: Any = field(repr=False)
+    _from_tokens: Tensor = field(repr=False)
+    _from_counts: Tensor = field(repr=False)
+    slots: Tensor = field(init=False)
+    """int32 ``[B]``, ascending."""
+    lengths: Tensor = field(init=False)
+    """int64 ``[B]``: valid rows of the target's cache; the position of the last committed token."""
+    base: Tensor = field(init=False)
+    """int64 ``[B]``: committed tokens; with the seed, what all randomness of the round is keyed by."""
+    limits: Tensor = field(init=False)
+    """int64 ``[B]``: what ``base`` cannot grow past (prompt and ``max_new_tokens``)."""
+    requests: Sequence[Any] = ()
+    """The :class:`~foretoken.session.Request` of each row."""
+    max_budget: int = 0
+    """The largest budget of this round, known on the host."""
+    greedy: bool = False
+    """Every row is at temperature 0."""
+
+    def tokens_from(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Committed tokens that a drafter has not taken in yet.
+
+        Parameters
+        ----------
+        starts
+            int64 ``[S]``, by **slot**: how many of the slot's tokens are known already.
+
+        Returns
+        -------
+        tuple of Tensor
+            int64 ``[B, W]`` tokens, padded with 0, and int32 ``[B]`` counts. A call gives a row no more than
+            ``chunk``: ask again with larger starts. Rows whose budget is 0 get none; they catch up when they
+            draft again. The next call overwrites both.
+
+        Raises
+        ------
+        ValueError
+            A start is negative or beyond the text.
+        """
+        width = self._session.tokens_from(starts)
+        rows = self.slots.shape[0]
+        return self._from_tokens[: rows * width].view(rows, width), self._from_counts[:rows]
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes, and is told what came of it.
+
+    A session calls ``reset`` when a request takes a slot, ``propose`` for the rows of a decode step when one
+    of them has a budget, ``observe`` after its verdict, and ``truncate`` when tokens are withdrawn. How long
+    to draft is decided by the session, in ``budget``; a drafter may stay below it, deciding before a token is
+    drawn and never by looking at the token.
+    """
+
+    def propose(self, context: Context, budget: Tensor) -> Proposal:
+        """Up to ``budget[b]`` tokens (int32 ``[B]``) to follow each row's committed text."""
+        ...
+
+    def observe(self, context: Context, verdict: ops.Verdict) -> None:
+        """What the round of ``context`` came to, for all its rows."""
+        ...
+
+    def reset(self, slot: int) -> None:
+        """A new request has this slot: forget what it held."""
+        ...
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Of the slot's text the first ``length`` tokens stay."""
+        ...
+
+
+class _Rows:
+    """Buffers ``[B, K]`` and ``[B]`` over one allocation, cut once per size."""
+
+    def __init__(self) -> None:
+        self._tokens = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(0, dtype=torch.int32)
+        self._cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def cut(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        views = self._cut.get((rows, columns))
+        if views is None:
+            if rows * columns > len(self._tokens) or rows > len(self._counts):
+                self._tokens = torch.zeros(max(rows * columns, len(self._tokens)), dtype=torch.int64)
+                self._counts = torch.zeros(max(rows, len(self._counts)), dtype=torch.int32)
+                self._cut.clear()
+            views = self._tokens[: rows * columns].view(rows, columns), self._counts[:rows]
+            self._cut[rows, columns] = views
+        return views
+
+
+class NgramDrafter:
+    """Copies what followed the last time: "Prompt lookup decoding" (Saxena 2023), on an index.
+
+    The longest suffix of prompt and output, at most ``max_ngram`` and at least ``min_ngram`` tokens, that
+    occurred before is looked up; its most recent earlier occurrence gives the continuation. A copy that
+    reaches the end of the text goes on with itself, so a text with period d is continued with period d. Rows
+    without a match draft nothing. Proposals are deterministic: a point law.
+
+    Parameters
+    ----------
+    max_ngram, min_ngram
+        Lengths of the suffixes that are looked up, ``1 <= min_ngram <= max_ngram <= 15``.
+    max_bytes
+        Memory of one request's index, at least 4096. A text that outgrows it loses its oldest token for every
+        new one; about 90 bytes a token hold the whole text at ``max_ngram=4``.
+
+    Examples
+    --------
+    >>> from foretoken import _core
+    >>> index = _core.NgramIndex(max_ngram=3, max_bytes=1 << 16)
+    >>> index.append([5, 6, 7, 8, 5, 6])
+    >>> index.propose(3)
+    [7, 8, 5]
+    """
+
+    def __init__(self, max_ngram: int = 4, min_ngram: int = 1, max_bytes: int = 32 << 20) -> None:
+        self._pool = _core.NgramPool(min_ngram=min_ngram, max_ngram=max_ngram, max_bytes=max_bytes)
+        self._taken = torch.zeros(1, dtype=torch.int64)  # by slot: tokens the index holds
+        self._fresh: set[int] = set()
+        self._rows = _Rows()
+
+    def propose(self, context: Context, budget: Tensor) -> Proposal:
+        if self._fresh:
+            # Room for what is surely coming, so that growing does not fall into a later round.
+            self._pool.reserve(context.slots, torch.minimum(context.limits, context.base * 5 // 4 + 4096))
+            self._fresh.clear()
+        rows = budget.shape[0]
+        drafts, num_drafts = self._rows.cut(rows, context.max_budget)
+        tokens, counts = context.tokens_from(self._taken)
+        while tokens.shape[1] == context.chunk:
+            self._pool.take_in(context.slots, tokens, counts, self._taken)
+            tokens, counts = context.tokens_from(self._taken)
+        self._pool.propose(context.slots, tokens, counts, self._taken, budget, drafts, num_drafts)
+        return Proposal(drafts, num_drafts)
+
+    def observe(self, context: Context, verdict: ops.Verdict) -> None:
+        """Nothing to do: the text is taken in when the row drafts again."""
+
+    def reset(self, slot: int) -> None:
+        if slot >= len(self._taken):
+            taken = torch.zeros(2 * slot + 1, dtype=torch.int64)
+            taken[: len(self._taken)] = self._taken
+            self._taken = taken
+        self._pool.reset(slot)
+        self._taken[slot] = 0
+        self._fresh.add(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        self._taken[slot] = self._pool.truncate(slot, length)
+
+
+class ModelDrafter:
+    """A smaller model of the same vocabulary, with a cache of its own.
+
+    It draws with :func:`foretoken.ops.sample` (purpose "draft", step k), each row by its request's own law,
+    and hands out the logits it drew from; rows at temperature 0 are point laws. Its cache lengths have one
+    owner, native code: after a round a row takes in one token, two after full acceptance (its last draft was
+    never fed), more when it skipped rounds, in chunks.
+
+    Parameters
+    ----------
+    forward
+        The same contract as the target's: writes K/V, returns logits ``[B, T, Vd]``. Logits past
+        ``vocab_size`` are cut off before drawing, missing ones have no mass.
+    max_batch, max_length
+        Slots of the drafter's cache, and rows per slot. Nothing is drafted past ``max_length``.
+    vocab_size
+        The target's.
+    prefill_chunk
+        Tokens a row takes in with one forward while it catches up.
+
+    Attributes
+    ----------
+    forward_seconds : float
+        Host time spent in ``forward`` so far.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        max_batch: int,
+        vocab_size: int,
+        max_length: int,
+        prefill_chunk: int = 512,
+    ) -> None:
+        self._forward = forward
+        self._max_batch = max_batch
+        self._vocab_size = vocab_size
+        self._steps = _core.DraftSteps(max_batch=max_batch, max_length=max_length, chunk=prefill_chunk)
+        self._views = StepViews(self._steps.arrays())
+        self._held = self._views.flat("held")
+        self._num_drafts = self._views.flat("num_drafts")
+        self._active = self._views.flat("active")
+        self._base = self._views.flat("base")
+        self._draws = torch.empty(max_batch, dtype=torch.int64)
+        self._rows = _Rows()
+        self._law: Tensor | None = None
+        self.forward_seconds = 0.0
+
+    def propose(self, context: Context, budget: Tensor) -> Proposal:
+        most = self._steps.begin(context.slots, context.lengths, budget)
+        rows = budget.shape[0]
+        drafts, _ = self._rows.cut(rows, most)
+        num_drafts = self._num_drafts[:rows]
+        if most == 0:
+            return Proposal(drafts, num_drafts)
+        with torch.inference_mode():
+            step, logits = self._catch_up(context)
+            law: Tensor | None = None
+            for k in range(most):
+                if k > 0:
+                    logits = self._run(step)
+                last = self._fit(_last_rows(logits, step))
+                if not context.greedy:
+                    law = self._keep(last, law, rows, most, k)
+                count = last.shape[0]
+                draws = ops.sample(
+                    last,
+                    sampling=context.sampling,
+                    base=self._base[:count],
+                    step=k,
+                    purpose="draft",
+                    slots=step.slots,
+                    out=self._draws[:count],
+                )
+                shape = self._steps.drawn(draws, drafts, k)
+                if k + 1 < most:
+                    step = self._step(shape, context)
+        return Proposal(drafts, num_drafts, draft_logits=law)
+
+    def observe(self, context: Context, verdict: ops.Verdict) -> None:
+        self._steps.observe(context.slots, verdict.next_lengths)
+
+    def reset(self, slot: int) -> None:
+        self._steps.reset(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        self._steps.truncate(slot, length)
+
+    def _catch_up(self, context: Context) -> tuple[Step, Tensor]:
+        """Take in what was committed since; the step whose last logits give the first draft, and all of
+        them.
+        """
+        while True:
+            step = self._step(self._steps.feed(*context.tokens_from(self._held)), context)
+            logits = self._run(step)
+            if step.kind == "decode":
+                return step, logits
+            self._steps.fed()
+
+    def _step(self, shape: Shape, context: Context) -> Step:
+        count = shape[1]
+        requests = context.requests
+        if count != len(requests):
+            by_slot = dict(zip(context.slots.tolist(), requests, strict=True))
+            requests = [by_slot[slot] for slot in self._views.flat("slots")[:count].tolist()]
+        return self._views.make(shape, requests)
+
+    def _run(self, step: Step) -> Tensor:
+        began = perf_counter()
+        logits = self._forward(step)
+        self.forward_seconds += perf_counter() - began
+        return logits
+
+    def _fit(self, last: Tensor) -> Tensor:
+        missing = self._vocab_size - last.shape[1]
+        if missing == 0:
+            return last
+        return last[:, : self._vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
+
+    def _keep(self, last: Tensor, law: Tensor | None, rows: int, most: int, k: int) -> Tensor:
+        """Write what draft k is drawn from into the law ``[B, K, V]``."""
+        if law is None:
+            law = self._law_buffer(most, last.dtype)[:rows, :most]
+        if last.shape[0] == rows:
+            law[:, k].copy_(last)
+        else:
+            law[:, k].index_copy_(0, self._active[: last.shape[0]], last)
+        return law
+
+    def _law_buffer(self, most: int, dtype: torch.dtype) -> Tensor:
+        if self._law is None or self._law.shape[1] < most or self._law.dtype != dtype:
+            self._law = torch.zeros(self._max_batch, most, self._vocab_size, dtype=dtype)
+        return self._law
+
+
+def _last_rows(logits: Tensor, step: Step) -> Tensor:
+    """``[B, V]``: the logits behind each row's last token."""
+    if step.uniform:
+        return logits[:, -1]
+    rows = torch.arange(logits.shape[0])
+    return logits[rows, step.num_tokens.to(torch.int64) - 1]

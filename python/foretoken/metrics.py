@@ -1,0 +1,149 @@
+"""What a session counts, and where its time goes.
+
+Names mirror vLLM's (``vllm:spec_decode_num_drafts`` is ``foretoken_drafts`` here, and so on). Two of them are
+often mixed up: the **acceptance rate** is accepted drafts over checked drafts and knows nothing of closing
+tokens; the
+**acceptance length** is tokens emitted by a round that checked drafts, *including* the closing token, so it
+is 1 when nothing is ever accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Counters", "Metrics", "Seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Sums over rounds, of one request or of all of a session's. A round is one verdict of one request.
+
+    An end inside an accepted run cuts the accepted tokens it counts, not the drafts that were checked;
+    ``Session.truncate`` takes back what it withdraws, and a round that loses all its tokens has never been.
+    """
+
+    rounds: int
+    drafts: int
+    """Rounds that checked at least one draft."""
+    draft_tokens: int
+    """Drafts checked."""
+    accepted_tokens: int
+    """Drafts accepted and emitted."""
+    emitted_tokens: int
+    """Accepted and closing tokens."""
+    accepted_tokens_per_pos: tuple[int, ...]
+    """Entry i: rounds whose draft i was accepted."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over checked drafts; the closing token of a round counts on neither side."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens of a round that checked drafts, including its closing token: 1 + accepted / drafts."""
+        return 1.0 + self.accepted_tokens / self.drafts if self.drafts else 1.0
+
+    @property
+    def acceptance_rate_per_pos(self) -> tuple[float, ...]:
+        """Of the rounds that checked drafts, the share that accepted draft i."""
+        return tuple(n / self.drafts if self.drafts else 0.0 for n in self.accepted_tokens_per_pos)
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Emitted tokens over rounds, rounds without drafts included."""
+        return self.emitted_tokens / self.rounds if self.rounds else 0.0
+
+    def as_dict(self, prefix: str = "foretoken_") -> dict[str, int | tuple[int, ...]]:
+        """The counters under their published names."""
+        return {prefix + field.name: getattr(self, field.name) for field in fields(Counters)}
+
+    @classmethod
+    def read(cls, sums: dict[str, Any]) -> Counters:
+        """From the native dict, which may hold more."""
+        return cls(
+            rounds=sums["rounds"],
+            drafts=sums["drafts"],
+            draft_tokens=sums["draft_tokens"],
+            accepted_tokens=sums["accepted_tokens"],
+            emitted_tokens=sums["emitted_tokens"],
+            accepted_tokens_per_pos=tuple(sums["accepted_tokens_per_pos"]),
+        )
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Host time by part, as seen from ``plan`` and ``commit``."""
+
+    draft: float = 0.0
+    """In the drafter's ``propose``, its forward passes included."""
+    target_forward: float = 0.0
+    """From the ``plan`` of a decode step to its ``commit``: the caller's forward pass and all else it does
+    there.
+    """
+    prefill_forward: float = 0.0
+    """The same for prefill steps."""
+    verify_commit: float = 0.0
+    """In ``commit``."""
+    rest: float = 0.0
+    """``plan`` without drafting, and the caller between ``commit`` and the next ``plan``: reading events,
+    say.
+    """
+
+    @property
+    def total(self) -> float:
+        return self.draft + self.target_forward + self.prefill_forward + self.verify_commit + self.rest
+
+
+class Metrics:
+    """Counters and times of a session.
+
+    Attributes
+    ----------
+    seconds : Seconds
+        Host time by part. Time while nothing was live is not counted.
+
+    Examples
+    --------
+    >>> session.metrics.counters.acceptance_rate          # doctest: +SKIP
+    0.71
+    >>> session.metrics.as_dict()["foretoken_drafts"]     # doctest: +SKIP
+    123
+    """
+
+    def __init__(self, native: Any, drafter: object | None) -> None:
+        self._native = native
+        self._drafter = drafter
+        self.seconds = Seconds()
+
+    @property
+    def counters(self) -> Counters:
+        """Sums over all requests the session ever had."""
+        return Counters.read(self._native.counters())
+
+    @property
+    def steps(self) -> int:
+        """Decode forward passes committed; one step holds a round of every live request."""
+        return int(self._native.counters()["steps"])
+
+    @property
+    def bad_drafts(self) -> int:
+        """Rows whose proposal held an id outside the vocabulary: they were decoded without drafts."""
+        return int(self._native.counters()["bad_drafts"])
+
+    @property
+    def draft_forward_seconds(self) -> float:
+        """The part of ``seconds.draft`` in a model drafter's own forward passes."""
+        return float(getattr(self._drafter, "forward_seconds", 0.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, flat, under published names."""
+        native = self._native.counters()
+        result: dict[str, Any] = {**Counters.read(native).as_dict()}
+        result["foretoken_steps"] = native["steps"]
+        result["foretoken_bad_drafts"] = native["bad_drafts"]
+        for field in fields(Seconds):
+            result[f"foretoken_seconds_{field.name}"] = getattr(self.seconds, field.name)
+        result["foretoken_seconds_draft_forward"] = self.draft_forward_seconds
+        return result

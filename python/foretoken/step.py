@@ -1,0 +1,94 @@
+"""One forward pass, as a session or a model drafter asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Step", "StepViews"]
+
+Shape = tuple[int, int, int, bool, int, int]
+_KINDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "prefill", "decode")
+_MOST_CACHED_COLUMNS = 64
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """B live requests, T columns. Tensors live in reused buffers: they are valid until the step is committed.
+
+    A forward pass over it writes the K/V of column i of row b to cache row ``lengths[b] + i`` of slot
+    ``slots[b]``, attends to everything before, and returns logits ``[B, T, V]`` (of a prefill step anything).
+    Rolling back needs no call: a later step has smaller ``lengths``.
+
+    Columns from ``num_tokens[b]`` on are padding: token 0, positions going on, possibly past the end of the
+    slot. What is computed there is never read; their K/V may be dropped or written past the row's own.
+    """
+
+    kind: Literal["prefill", "decode"]
+    tokens: Tensor
+    """int64 ``[B, T]``."""
+    positions: Tensor
+    """int64 ``[B, T]``: ``lengths[b] + i``."""
+    num_tokens: Tensor
+    """int32 ``[B]``: leading columns that are tokens."""
+    lengths: Tensor
+    """int64 ``[B]``: valid cache rows before this step, the position of column 0."""
+    slots: Tensor
+    """int32 ``[B]``, ascending."""
+    requests: Sequence[Any]
+    """The :class:`~foretoken.session.Request` of each row."""
+    max_length_after: int
+    """The largest ``lengths[b] + T``, known on the host."""
+    uniform: bool
+    """Every row has T tokens."""
+    slot_range: tuple[int, int] | None
+    """``(first, last + 1)`` when the slots are neighbours."""
+
+
+class StepViews:
+    """Tensors over the arrays in which native code builds steps, cut to the rows and columns of each."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self._flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self._cut: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def flat(self, name: str) -> Tensor:
+        """The whole array."""
+        return self._flat[name]
+
+    def make(self, shape: Shape, requests: Sequence[Any]) -> Step:
+        """The step that native code has just built."""
+        kind, rows, columns, uniform, max_length_after, first = shape
+        views = self._cut.get((rows, columns))
+        if views is None:
+            views = self._cut_to(rows, columns)
+            if columns <= _MOST_CACHED_COLUMNS:
+                self._cut[rows, columns] = views
+        tokens, positions, num_tokens, lengths, slots = views
+        return Step(
+            _KINDS[kind],
+            tokens,
+            positions,
+            num_tokens,
+            lengths,
+            slots,
+            requests,
+            max_length_after,
+            uniform,
+            None if first < 0 else (first, first + rows),
+        )
+
+    def _cut_to(self, rows: int, columns: int) -> tuple[Tensor, ...]:
+        return (
+            self._flat["tokens"][: rows * columns].view(rows, columns),
+            self._flat["positions"][: rows * columns].view(rows, columns),
+            self._flat["num_tokens"][:rows],
+            self._flat["lengths"][:rows],
+            self._flat["slots"][:rows],
+        )

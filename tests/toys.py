@@ -1,0 +1,140 @@
+"""A target and a drafter that are tables: logits are a fixed function of the last tokens, whatever the batch.
+
+They keep a cache of token ids instead of K/V, read their context from it alone, and check on every step that
+each row they read holds the committed token of its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.sampling import Sampling
+from foretoken.session import Event, Request, Session, Step
+
+CONTEXT = 3
+CONTEXTS = 509
+GREEDY = Sampling(temperature=0.0)
+
+
+def table(vocab: int, seed: int, spread: float = 3.0) -> Tensor:
+    """float32 ``[CONTEXTS, V]`` of logits."""
+    return torch.randn(CONTEXTS, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def alike(logits: Tensor, seed: int, share: float) -> Tensor:
+    """A drafter's table: `share` of the contexts are the target's own, the others are different."""
+    other = table(logits.shape[1], seed)
+    keep = torch.rand(CONTEXTS, 1, generator=torch.Generator().manual_seed(seed)) < share
+    return torch.where(keep, logits, other)
+
+
+def context_of(tokens: Sequence[int]) -> int:
+    last = [-1] * CONTEXT + list(tokens)
+    return (31 * (last[-1] + 1) + 57 * (last[-2] + 1) + 113 * (last[-3] + 1)) % CONTEXTS
+
+
+class TableModel:
+    """Callable on a step, as any forward. `tokens_of` gives the committed text to hold the cache against."""
+
+    def __init__(self, logits: Tensor, max_batch: int, max_length: int) -> None:
+        self.logits = logits
+        self.cache = [[-1] * max_length for _ in range(max_batch)]
+        self.max_length = max_length
+        self.ahead = False  # a drafter also reads rows of its own drafts
+        self.tokens_of: Callable[[Request], list[int]] | None = None
+        self.steps: list[tuple[str, int, int]] = []
+        self.fed: dict[int, int] = {}
+
+    def __call__(self, step: Step) -> Tensor:
+        rows, columns = step.tokens.shape
+        self.steps.append((step.kind, rows, columns))
+        self._check_shape(step)
+        logits = torch.full((rows, columns, self.logits.shape[1]), torch.nan)
+        for b in range(rows):
+            slot, length, count = int(step.slots[b]), int(step.lengths[b]), int(step.num_tokens[b])
+            cache = self.cache[slot]
+            assert length + count <= self.max_length
+            self._check_cache(step.requests[b], cache[:length])
+            cache[length : length + count] = step.tokens[b, :count].tolist()
+            self.fed[slot] = self.fed.get(slot, 0) + count
+            for i in range(count):
+                logits[b, i] = self.logits[context_of(cache[: length + i + 1])]
+        return logits
+
+    def _check_shape(self, step: Step) -> None:
+        rows, columns = step.tokens.shape
+        slots = step.slots.tolist()
+        assert slots == sorted(set(slots))
+        assert len(step.requests) == rows
+        assert step.uniform == bool((step.num_tokens == columns).all())
+        assert step.max_length_after == int(step.lengths.max()) + columns
+        assert (step.slot_range is not None) == (slots == list(range(slots[0], slots[0] + rows)))
+        assert step.slot_range in (None, (slots[0], slots[-1] + 1))
+        assert int(step.num_tokens.max()) == columns
+        assert int(step.num_tokens.min()) >= 1
+        expected = step.lengths[:, None] + torch.arange(columns)
+        assert torch.equal(step.positions, expected)
+        for b in range(rows):
+            assert not step.tokens[b, int(step.num_tokens[b]) :].any()
+
+    def _check_cache(self, request: Any, rows: list[int]) -> None:
+        if self.tokens_of is not None:
+            committed = self.tokens_of(request)
+            assert self.ahead or len(rows) < len(committed)
+            same = rows[: len(committed)] == committed[: len(rows)]
+            assert same, "a cache row does not hold the committed token of its position"
+
+
+@dataclass
+class Ask:
+    """One request of a test."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    eos_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def admit(self, session: Session) -> Request:
+        return session.admit(
+            self.prompt,
+            self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=self.eos_ids,
+            stop_ids=self.stop_ids,
+            **self.options,
+        )
+
+
+def rounds(session: Session, forward: Callable[[Step], Tensor]) -> Iterator[list[Event]]:
+    """Run the session dry; the events of every step."""
+    while (step := session.plan()) is not None:
+        logits = forward(step)
+        session.commit(None if step.kind == "prefill" else logits)
+        yield list(session.events())
+
+
+def run(session: Session, forward: Callable[[Step], Tensor], asks: Sequence[Ask]) -> list[list[int]]:
+    """Generated tokens of all requests."""
+    requests = [ask.admit(session) for ask in asks]
+    for _ in rounds(session, forward):
+        pass
+    return [session.generated(request) for request in requests]
+
+
+def greedy(logits: Tensor, ask: Ask) -> tuple[list[int], str]:
+    """Plain greedy decoding in plain Python: tokens and what ended them."""
+    tokens = list(ask.prompt)
+    reason = "length"
+    for _ in range(ask.max_new_tokens):
+        tokens.append(int(logits[context_of(tokens)].argmax()))
+        if tokens[-1] in ask.eos_ids or tokens[-1] in ask.stop_ids:
+            reason = "eos" if tokens[-1] in ask.eos_ids else "stop"
+            break
+    return tokens[len(ask.prompt) :], reason
