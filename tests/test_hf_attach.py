@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
-from foretoken.hf.attach import attach, detach
+from foretoken.hf.attachment import attach, detach
 from foretoken.sampling import Sampling
 from hf_toys import VOCAB, disturbed, left_padded, llama, prompts, tokenizer
 

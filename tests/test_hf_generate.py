@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from foretoken.drafters import NgramDrafter
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, SynthIDTextWatermarkingConfig
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from foretoken.hf.generate import custom_generate, generate, stream
+from foretoken.drafters import NgramDrafter
+from foretoken.hf.generation import custom_generate, generate, stream
 from foretoken.hf.processors import pure
 from foretoken.sampling import Sampling
 from hf_toys import EOS, VOCAB, disturbed, gpt2, left_padded, llama, prompts, tokenizer

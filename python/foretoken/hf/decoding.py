@@ -206,7 +206,7 @@ class Decoding:
 
     def _room(self, prompt: Tensor) -> int:
         """New tokens that a table of learned positions has room for; the last one is never fed."""
-        table = self._runner.position_table
+        table: int | None = self._runner.position_table
         if table is None:
             return self._prepared.max_new_tokens
         if len(prompt) > table:
@@ -290,7 +290,8 @@ def row_samplings(prepared: Prepared, law: Law) -> list[Sampling]:
     """One `Sampling` per row; seed s gives return sequence n of prompt r ``derive_seed(s, r, n)``."""
     per_prompt = prepared.return_sequences
     rows, prompts = prepared.batch, prepared.batch // per_prompt
-    given = Sampling(**law.sampling) if prepared.sampling is None else prepared.sampling
+    options: dict[str, Any] = law.sampling
+    given = Sampling(**options) if prepared.sampling is None else prepared.sampling
 
     def pick(name: str, row: int) -> Any:
         value = getattr(given, name)

@@ -62,7 +62,7 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def position_table(model: nn.Module) -> int | None:
+def position_table(model: PreTrainedModel) -> int | None:
     """Number of positions in a learned table, beyond which the model's forward fails; None without one."""
     limit = position_limit(text_config(model))
     if limit is None:

@@ -74,8 +74,8 @@ _GENERATE_ARGUMENTS = {
 
 def refuse_model(model: Any) -> None:
     """Refuse what is no decoder-only language model of transformers with the common `generate`."""
-    if not isinstance(model, GenerationMixin) or not model.can_generate():
-        name = type(model).__name__
+    name = type(model).__name__
+    if not issubclass(type(model), GenerationMixin) or not model.can_generate():
         raise ValueError(f"model: expected a transformers model that can generate, got {name}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(model, "is an encoder-decoder model; only decoders are supported")
@@ -113,7 +113,8 @@ def refuse_arguments(
             "past_key_values with content is not supported by foretoken: it fills its own from input_ids"
         )
     _refuse_other_tokenizer(tokenizer, keywords.get("assistant_tokenizer"))
-    configs = [c for c in (GenerationConfig(), model.generation_config, generation_config) if c is not None]
+    own: GenerationConfig = GenerationConfig()  # type: ignore[no-untyped-call]
+    configs = [c for c in (own, model.generation_config, generation_config) if c is not None]
     unknown = [
         name
         for name, value in keywords.items()
@@ -134,7 +135,7 @@ def _refuse_synced_gpus(model: Any, asked: bool | None) -> None:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
         from transformers.integrations.fsdp import is_fsdp_managed_module
 
-        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)  # type: ignore[no-untyped-call]
         asked = sharded and torch.distributed.get_world_size() > 1
     if asked:
         raise ValueError(

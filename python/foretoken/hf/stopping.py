@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-_BEYOND = torch.iinfo(torch.int64).max
+_BEYOND = 2**31 - 1  # more would not survive pad(), which takes a float
 _ROW_BY_ROW = (EosTokenCriteria, MaxLengthCriteria)
 
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from foretoken.hf.arguments import prepare
 from foretoken.hf.decoding import Runners
-from foretoken.hf.generate import Callback, finish
+from foretoken.hf.generation import Callback, finish
 from foretoken.hf.refusals import refuse_model
 from foretoken.hf.speculation import check_drafter
 from foretoken.sampling import Sampling
