@@ -1,5 +1,6 @@
 // What `foretoken info` cannot learn from Python: how the binary was built and what it finds on this machine.
 #include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,6 +18,8 @@ namespace foretoken {
 namespace py = pybind11;
 
 namespace {
+
+using Report = py::typing::Dict<py::str, py::object>;
 
 const char* name_of(CudaStatus status) {
   switch (status) {
@@ -40,8 +43,8 @@ py::list split(const std::string& text, char separator) {
   return parts;
 }
 
-py::dict build_info_dict() {
-  py::dict info;
+Report build_info_dict() {
+  Report info;
   info["compiler"] = build_info::kCompiler;
   info["build_type"] = build_info::kBuildType;
   info["sanitize"] = build_info::kSanitize;
@@ -57,7 +60,7 @@ py::dict build_info_dict() {
   return info;
 }
 
-py::dict cuda_info_dict() {
+Report cuda_info_dict() {
   CudaReport report;
   {
     py::gil_scoped_release unlocked;  // the first look at a device starts the driver, which takes a while
@@ -73,7 +76,7 @@ py::dict cuda_info_dict() {
     entry["runnable"] = device.runnable;
     devices.append(entry);
   }
-  py::dict info;
+  Report info;
   info["status"] = name_of(report.status);
   info["detail"] = report.detail;
   info["runtime_version"] = report.runtime_version;
@@ -97,7 +100,7 @@ py::list cpu_features() {
   return features;
 }
 
-py::dict cpu_info_dict() {
+Report cpu_info_dict() {
   const char* wanted = std::getenv("FORETOKEN_CPU");
   const std::string path = cpu::row_kernels().name;
   std::string reason = "the widest path that this processor has";
@@ -106,7 +109,7 @@ py::dict cpu_info_dict() {
                  ? "FORETOKEN_CPU asks for it"
                  : "FORETOKEN_CPU asks for " + std::string(wanted) + ", which this machine or build has not";
   }
-  py::dict info;
+  Report info;
   info["path"] = path;
   info["reason"] = reason;
   info["features"] = cpu_features();

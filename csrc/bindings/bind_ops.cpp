@@ -1,4 +1,6 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include "bindings/boundary.hpp"
 #include "bindings/sampling_table.hpp"
@@ -172,6 +174,13 @@ void register_ops(py::module_& module) {
       [](uint64_t seed, uint32_t row, uint32_t sequence) { return derive_seed(seed, row, sequence); },
       py::arg("seed"), py::arg("row"), py::arg("sequence"),
       "Seed of a row and return sequence under one integer seed; (0, 0) is the seed itself.");
+  module.def(
+      "sizes",
+      [](py::handle tensor, const char* name, int rank) -> py::typing::Tuple<py::int_, py::ellipsis> {
+        return py::tuple(py::cast(Intake("sizes").sizes_of(tensor, name, rank)));
+      },
+      py::arg("tensor"), py::arg("name"), py::arg("rank"),
+      "Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.");
   module.def("sample", &sample, py::arg("logits"), py::arg("sampling"), py::arg("base"), py::arg("slots"),
              py::arg("purpose"), py::arg("step"), py::arg("out"), py::arg("logprobs"), py::arg("status"),
              "See foretoken.ops.sample.");

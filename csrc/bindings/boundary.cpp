@@ -291,16 +291,31 @@ void Intake::note_span(const TensorView& view, const char* name, Access access) 
   ++num_spans_;
 }
 
-int Intake::rank_of(py::handle object, const char* name) {
-  Exported exported;
+void Intake::peek(py::handle object, const char* name, Exported& exported) {
   Refusal refusal;
   if (!export_tensor(object, exported, refusal)) {
     const std::string text = std::string(name) + ": expected a tensor, got " + refusal.got;
     if (refusal.wrong_kind) throw py::type_error(text);
     throw py::value_error(text);
   }
-  if (exported.managed != nullptr) release_managed(exported.managed, exported.versioned);
+  if (exported.managed != nullptr) owners_.push_back({exported.managed, exported.versioned});
+}
+
+int Intake::rank_of(py::handle object, const char* name) {
+  Exported exported;
+  peek(object, name, exported);
   return exported.tensor.ndim;
+}
+
+std::vector<int64_t> Intake::sizes_of(py::handle object, const char* name, int rank) {
+  Exported exported;
+  peek(object, name, exported);
+  const DLTensor& tensor = exported.tensor;
+  if (tensor.ndim != rank) {
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(rank) + " dimensions, got " +
+                          text_of(tensor));
+  }
+  return {tensor.shape, tensor.shape + tensor.ndim};
 }
 
 Stream Intake::stream() const {

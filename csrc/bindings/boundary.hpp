@@ -17,6 +17,8 @@ namespace foretoken::boundary {
 
 namespace py = pybind11;
 
+struct Exported;
+
 // A set of dtypes, in the order in which DType lists them.
 class DTypes {
  public:
@@ -89,6 +91,8 @@ class Intake {
 
   // Number of dimensions, for arguments that come in more than one rank. Checks the kind of object alone.
   int rank_of(py::handle object, const char* name);
+  // Sizes of an argument of that rank, for wrappers that allocate before the checks run.
+  std::vector<int64_t> sizes_of(py::handle object, const char* name, int rank);
 
   Device device() const { return device_; }  // of the first tensor
   Stream stream() const;                     // current stream of that device, as torch sees it
@@ -107,6 +111,7 @@ class Intake {
   };
   enum class Access : uint8_t { read, write };
 
+  void peek(py::handle object, const char* name, Exported& exported);
   TensorView take(py::handle object, const char* name, DTypes dtypes, std::initializer_list<Dim> shape,
                   Layout layout, Access access);
   void note_span(const TensorView& view, const char* name, Access access);

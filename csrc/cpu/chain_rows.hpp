@@ -81,7 +81,8 @@ class ChainRows {
 
   bool indices_usable(int32_t node) const {
     const TensorView& laws = args_.draft_logits ? args_.draft_logits : args_.draft_probs;
-    return token(node) >= 0 && token(node) < vocab_ && !(laws && dense_row(node) >= laws.shape[1]);
+    const bool law_there = !laws || (dense_row(node) >= -1 && dense_row(node) < laws.shape[1]);
+    return token(node) >= 0 && token(node) < vocab_ && law_there;
   }
 
   bool indices_usable_to(int32_t drafts) const {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Rule = Literal["auto", "token", "block"]
 _RULES = {"auto": _core.Rule.auto, "token": _core.Rule.token, "block": _core.Rule.block}
 _PURPOSES = {"plain": _core.Purpose.plain, "draft": _core.Purpose.draft}
 _DEFAULT = Sampling()
+_Option = TypeVar("_Option")
 
 
 class Status(enum.IntFlag):
@@ -84,10 +85,19 @@ class Verdict:
         )
 
 
-def _table(sampling: Sampling | SamplingTable | None, batch: int) -> SamplingTable:
+def _table(name: str, sampling: Sampling | SamplingTable | None, batch: int) -> SamplingTable:
     if isinstance(sampling, SamplingTable):
         return sampling
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise TypeError(f"{name}: expected a Sampling or a SamplingTable, got {type(sampling).__name__}")
     return (_DEFAULT if sampling is None else sampling).prepare(batch)
+
+
+def _choose(name: str, options: dict[str, _Option], choice: str) -> _Option:
+    try:
+        return options[choice]
+    except (KeyError, TypeError):
+        raise ValueError(f"{name}: expected one of {', '.join(options)}, got {choice!r}") from None
 
 
 @overload
@@ -169,12 +179,14 @@ def sample(
     >>> sample(logits, sampling=Sampling(temperature=0.0), base=torch.tensor([5])).tolist()
     [1]
     """
-    batch = logits.shape[0]
+    batch, _ = _core.sizes(logits, "logits", 2)
     if out is None:
-        out = logits.new_empty(batch, dtype=torch.int64)
-    scores = logits.new_empty(batch, dtype=torch.float32) if logprobs else None
-    table = _table(sampling, batch)
-    _core.sample(logits, table, base, slots, _PURPOSES[purpose], step, out, scores, status)
+        out = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    scores = torch.empty(batch, dtype=torch.float32, device=logits.device) if logprobs else None
+    table = _table("sampling", sampling, batch)
+    _core.sample(
+        logits, table, base, slots, _choose("purpose", _PURPOSES, purpose), step, out, scores, status
+    )
     return out if scores is None else (out, scores)
 
 
@@ -253,16 +265,18 @@ def verify(
     >>> verdict.tokens.tolist(), verdict.num_accepted.tolist(), verdict.next_lengths.tolist()
     ([[1, 2]], [1], [5])
     """
-    batch = draft_tokens.shape[0]
+    batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
     if out is None:
         out = Verdict.empty(
             batch,
-            draft_tokens.shape[1],
+            num_nodes,
             dtype=draft_tokens.dtype,
             device=draft_tokens.device,
             logprobs=logprobs,
         )
-    table = _table(sampling, batch)
+    elif not isinstance(out, Verdict):
+        raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
+    table = _table("sampling", sampling, batch)
     _core.verify(
         target_logits,
         row_offsets,
@@ -274,8 +288,8 @@ def verify(
         base,
         slots,
         table,
-        table if draft_sampling is None else _table(draft_sampling, batch),
-        _RULES[rule],
+        table if draft_sampling is None else _table("draft_sampling", draft_sampling, batch),
+        _choose("rule", _RULES, rule),
         out.tokens,
         out.num_emitted,
         out.num_accepted,

@@ -20,6 +20,7 @@ from foretoken.hf.families import (
     layer_shapes,
     looks_local,
     position_limit,
+    position_table,
     refuse_by_design,
     text_config,
 )
@@ -67,6 +68,8 @@ class ModuleRunner:
         One of the three ways above.
     max_positions : int or None
         Positions the model was made for; no token should be drafted past them.
+    position_table : int or None
+        Positions the model has learned vectors for, if it has such a table: it cannot be run past them.
     vocab_size : int
         Width of the logits.
 
@@ -87,6 +90,7 @@ class ModuleRunner:
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         self.max_positions = position_limit(text_config(model))
+        self.position_table = position_table(model)
         self._configs = _configs(model)
         self._device = input_device(model)
         accepted = inspect.signature(type(model).forward).parameters
@@ -129,8 +133,10 @@ class ModuleRunner:
         slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
         tokens, positions = step.tokens, step.positions
         if self.max_positions is not None and max(lengths) + tokens.shape[1] > self.max_positions:
-            # Padding columns go on counting; a table of learned positions ends somewhere.
-            positions = positions.clamp_max(self.max_positions - 1)
+            # Padding columns go on counting, but a table of learned positions ends somewhere. Tokens keep
+            # theirs: rotary positions go on past what the model was made for, as in transformers.
+            last = step.lengths + step.num_tokens - 1
+            positions = torch.minimum(positions, last[:, None])
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":
