@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import foretoken as ft
-import hf_toys
 import pytest
 import torch
+
+import foretoken as ft
+import hf_toys
 
 pytestmark = pytest.mark.cuda
 
