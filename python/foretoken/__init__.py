@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from foretoken import generate as _loop
 from foretoken import ops
 from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Proposal
@@ -16,6 +19,38 @@ globals().pop("generate")
 __version__ = "0.1.0"
 
 StopStrings, decode = _loop.StopStrings, _loop.decode
+
+if TYPE_CHECKING:
+    from foretoken import hf, pair
+    from foretoken.hf.generation import generate, stream
+
+# Found when asked for, as they import transformers: attribute -> (module, name in it).
+_LAZY = {
+    "generate": ("foretoken.hf.generation", "generate"),
+    "stream": ("foretoken.hf.generation", "stream"),
+    "hf": ("foretoken.hf", None),
+    "pair": ("foretoken.pair", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'foretoken' has no attribute {name!r}")
+    where, attribute = _LAZY[name]
+    try:
+        module = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"foretoken.{name} needs transformers: pip install 'foretoken[hf]'") from error
+    found = module if attribute is None else getattr(module, attribute)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "Context",
@@ -32,5 +67,9 @@ __all__ = [
     "StopStrings",
     "Verdict",
     "decode",
+    "generate",
+    "hf",
     "ops",
+    "pair",
+    "stream",
 ]

@@ -1,4 +1,7 @@
-"""Hugging Face causal language models over a preallocated cache with one length per slot.
+"""Hugging Face causal language models, as transformers' own ``generate`` would decode them.
+
+`attach` puts foretoken behind ``model.generate``; `custom_generate` goes through it; both do what
+``foretoken.generate`` does. Underneath: a preallocated cache with one length per slot, and a runner over it.
 
 Importing this package registers an attention function and its mask function with transformers, both under the
 name ``"foretoken"``.
@@ -6,12 +9,31 @@ name ``"foretoken"``.
 
 from __future__ import annotations
 
+from foretoken.hf.attachment import Attachment, attach, detach
 from foretoken.hf.attention import register
 from foretoken.hf.cache import LayerShape, SlotCache
+from foretoken.hf.decoding import Emission, Figures, Round
 from foretoken.hf.families import UnsupportedModelError, warn_untested_version
+from foretoken.hf.generation import custom_generate, generate, stream
+from foretoken.hf.processors import pure
 from foretoken.hf.runner import ModuleRunner
 
-__all__ = ["LayerShape", "ModuleRunner", "SlotCache", "UnsupportedModelError"]
+__all__ = [
+    "Attachment",
+    "Emission",
+    "Figures",
+    "LayerShape",
+    "ModuleRunner",
+    "Round",
+    "SlotCache",
+    "UnsupportedModelError",
+    "attach",
+    "custom_generate",
+    "detach",
+    "generate",
+    "pure",
+    "stream",
+]
 
 register()
 warn_untested_version()

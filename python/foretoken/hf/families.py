@@ -62,6 +62,20 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def position_table(model: PreTrainedModel) -> int | None:
+    """Number of positions in a learned table, beyond which the model's forward fails; None without one."""
+    limit = position_limit(text_config(model))
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        # OPT and its kin keep two rows in front of the first position.
+        if isinstance(module, nn.Embedding) and limit <= module.num_embeddings <= limit + 2:
+            leaf = name.rpartition(".")[2]
+            if "pos" in leaf or leaf == "wpe":
+                return limit
+    return None
+
+
 def refuse_by_design(model: nn.Module, max_length: int) -> None:
     """Raise for what no probe is needed to refuse.
 

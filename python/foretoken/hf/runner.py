@@ -20,6 +20,7 @@ from foretoken.hf.families import (
     layer_shapes,
     looks_local,
     position_limit,
+    position_table,
     refuse_by_design,
     text_config,
 )
@@ -51,6 +52,8 @@ class ModuleRunner:
         One of the three ways above.
     max_positions : int or None
         Positions the model was made for; no token should be drafted past them.
+    position_table : int or None
+        Positions the model has learned vectors for, if it has such a table: it cannot be run past them.
     vocab_size : int
         Width of the logits.
 
@@ -71,6 +74,7 @@ class ModuleRunner:
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         self.max_positions = position_limit(text_config(model))
+        self.position_table = position_table(model)
         self._configs = _configs(model)
         self._device = input_device(model)
         accepted = inspect.signature(type(model).forward).parameters
@@ -114,7 +118,8 @@ class ModuleRunner:
         slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
         tokens, positions = step.tokens, step.positions
         if max(lengths) + tokens.shape[1] > self._last_position:
-            # Padding columns go on counting, but a table of learned positions ends somewhere.
+            # Padding columns go on counting, but a table of learned positions ends somewhere. Tokens keep
+            # theirs: rotary positions go on past what the model was made for, as in transformers.
             positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
         few = step.kind == "prefill"
         with torch.inference_mode():

@@ -1,0 +1,325 @@
+"""The rounds of one prepared call: session and forwards on one side, transformers' view of the batch on
+the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.hf.arguments import Prepared
+from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
+from foretoken.hf.runner import ModuleRunner
+from foretoken.hf.stopping import Replay
+from foretoken.metrics import Counters, Metrics
+from foretoken.sampling import Sampling, derive_seed, fresh_seed
+from foretoken.session import Event, Request, Session, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """Tokens of one row that stand for good.
+
+    `kinds` says of each token how it came about: "accepted" (drafted), "recovery" or "bonus" (the closing
+    token of a round). `finish_reason` is "eos", "length" or "stop" with the last tokens of a row, else None.
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    kinds: tuple[str, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a callback gets after each round: its number from 1, what it emitted, the session's metrics."""
+
+    index: int
+    emissions: tuple[Emission, ...]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the rounds of a call did."""
+
+    rounds: int
+    """Target forwards that verified; a round moves every row that has not ended."""
+    counters: Counters
+    """Sums over rounds and rows: drafts checked, accepted by position, tokens emitted."""
+    rows: tuple[Counters, ...]
+    """The same of each row."""
+    seconds: dict[str, float]
+    """Host time in "prefill", "target", "draft", "processors", "verify" and "rest"."""
+    seeds: tuple[int, ...]
+    """Of each row; `Sampling(seed=...)` repeats the call with them."""
+
+
+class Runners:
+    """Runners of a target and a draft model, kept while they fit: making one allocates caches and probes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, role: str, model: Any, max_batch: int, max_length: int) -> Any:
+        made_for = (model, model.dtype, model.device, model.training)
+        known, runner = self._kept.pop(role, (None, None))
+        if known != made_for or runner.max_batch < max_batch or runner.max_length < max_length:
+            runner = None  # let go of it first: two sets of caches may not fit
+            runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+        self._kept[role] = made_for, runner
+        return runner
+
+
+class Decoding:
+    """One call, round by round.
+
+    The session decides what is drafted and accepted; `Replay` decides where rows end, as transformers would.
+    """
+
+    def __init__(self, prepared: Prepared, runners: Runners) -> None:
+        self._prepared = prepared
+        self.law = _law(prepared)
+        self._samplings = row_samplings(prepared, self.law)
+        spec = prepared.speculation
+        self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
+        # A round looks past the end of its row by less than it drafts.
+        self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens
+        self._runner = runners.get("target", prepared.model, prepared.batch, self._max_length)
+        self._session = Session(
+            max_batch=prepared.batch,
+            vocab_size=self._runner.vocab_size,
+            max_length=self._max_length,
+            num_drafts=self._num_drafts,
+            drafter=self._drafter(runners),
+            prefill_chunk=prepared.config.prefill_chunk_size or 512,
+        )
+        config = prepared.config
+        recorded = bool(config.return_dict_in_generate)
+        self._replay = Replay(
+            prepared.input_ids,
+            prepared.criteria,
+            max_new_tokens=prepared.max_new_tokens,
+            eos_ids=prepared.eos_ids,
+            pad_id=prepared.pad_id,
+            lookahead=self._num_drafts,
+            streamer=prepared.streamer,
+            keep_scores=recorded and bool(config.output_scores),
+            keep_logits=recorded and bool(config.output_logits),
+        )
+        self._processors = NodeProcessors(self.law.nodes, self._replay.ids, self._replay.filler)
+        self._requests: list[Request] = []
+        self._row: dict[Request, int] = {}
+        self._processing = 0.0
+        self._kinds: list[list[str]] = [[] for _ in range(prepared.batch)]
+        self._told = [0] * prepared.batch
+        self._last = [False] * prepared.batch
+        self._closed = [False] * prepared.batch
+
+    def rounds(self) -> Iterator[Round]:
+        """Run the call. Leaving early loses nothing but the rounds still to come."""
+        index = 0
+        while self._advance():
+            index += 1
+            yield Round(index, tuple(self._emissions()), self._session.metrics)
+
+    def run(self) -> None:
+        """Run the call to its end, telling nobody."""
+        while self._advance():
+            pass
+
+    @torch.no_grad()
+    def _advance(self) -> bool:
+        """Prefill if there is something to fill in, then one round; False when there was none left."""
+        if not self._requests:
+            self._admit()
+        while not self._replay.done and (step := self._session.plan()) is not None:
+            if self._forward(step):
+                return True
+        if not self._replay.done:
+            table = self._runner.position_table
+            raise IndexError(f"a row has used all {table} positions of the model; lower max_new_tokens")
+        if self._prepared.streamer is not None:
+            self._prepared.streamer.end()
+        return False
+
+    def sequences(self) -> Tensor:
+        """int64 [B, L + new]: prompts as they came, what was generated, padding."""
+        return self._replay.sequences()
+
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """Processed scores, float32 [B, V] per generated column; zeros where a row had ended."""
+        return None if self._replay.scores is None else tuple(self._replay.scores)
+
+    def logits(self) -> tuple[Tensor, ...] | None:
+        """Logits as the model gave them, float32 [B, V] per generated column; zeros where a row had ended."""
+        return None if self._replay.logits is None else tuple(self._replay.logits)
+
+    def figures(self) -> Figures:
+        metrics = self._session.metrics
+        spent = metrics.seconds
+        return Figures(
+            rounds=metrics.steps,
+            counters=metrics.counters,
+            rows=tuple(request.metrics for request in self._requests),
+            seconds={
+                "prefill": spent.prefill_forward,
+                "target": spent.target_forward - self._processing,
+                "draft": spent.draft,
+                "processors": self._processing,
+                "verify": spent.verify_commit,
+                "rest": spent.rest,
+            },
+            seeds=tuple(int(s.seed) for s in self._samplings if isinstance(s.seed, int)),
+        )
+
+    def _drafter(self, runners: Runners) -> Any:
+        spec, batch = self._prepared.speculation, self._prepared.batch
+        if self._num_drafts == 0:
+            return None
+        if spec.drafter == "ngram":
+            return NgramDrafter() if spec.max_ngram is None else NgramDrafter(max_ngram=spec.max_ngram)
+        if not isinstance(spec.drafter, torch.nn.Module):
+            return spec.drafter
+        runner = runners.get("draft", spec.drafter, batch, self._max_length)
+        # A drafter made for fewer positions than the target stops drafting there.
+        limit = min(self._max_length, runner.max_positions or self._max_length)
+        return ModelDrafter(runner, max_batch=batch, vocab_size=self._runner.vocab_size, max_length=limit)
+
+    def _admit(self) -> None:
+        prepared = self._prepared
+        for row, (prompt, sampling) in enumerate(zip(prepared.prompts, self._samplings, strict=True)):
+            request = self._session.admit(
+                prompt,
+                sampling,
+                max_new_tokens=min(prepared.max_new_tokens, self._room(prompt)),
+                eos_ids=prepared.eos_ids,
+            )
+            self._requests.append(request)
+            self._row[request] = row
+
+    def _room(self, prompt: Tensor) -> int:
+        """New tokens that a table of learned positions has room for; the last one is never fed."""
+        table: int | None = self._runner.position_table
+        if table is None:
+            return self._prepared.max_new_tokens
+        if len(prompt) > table:
+            raise ValueError(f"input_ids: {len(prompt)} tokens, but the model has only {table} positions")
+        return table - len(prompt) + 1
+
+    def _forward(self, step: Step) -> bool:
+        """One step, to its end; whether it was a round."""
+        logits = raw = self._runner(step)
+        if step.kind == "prefill":
+            self._session.commit(None)
+            return False
+        place = {request: i for i, request in enumerate(step.requests)}
+        if self._processors:
+            began = time.perf_counter()
+            rows = [self._row[request] for request in step.requests]
+            lengths = [self._replay.length(row) for row in rows]
+            logits = self._processors(raw, step.tokens, step.num_tokens.tolist(), rows, lengths)
+            self._processing += time.perf_counter() - began
+        self._session.commit(logits)
+        for event in self._session.events():
+            row = self._row[event.request]
+            if not self._replay.ended(row):
+                at = place[event.request]
+                self._take(row, event, raw[at], logits[at])
+        self._replay.advance()
+        self._close()
+        return True
+
+    def _take(self, row: int, event: Event, raw: Tensor, processed: Tensor) -> None:
+        count = len(event.tokens)
+        self._kinds[row] += event.kinds
+        scores = logits = None
+        if self._replay.logits is not None:
+            logits = raw[:count].to(torch.float32, copy=True)
+        if self._replay.scores is not None:
+            scores = processed[:count].to(torch.float32, copy=True)
+            for warper in self._warpers(row):
+                scores = warper(self._replay.ids, scores)  # none of these looks at the ids
+        self._replay.append(row, event.tokens, scores, logits)
+
+    def _warpers(self, row: int) -> Sequence[Any]:
+        if self._prepared.sampling is None:
+            return self.law.tail
+        return warpers_of(self._samplings[row], 0)
+
+    def _close(self) -> None:
+        """Tell the session of rows that end earlier than it knows."""
+        for row, request in enumerate(self._requests):
+            if self._replay.ended(row) and not self._closed[row]:
+                self._closed[row] = True
+                keep = self._replay.generated(row)
+                if request.finish_reason is None or keep < request.num_generated:
+                    self._session.truncate(request, keep)
+
+    def _emissions(self) -> Iterator[Emission]:
+        for row in range(self._prepared.batch):
+            told, certain = self._told[row], self._replay.certain(row)
+            ended = self._replay.ended(row) and certain == self._replay.generated(row) and not self._last[row]
+            if certain == told and not ended:
+                continue
+            start = self._replay.prompt_length
+            tokens = self._replay.ids[row, start + told : start + certain].tolist()
+            self._told[row], self._last[row] = certain, ended
+            yield Emission(
+                row,
+                tuple(tokens),
+                tuple(self._kinds[row][told:certain]),
+                self._replay.reason(row) if ended else None,
+            )
+
+
+def _law(prepared: Prepared) -> Law:
+    if prepared.sampling is None:
+        return divide(prepared.processors, do_sample=bool(prepared.config.do_sample))
+    law = divide(without_warpers(prepared.processors, prepared.user_processors), do_sample=False)
+    return replace(law, sampling={})
+
+
+def row_samplings(prepared: Prepared, law: Law) -> list[Sampling]:
+    """One `Sampling` per row; seed s gives return sequence n of prompt r ``derive_seed(s, r, n)``."""
+    per_prompt = prepared.return_sequences
+    rows, prompts = prepared.batch, prepared.batch // per_prompt
+    options: dict[str, Any] = law.sampling
+    given = Sampling(**options) if prepared.sampling is None else prepared.sampling
+
+    def pick(name: str, row: int) -> Any:
+        value = getattr(given, name)
+        if isinstance(value, (int, float)):
+            return value
+        if len(value) not in (rows, prompts):
+            raise ValueError(
+                f"sampling.{name}: expected one value, {prompts} (one per prompt) or {rows} (one per row), "
+                f"got {len(value)}"
+            )
+        return value[row if len(value) == rows else row // per_prompt]
+
+    def seed(row: int) -> int:
+        prompt, sequence = divmod(row, per_prompt)
+        if isinstance(base, int):
+            return derive_seed(base % 2**64, prompt, sequence)
+        own = int(pick("seed", row)) % 2**64
+        return own if len(base) == rows else derive_seed(own, 0, sequence)
+
+    drawn = [pick("temperature", row) > 0 for row in range(rows)]
+    # Greedy decoding takes nothing from torch's generator, as in transformers.
+    base = given.seed if given.seed is not None else (fresh_seed() if any(drawn) else 0)
+    return [
+        Sampling(
+            temperature=pick("temperature", row),
+            top_k=pick("top_k", row),
+            top_p=pick("top_p", row),
+            min_p=pick("min_p", row),
+            seed=seed(row),
+        )
+        for row in range(rows)
+    ]
