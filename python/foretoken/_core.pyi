@@ -3,7 +3,144 @@
 Native core of foretoken.
 """
 from __future__ import annotations
+import collections.abc
 import typing
+class NgramIndex:
+    """
+    One request's text and the previous occurrence of its last n-grams. See foretoken.NgramDrafter.
+    """
+    def __init__(self, *, min_ngram: typing.SupportsInt | typing.SupportsIndex = 1, max_ngram: typing.SupportsInt | typing.SupportsIndex, max_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __len__(self) -> int:
+        ...
+    def append(self, tokens: typing.Any) -> None:
+        """
+        Take in tokens: a list of int, or an int64 tensor [L].
+        """
+    def clear(self) -> None:
+        """
+        Forget everything and give the memory back.
+        """
+    def propose(self, k: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        """
+        The k tokens that followed the longest suffix the last time; [] if none.
+        """
+    def reserve(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Make room for a text of `length` tokens.
+        """
+    def truncate(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Keep the first `length` tokens.
+        """
+    @property
+    def bytes(self) -> int:
+        ...
+    @property
+    def capacity(self) -> int:
+        ...
+    @property
+    def forgotten(self) -> int:
+        ...
+    @property
+    def match_length(self) -> int:
+        ...
+class NgramPool:
+    """
+    One NgramIndex per request slot.
+    """
+    def __init__(self, *, min_ngram: typing.SupportsInt | typing.SupportsIndex, max_ngram: typing.SupportsInt | typing.SupportsIndex, max_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def bytes(self, slot: typing.SupportsInt | typing.SupportsIndex) -> int:
+        ...
+    def propose(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any, budget: typing.Any, drafts: typing.Any, num_drafts: typing.Any) -> None:
+        ...
+    def reserve(self, slots: typing.Any, lengths: typing.Any) -> None:
+        ...
+    def reset(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def take_in(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any) -> None:
+        ...
+    def truncate(self, slot: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> int:
+        ...
+class Session:
+    """
+    State machine behind foretoken.Session.
+    """
+    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, vocab_size: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, prefill_chunk: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> None:
+        ...
+    def admit(self, prompt_ids: typing.Any, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, min_new_tokens: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, eos_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> int:
+        ...
+    def arrays(self) -> dict[typing.Any, typing.Any]:
+        """
+        Views of the per-row arrays, by name; valid for the session's life.
+        """
+    def assigned(self) -> list[tuple[int, int]]:
+        ...
+    def commit_decode(self, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any) -> None:
+        ...
+    def commit_prefill(self) -> None:
+        ...
+    def counters(self) -> dict[typing.Any, typing.Any]:
+        ...
+    def draft(self, tokens: typing.Any, num_drafts: typing.Any) -> tuple[typing.Any, ...]:
+        ...
+    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, reason: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def forget_assigned(self) -> None:
+        ...
+    def held_open(self) -> list[tuple[int, int]]:
+        ...
+    def kept_rows(self) -> list[int]:
+        ...
+    def plan(self, drafting: bool) -> tuple[typing.Any, ...]:
+        ...
+    def release(self, request: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def request_counters(self, request: typing.SupportsInt | typing.SupportsIndex) -> dict[typing.Any, typing.Any]:
+        ...
+    def row_ids(self) -> list[int]:
+        ...
+    def state(self, request: typing.SupportsInt | typing.SupportsIndex) -> tuple[typing.Any, ...]:
+        ...
+    def take_event(self) -> typing.Any:
+        ...
+    def tokens(self, request: typing.SupportsInt | typing.SupportsIndex, start: typing.SupportsInt | typing.SupportsIndex) -> list[typing.Any]:
+        ...
+    def tokens_from(self, starts: typing.Any) -> int:
+        ...
+    def truncate(self, request: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, reason: typing.SupportsInt | typing.SupportsIndex) -> int:
+        ...
+    @property
+    def live(self) -> int:
+        ...
+    @property
+    def waiting(self) -> int:
+        ...
+class DraftSteps:
+    """
+    Cache lengths and forward passes of a model drafter.
+    """
+    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, chunk: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def arrays(self) -> dict[typing.Any, typing.Any]:
+        """
+        Views of the per-row arrays, by name; valid for the object's life.
+        """
+    def begin(self, slots: typing.Any, lengths: typing.Any, budget: typing.Any) -> int:
+        ...
+    def drawn(self, draws: typing.Any, out: typing.Any, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[typing.Any, ...]:
+        ...
+    def fed(self) -> None:
+        ...
+    def feed(self, tokens: typing.Any, counts: typing.Any) -> tuple[typing.Any, ...]:
+        ...
+    def observe(self, slots: typing.Any, next_lengths: typing.Any) -> None:
+        ...
+    def reset(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def truncate(self, slot: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
 class Purpose:
     """
     What a random number is drawn for; purposes never share one.

@@ -61,7 +61,8 @@ class Request:
     @property
     def finish_reason(self) -> FinishReason | None:
         """What ended it; None while it goes on."""
-        return _REASONS[self._native.state(self.id)[1]]
+        reason: FinishReason | None = _REASONS[self._native.state(self.id)[1]]
+        return reason
 
     @property
     def slot(self) -> int | None:

@@ -15,8 +15,10 @@ from foretoken.hf.cache import SlotPlan, SlotRows
 
 NAME = "foretoken"
 
-# Query heads that share a key head are folded into query rows up to this many rows. Above it (prefill
-# chunks) the folded copy of the mask costs more than the fold gains.
+# Query heads that share a key head can be folded into query rows, so that keys are read once per group
+# and not once per head. For one token that is free; for several it costs two small copies and a wider mask,
+# which pays from this many heads per key head on, and up to this many rows (not in prefill chunks).
+FOLD_GROUP = 4
 FOLD_ROWS = 128
 
 
@@ -77,22 +79,14 @@ def slot_attention(
     if foretoken.trace is not None:
         foretoken.trace.note_call(getattr(module, "layer_idx", None), sliding_window, attention_mask)
     spans = foretoken.spans
+    extra = None if softcap is None and s_aux is None else (softcap, s_aux)
     if len(spans) == 1:
-        return _attend(foretoken, 0, query, key, value, scaling, sliding_window, softcap, s_aux), None
-    outputs = [
-        _attend(
-            foretoken,
-            index,
-            query[span.rows],
-            key[span.slots, :, : span.end],
-            value[span.slots, :, : span.end],
-            scaling,
-            sliding_window,
-            softcap,
-            s_aux,
-        )
-        for index, span in enumerate(spans)
-    ]
+        return _attend(foretoken, 0, query, key, value, scaling, sliding_window, extra), None
+    outputs = []
+    for index, span in enumerate(spans):
+        part = query[span.rows]
+        keys, values = key[span.slots, :, : span.end], value[span.slots, :, : span.end]
+        outputs.append(_attend(foretoken, index, part, keys, values, scaling, sliding_window, extra))
     return torch.cat(outputs), None
 
 
@@ -104,67 +98,36 @@ def _attend(
     value: Tensor,
     scaling: float | None,
     window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    extra: tuple[float | None, Tensor | None] | None,
 ) -> Tensor:
     """One span: ``[b, H, T, D]`` over ``[b, G, end, D]``, giving ``[b, T, H, D]``."""
     batch, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    plain = softcap is None and sinks is None
-    if plain and num_tokens * group > FOLD_ROWS:
-        return _attend_wide(plan, index, query, key, value, scaling, window)
-    first, mask = plan.reach(index, window, group, query.dtype, query.device)
+    fold = num_tokens == 1 or (group >= FOLD_GROUP and num_tokens * group <= FOLD_ROWS) or extra is not None
+    repeat = group if fold else 1
+    first, mask, causal = plan.reach(index, window, repeat, query.dtype, query.device, extra is None)
     if first:
         key, value = key[:, :, first:], value[:, :, first:]
-    # Rows of one key head side by side: the keys are read once per group instead of once per query head.
-    if num_tokens == 1:
-        folded = query.reshape(batch, kv_heads, group, size)
-    elif group == 1:
+    if not fold or group == 1:
         folded = query
+    elif num_tokens == 1:
+        folded = query.reshape(batch, kv_heads, group, size)
     else:
-        split = query.transpose(1, 2).view(batch, num_tokens, kv_heads, group, size)
+        split = query.transpose(1, 2).reshape(batch, num_tokens, kv_heads, group, size)
         folded = split.transpose(1, 2).reshape(batch, kv_heads, num_tokens * group, size)
-    if plain:
-        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    if extra is None:
+        output = scaled_dot_product_attention(
+            folded, key, value, mask, 0.0, causal, scale=scaling, enable_gqa=not fold and group > 1
+        )
     else:
-        sinks = _fold_sinks(sinks, kv_heads, num_tokens)
-        output = _scores_then_sum(folded, key, value, mask, scaling, softcap, sinks)
-    if group == 1:
+        output = _scores_then_sum(folded, key, value, mask, scaling, *extra)
+    if not fold or group == 1:
         return output.transpose(1, 2)
-    size = value.shape[-1]
     if num_tokens == 1:
-        return output.reshape(batch, 1, heads, size)
-    output = output.view(batch, kv_heads, num_tokens, group, size).transpose(1, 2)
-    return output.reshape(batch, num_tokens, heads, size)
-
-
-def _attend_wide(
-    plan: SlotPlan,
-    index: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """The span of a long prefill chunk; an empty slot needs no mask at all."""
-    span, num_tokens = plan.spans[index], query.shape[2]
-    gqa = key.shape[1] != query.shape[1]
-    first, mask = 0, None
-    causal = span.lengths == (0,) and span.end == num_tokens and (window is None or window >= num_tokens)
-    if not causal:
-        first, mask = plan.reach(index, window, 1, query.dtype, query.device)
-    output = scaled_dot_product_attention(
-        query,
-        key[:, :, first:],
-        value[:, :, first:],
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=gqa,
-    )
-    return output.transpose(1, 2)
+        return output.reshape(batch, 1, heads, -1)
+    output = output.view(batch, kv_heads, num_tokens, group, -1).transpose(1, 2)
+    return output.reshape(batch, num_tokens, heads, -1)
 
 
 def _scores_then_sum(
@@ -186,18 +149,13 @@ def _scores_then_sum(
     if sinks is None:
         weights = scores.softmax(-1, dtype=torch.float32)
     else:
-        # A sink takes its share of the mass and gives nothing.
-        wide = torch.cat([scores, sinks.expand(scores.shape[0], -1, -1, -1).to(scores.dtype)], -1)
-        weights = wide.softmax(-1, dtype=torch.float32)[..., :-1]
+        # A sink, one per query head, takes its share of the mass and gives nothing.
+        batch, kv_heads, rows, _ = scores.shape
+        group = sinks.numel() // kv_heads
+        spread = sinks.to(scores.dtype).view(1, kv_heads, 1, group)
+        spread = spread.expand(batch, -1, rows // group, -1).reshape(batch, kv_heads, rows, 1)
+        weights = torch.cat([scores, spread], -1).softmax(-1, dtype=torch.float32)[..., :-1]
     return weights.to(query.dtype) @ value
-
-
-def _fold_sinks(sinks: Tensor | None, kv_heads: int, num_tokens: int) -> Tensor | None:
-    """One score per head ``[H]`` as ``[1, G, T * group, 1]``."""
-    if sinks is None:
-        return None
-    spread = sinks.view(1, kv_heads, 1, -1, 1).expand(1, kv_heads, num_tokens, -1, 1)
-    return spread.reshape(1, kv_heads, -1, 1)
 
 
 def _fused(
@@ -237,8 +195,7 @@ def _scored(
         zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
         # A row that sees nothing (left padding) must stay finite, so no -inf here.
         attention_mask = zeros.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    folded = _fold_sinks(sinks, key.shape[1], num_tokens)
-    output = _scores_then_sum(query, key, value, attention_mask, scaling, softcap, folded)
+    output = _scores_then_sum(query, key, value, attention_mask, scaling, softcap, sinks)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.hf.masks import TailMasks
+
+# What one more attention call costs, as bytes of cache read in the same time: about 20 us on a CPU core.
+CALL_BYTES = {"cpu": 1 << 20}
+CALL_BYTES_DEVICE = 1 << 26
 
 
 class LayerShape(NamedTuple):
@@ -81,20 +85,27 @@ class SlotPlan:
         self.num_tokens = num_tokens
         self.trace = trace
         self._masks = masks
-        self._memo: dict[tuple[Any, ...], tuple[int, Tensor | None]] = {}
+        self._memo: dict[tuple[Any, ...], tuple[int, Tensor | None, bool]] = {}
 
     def reach(
-        self, index: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[int, Tensor | None]:
-        """The first cache row that span `index` can see, and its additive mask from there on.
+        self,
+        index: int,
+        window: int | None,
+        repeat: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool,
+    ) -> tuple[int, Tensor | None, bool]:
+        """What span `index` sees: its first cache row, an additive mask from there on, whether it is causal.
 
-        No mask (None) means that every query sees all of ``first .. end``. Worked out once per step and kind
-        of layer.
+        Neither mask nor causal: every query sees all of ``first .. end``. Causal: as many queries as rows,
+        and only for the fused kernel, which knows the word. Each query has `repeat` mask rows. Worked out
+        once per step and kind of layer.
         """
-        key = (index, window, group, dtype, device)
+        key = (index, window, repeat, dtype, device, fused)
         found = self._memo.get(key)
         if found is None:
-            found = self._memo[key] = self._reach(self.spans[index], window, group, dtype, device)
+            found = self._memo[key] = self._reach(self.spans[index], window, repeat, dtype, device, fused)
         return found
 
     def stacked_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -110,7 +121,7 @@ class SlotPlan:
             first=0,
             end=end,
             window=None,
-            group=1,
+            repeat=1,
             dtype=dtype,
             device=device,
         )
@@ -119,24 +130,32 @@ class SlotPlan:
         return mask if mask.ndim == 4 else mask[None, None]
 
     def _reach(
-        self, span: Span, window: int | None, group: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[int, Tensor | None]:
+        self,
+        span: Span,
+        window: int | None,
+        repeat: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool,
+    ) -> tuple[int, Tensor | None, bool]:
         if window is not None and span.end <= window:
             window = None
         first = 0 if window is None else max(0, min(span.lengths) - window + 1)
         if self.num_tokens == 1 and len(span.lengths) == 1:
-            return first, None
+            return first, None, False
+        if fused and window is None and repeat == 1 and span.lengths == (0,) and span.end == self.num_tokens:
+            return 0, None, True  # a chunk into empty slots, where the fused kernel needs no mask
         mask = self._masks.tail(
             span.lengths,
             self.num_tokens,
             first=first,
             end=span.end,
             window=window,
-            group=group,
+            repeat=repeat,
             dtype=dtype,
             device=device,
         )
-        return first, mask
+        return first, mask, False
 
 
 class SlotRows(int):
@@ -273,6 +292,7 @@ class SlotCache(Cache):
         self._picked: Tensor | None = None
         self._rows = 0
         self._trace: Trace | None = None
+        self._slack = _slack(shapes)
         self._no = [False] * len(shapes)
         pairs = enumerate(zip(*self._whole, strict=True))
         super().__init__(layers=[_SlotLayer(self, layer, *pair) for layer, pair in pairs])
@@ -311,7 +331,7 @@ class SlotCache(Cache):
         fits = max(lengths) + num_tokens <= self.max_length
         if not fits:
             self._check_room(slots, lengths, used if used is not None else [num_tokens] * len(slots))
-        spans = _spans(slots, lengths, num_tokens, self.max_length)
+        spans = _spans(slots, lengths, num_tokens, self.max_length, inf if stacked else self._slack)
         whole = len(spans) == 1
         if whole:
             self._reads = self._slices(spans[0].slots, slice(0, spans[0].end))
@@ -405,21 +425,39 @@ class SlotCache(Cache):
                 )
 
 
-def _spans(slots: Sequence[int], lengths: Sequence[int], num_tokens: int, max_length: int) -> list[Span]:
-    """Cut a step's rows where their slots are not neighbours."""
-    cuts = [0, *(b for b in range(1, len(slots)) if slots[b] != slots[b - 1] + 1), len(slots)]
+def _slack(shapes: Sequence[LayerShape]) -> float:
+    """How many cache rows may be read in vain before another attention call is cheaper."""
+    sizes = [shape.heads * (shape.key_size + shape.value_size) * shape.dtype.itemsize for shape in shapes]
+    if not sizes:
+        return inf
+    return CALL_BYTES.get(shapes[0].device.type, CALL_BYTES_DEVICE) / max(sizes)
+
+
+def _spans(
+    slots: Sequence[int], lengths: Sequence[int], num_tokens: int, max_length: int, slack: float
+) -> list[Span]:
+    """Cut a step's rows where slots are not neighbours, and where lengths are too far apart for one call.
+
+    A call reads as many cache rows for each row as its longest has; at most `slack` of them in vain.
+    """
     spans = []
-    for first, last in pairwise(cuts):
-        inside = tuple(lengths[first:last])
-        longest = max(inside)
-        if min(inside) == longest:
-            inside = inside[:1]
+    first, longest, needed = 0, lengths[0], lengths[0]
+    for row in range(1, len(slots) + 1):
+        if row < len(slots) and slots[row] == slots[row - 1] + 1:
+            length = lengths[row]
+            reach = length if length > longest else longest
+            if reach * (row + 1 - first) - needed - length <= slack:
+                longest, needed = reach, needed + length
+                continue
+        count = row - first
         spans.append(
             Span(
-                rows=slice(first, last),
-                slots=slice(slots[first], slots[last - 1] + 1),
-                lengths=inside,
+                rows=slice(first, row),
+                slots=slice(slots[first], slots[first] + count),
+                lengths=(longest,) if longest * count == needed else tuple(lengths[first:row]),
                 end=min(longest + num_tokens, max_length),
             )
         )
+        if row < len(slots):
+            first, longest, needed = row, lengths[row], lengths[row]
     return spans

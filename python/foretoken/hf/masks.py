@@ -16,8 +16,8 @@ class TailMasks:
 
     Row i of the table is 0 up to column ``rows + i`` and -inf after it, so the mask of any length is a slice
     that starts at column ``rows - length``: no arithmetic per step, and one slice for every row of a ragged
-    batch. Query heads that share a key head are folded into the query dimension, query-major, so each row is
-    repeated `group` times.
+    batch. Query heads that share a key head are folded into the query dimension, query-major, so each row
+    appears `repeat` times.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class TailMasks:
         first: int,
         end: int,
         window: int | None,
-        group: int,
+        repeat: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
@@ -46,12 +46,12 @@ class TailMasks:
         Returns
         -------
         Tensor
-            ``[T * group, end - first]`` for one length, else ``[B, 1, T * group, end - first]``.
+            ``[T * repeat, end - first]`` for one length, else ``[B, 1, T * repeat, end - first]``.
         """
-        queries = num_tokens * group
+        queries = num_tokens * repeat
         if queries * 2 * self._rows > TABLE_ELEMENTS:
-            return self._build(lengths, num_tokens, first, end, window, group, dtype, device)
-        table = self._table(window, group, num_tokens, dtype, device)
+            return self._build(lengths, num_tokens, first, end, window, repeat, dtype, device)
+        table = self._table(window, repeat, num_tokens, dtype, device)
         starts = [self._rows - length + first for length in lengths]
         rows = [table[:queries, start : start + end - first] for start in starts]
         if len(rows) == 1:
@@ -59,16 +59,16 @@ class TailMasks:
         return torch.stack(rows).unsqueeze(1)
 
     def _table(
-        self, window: int | None, group: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+        self, window: int | None, repeat: int, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        key = (window, group, dtype, device)
+        key = (window, repeat, dtype, device)
         table = self._tables.get(key)
-        if table is None or len(table) < num_tokens * group:
+        if table is None or len(table) < num_tokens * repeat:
             queries = max(16, num_tokens)
-            if queries * group * 2 * self._rows > TABLE_ELEMENTS:
+            if queries * repeat * 2 * self._rows > TABLE_ELEMENTS:
                 queries = num_tokens
             # The table is the mask of length `rows` itself, wide enough for a slot of length 0.
-            table = self._build([self._rows], queries, 0, 2 * self._rows, window, group, dtype, device)
+            table = self._build([self._rows], queries, 0, 2 * self._rows, window, repeat, dtype, device)
             self._tables[key] = table
         return table
 
@@ -79,11 +79,11 @@ class TailMasks:
         first: int,
         end: int,
         window: int | None,
-        group: int,
+        repeat: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        positions = torch.arange(num_tokens).repeat_interleave(group) + torch.tensor(lengths)[:, None]
+        positions = torch.arange(num_tokens).repeat_interleave(repeat) + torch.tensor(lengths)[:, None]
         positions = positions.to(device)[:, None, :, None]
         columns = torch.arange(first, end, device=device)
         hidden = columns > positions

@@ -1,0 +1,326 @@
+"""A generator of malformed calls: every operation, every argument, every fault that fits it.
+
+A fault turns a good tensor into something the border has to refuse. Which faults fit an argument follows from
+its specification, so a new operation is covered by describing it once in `OPERATIONS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from foretoken import Sampling, _core, ops
+
+B, N, V = 4, 3, 48
+UNWRITTEN = -7
+INDEX = (torch.int32, torch.int64)
+REAL = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor argument: what makes a good one, and what of it is demanded."""
+
+    name: str
+    good: Callable[[], Tensor]
+    dtypes: tuple[torch.dtype, ...]
+    fixed: tuple[int, ...] = ()  # dimensions whose size is demanded, rather than taken as it comes
+    rows: bool = False  # neighbours in the last dimension have to be side by side
+    optional: bool = False
+    output: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    specs: tuple[Spec, ...]
+    call: Callable[[dict[str, Any]], None]
+
+    def arguments(self) -> dict[str, Any]:
+        torch.manual_seed(5)
+        return {spec.name: spec.good() for spec in self.specs}
+
+
+def ids(*shape: int, dtype: torch.dtype = torch.int64) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, V, shape, dtype=dtype)
+
+
+def reals(*shape: int, probs: bool = False) -> Callable[[], Tensor]:
+    return lambda: torch.softmax(torch.randn(shape), -1) if probs else torch.randn(shape)
+
+
+def whole(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Callable[[], Tensor]:
+    return lambda: torch.full(shape, value, dtype=dtype)
+
+
+def output(
+    name: str, *shape: int, dtype: torch.dtype, among: tuple[torch.dtype, ...] = (), optional: bool = False
+) -> Spec:
+    good = whole(UNWRITTEN, *shape, dtype=dtype)
+    fixed = tuple(range(len(shape)))
+    return Spec(name, good, among or (dtype,), fixed, optional=optional, output=True)
+
+
+def outputs_of_verify() -> tuple[Spec, ...]:
+    return (
+        output("out.tokens", B, N + 1, dtype=torch.int64),
+        output("out.num_emitted", B, dtype=torch.int32),
+        output("out.num_accepted", B, dtype=torch.int32),
+        output("out.next_token", B, dtype=torch.int64),
+        output("out.next_lengths", B, dtype=torch.int64),
+        output("out.status", B, dtype=torch.int32),
+        output("out.logprobs", B, N + 1, dtype=torch.float32, optional=True),
+    )
+
+
+def call_verify(arguments: dict[str, Any]) -> None:
+    out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
+    rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
+    ops.verify(**rest, sampling=Sampling(seed=3), logprobs=True, out=ops.Verdict(**out))
+
+
+def call_sample(arguments: dict[str, Any]) -> None:
+    ops.sample(**arguments, sampling=Sampling(seed=3))
+
+
+VERIFY_INPUTS = (
+    Spec("target_logits", reals(B, N + 1, V), REAL, fixed=(0, 1), rows=True),
+    Spec("draft_tokens", ids(B, N), INDEX),
+    Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
+    Spec(
+        "draft_row",
+        lambda: torch.arange(N, dtype=torch.int32).repeat(B, 1),
+        (torch.int32,),
+        (0, 1),
+        optional=True,
+    ),
+    Spec("base", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+    Spec("slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True),
+)
+OPERATIONS = (
+    Operation(
+        "verify",
+        (
+            *VERIFY_INPUTS,
+            Spec("draft_logits", reals(B, N, V), REAL, fixed=(0, 2), rows=True, optional=True),
+            *outputs_of_verify(),
+        ),
+        call_verify,
+    ),
+    Operation(
+        "verify-flattened",
+        (
+            Spec("target_logits", reals(B * (N + 1), V), REAL, rows=True),
+            Spec("row_offsets", lambda: torch.arange(0, B * (N + 1) + 1, N + 1), INDEX, fixed=(0,)),
+            *VERIFY_INPUTS[1:],
+            Spec("draft_probs", reals(B, N, V, probs=True), REAL, fixed=(0, 2), rows=True, optional=True),
+            *outputs_of_verify(),
+        ),
+        call_verify,
+    ),
+    Operation(
+        "sample",
+        (
+            Spec("logits", reals(B, V), REAL, rows=True),
+            Spec("base", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+            Spec(
+                "slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True
+            ),
+            output("out", B, dtype=torch.int64, optional=True),
+            output("status", B, dtype=torch.int32, optional=True),
+        ),
+        call_sample,
+    ),
+    Operation(
+        "intake8",
+        (
+            Spec("target_logits", reals(B, N + 1, V), REAL, rows=True),
+            Spec("draft_tokens", ids(B, N), INDEX, fixed=(0, 1), rows=True),
+            Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), rows=True, optional=True),
+            Spec("draft_logits", reals(B, N, V), REAL, fixed=(0, 2), rows=True, optional=True),
+            Spec(
+                "base", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,), rows=True, optional=True
+            ),
+            output("tokens", B, N + 1, dtype=torch.int64, among=INDEX),
+            output("num_emitted", B, dtype=torch.int32),
+            output("logprobs", B, N + 1, dtype=torch.float32, optional=True),
+        ),
+        lambda arguments: _core.testing.intake8(**arguments),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: Operation
+    spec: Spec
+    fault: str
+    spoil: Callable[[Tensor], Any]
+    error: type[Exception] | tuple[type[Exception], ...]
+    words: str = ""  # what the message has to contain, besides the argument's name
+
+    def __str__(self) -> str:
+        return f"{self.operation.name}-{self.spec.name}-{self.fault}"
+
+
+class Producer:
+    """A foreign array whose half of the DLPack protocol misbehaves."""
+
+    def __init__(self, device: Any, exported: Any) -> None:
+        self.device = device
+        self.exported = exported
+
+    def __dlpack_device__(self) -> Any:
+        return self.device
+
+    def __dlpack__(self, **_: Any) -> Any:
+        if isinstance(self.exported, Exception):
+            raise self.exported
+        return self.exported
+
+
+class OlderTorch(torch.Tensor):
+    """A tensor as torch made them before there was an exchange table."""
+
+    __dlpack_c_exchange_api__ = None
+
+
+def quietly(make: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prototypes of torch announce themselves
+        return make()
+
+
+def fake(tensor: Tensor) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def freed(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def misaligned(tensor: Tensor) -> np.ndarray:
+    array = tensor.numpy()
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    return memory.view(array.dtype).reshape(array.shape)
+
+
+def read_only(tensor: Tensor) -> np.ndarray:
+    array = tensor.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+def strided_rows(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def with_elements(wrap: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return lambda tensor: quietly(lambda: wrap(tensor))
+
+
+KINDS: dict[str, Callable[[Tensor], Any]] = {
+    "list": lambda t: t.tolist(),
+    "tuple": lambda t: (t,),
+    "int": lambda t: 3,
+    "float": lambda t: 0.5,
+    "text": lambda t: "tensor",
+    "bytes": lambda t: b"\0" * 64,
+    "dtype": lambda t: t.dtype,
+    "type": lambda t: type(t),
+    "object": lambda t: object(),
+}
+UNREADABLE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "meta": (lambda t: t.to("meta"), "meta"),
+    "sparse": (lambda t: t.to_sparse(), "sparse"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8), "quantized"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t]), "nested"),
+    "jagged": (lambda t: torch.nested.nested_tensor([t[:1], t], layout=torch.jagged), "nested"),
+    "fake": (fake, "FakeTensor"),
+    "functional": (torch._to_functional_tensor, "without memory"),
+    "zero": (lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype), "without memory"),
+    "freed": (freed, "without memory"),
+    "neg": (torch._neg_view, "negated"),
+    "older-neg": (lambda t: torch._neg_view(t).as_subclass(OlderTorch), "negated"),
+    "older-freed": (lambda t: freed(t).as_subclass(OlderTorch), "without memory"),
+    "conj": (lambda t: t.to(torch.complex64).conj(), "complex64"),
+    "cuda": (lambda t: Producer((2, 1), None), "cuda:1"),
+    "metal": (lambda t: Producer((8, 0), None), "device type 8"),
+    "device-none": (lambda t: Producer(None, None), "__dlpack_device__"),
+    "capsule-none": (lambda t: Producer((1, 0), None), "capsule"),
+    "capsule-used": (lambda t: Producer((1, 0), used_capsule(t)), "capsule"),
+    "raises": (lambda t: Producer((1, 0), RuntimeError("out of luck")), "out of luck"),
+    "raises-type": (lambda t: Producer((1, 0), TypeError("out of type")), "out of type"),
+    "misaligned": (misaligned, "aligned"),
+    "reversed": (lambda t: t.numpy()[::-1], "strides"),
+    "endian": (lambda t: t.numpy().astype(t.numpy().dtype.newbyteorder(">")), "exported"),
+    "objects": (lambda t: t.numpy().astype(object), "exported"),
+}
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
+
+
+def used_capsule(tensor: Tensor) -> Any:
+    capsule = tensor.__dlpack__()
+    torch.from_dlpack(capsule)
+    return capsule
+
+
+def shape_faults(spec: Spec, good: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    yield "rank+1", lambda t: t.unsqueeze(0).clone()
+    yield "rank-1", lambda t: t[0].clone()
+    yield "rank-6", lambda t: t.reshape(1, 1, 1, 1, 1, -1)
+    yield "scalar", lambda t: t.flatten()[0].clone()
+    for dim in spec.fixed:
+        yield f"longer-{dim}", lambda t, dim=dim: torch.cat([t, t.narrow(dim, 0, 1)], dim)
+        yield f"shorter-{dim}", lambda t, dim=dim: t.narrow(dim, 0, t.shape[dim] - 1).clone()
+        yield f"empty-{dim}", lambda t, dim=dim: t.narrow(dim, 0, 0).clone()
+
+
+def output_faults() -> Iterator[tuple[str, Callable[[Tensor], Any], str]]:
+    yield "expanded", lambda t: t[:1].clone().expand(t.shape), "strides [0"
+    yield "folded", lambda t: torch.as_strided(t.clone(), t.shape, (1,) * t.dim()), "overlap"
+    yield "read-only", read_only, "read-only"
+
+
+def faults_of(operation: Operation, spec: Spec) -> Iterator[Case]:
+    good = spec.good()
+    for name, spoil in KINDS.items():
+        yield Case(operation, spec, name, spoil, TypeError, "expected")
+    if not spec.optional:
+        yield Case(operation, spec, "none", lambda t: None, (TypeError, ValueError), "got None")
+    for name, (spoil, words) in UNREADABLE.items():
+        yield Case(operation, spec, name, with_elements(spoil), ValueError, words)
+    for name, spoil in shape_faults(spec, good):
+        yield Case(operation, spec, name, spoil, ValueError, "expected")
+    for dtype in DTYPES:
+        if dtype not in spec.dtypes:
+            name = str(dtype).removeprefix("torch.")
+            yield Case(operation, spec, name, lambda t, dtype=dtype: t.to(dtype), ValueError, f"got {name}")
+    if spec.rows:
+        yield Case(operation, spec, "columns", strided_rows, ValueError, "strides")
+    if spec.output:
+        for name, spoil, words in output_faults():
+            if name == "folded" and good.dim() < 2:
+                continue
+            yield Case(operation, spec, name, spoil, ValueError, words)
