@@ -99,7 +99,6 @@ class Decoding:
             num_drafts=self._num_drafts,
             drafter=self._drafter(runners),
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
-            device=prepared.model.device,
         )
         self._processing = 0.0
         self._kinds: list[list[str]] = [[] for _ in range(prepared.batch)]
