@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,9 @@ from hypothesis import strategies as st
 
 from foretoken import _core
 from foretoken.drafters import Drafter, ModelDrafter, NgramDrafter
+from foretoken.sampling import Sampling
+from foretoken.session import Session
+from toys import GREEDY, TableModel, run, some_asks, table
 
 BYTES = 1 << 20
 
@@ -70,7 +75,7 @@ ACTION = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.integers(0, 3), st.sampled_from([4096, 6000, BYTES]), st.lists(ACTION, max_size=60)
 )
@@ -197,3 +202,134 @@ def test_drafters_meet_the_protocol():
     model = ModelDrafter(lambda step: step.tokens, max_batch=1, vocab_size=4, max_length=8)
     assert isinstance(NgramDrafter(), Drafter)
     assert isinstance(model, Drafter)
+
+
+# ---- in a session ----
+
+
+class Recording:
+    """Checks every proposal of an `NgramDrafter` against the naive search over the committed text."""
+
+    def __init__(self) -> None:
+        self.inner = NgramDrafter(max_ngram=3)
+        self.tokens_of = None
+        self.checked = 0
+
+    def propose(self, context, budget):
+        proposal = self.inner.propose(context, budget)
+        for b, request in enumerate(context.requests):
+            naive = NaiveIndex(1, 3, 10**6)
+            naive.append(self.tokens_of(request))
+            count = int(proposal.num_drafts[b])
+            assert proposal.tokens[b, :count].tolist() == naive.propose(int(budget[b]))[:count]
+            assert count == (int(budget[b]) if naive.match()[0] else 0)
+            self.checked += count > 0
+        return proposal
+
+    def observe(self, context, verdict):
+        self.inner.observe(context, verdict)
+
+    def reset(self, slot):
+        self.inner.reset(slot)
+
+    def truncate(self, slot, length):
+        self.inner.truncate(slot, length)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_ngram_proposals_follow_the_committed_text(chunk):
+    logits = table(6, seed=4)
+    drafter = Recording()
+    session = Session(
+        max_batch=3, vocab_size=6, max_length=64, num_drafts=3, drafter=drafter, prefill_chunk=chunk
+    )
+    drafter.tokens_of = session.tokens
+    asks = some_asks(20, seed=2, vocab=6, sampling=Sampling(seed=1))
+    run(session, TableModel(logits, 3, 64), asks)
+    assert drafter.checked > 50
+
+
+def test_ngram_drafter_rolls_back_with_its_request():
+    drafter = NgramDrafter(max_ngram=2)
+    session = Session(max_batch=1, vocab_size=6, max_length=64, drafter=drafter)
+    request = session.admit([1, 2, 3, 1, 2], GREEDY, max_new_tokens=20)
+    target = TableModel(table(6, seed=4), 1, 64)
+    for _ in range(4):
+        session.commit(target(session.plan()))
+    assert request.num_generated > 2
+    session.truncate(request, 1)
+    assert int(drafter._taken[0]) == 6
+    session.plan()
+
+
+def test_model_drafter_takes_every_slot_of_a_larger_batch_or_says_so():
+    model = TableModel(table(6, seed=4), 1, 64)
+    drafter = ModelDrafter(model, max_batch=1, vocab_size=6, max_length=64)
+    session = Session(max_batch=2, vocab_size=6, max_length=64, drafter=drafter)
+    session.admit([1], GREEDY, max_new_tokens=4)
+    session.admit([1], GREEDY, max_new_tokens=4)
+    with pytest.raises(ValueError, match="slot"):
+        session.plan()
+
+
+class Lying:
+    """Declares a law it did not draw from: the control that the test below must catch."""
+
+    def __init__(self, inner: ModelDrafter) -> None:
+        self.inner = inner
+
+    def propose(self, context, budget):
+        proposal = self.inner.propose(context, budget)
+        if proposal.draft_logits is not None:
+            proposal.draft_logits = proposal.draft_logits.roll(1, -1)
+        return proposal
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def first_three(drafter_for, seeds: int) -> torch.Tensor:
+    """How often each of the 64 texts of three tokens came, over requests with seeds of their own."""
+    vocab, batch = 4, 200
+    logits = table(vocab, seed=12, spread=1.0)
+    model = ByLast(logits)
+    session = Session(
+        max_batch=batch, vocab_size=vocab, max_length=8, num_drafts=2, drafter=drafter_for(batch, vocab)
+    )
+    law = Sampling(temperature=0.9)
+    requests = [session.admit([1], replace(law, seed=seed), max_new_tokens=3) for seed in range(seeds)]
+    while (step := session.plan()) is not None:
+        session.commit(model(step))
+    texts = torch.tensor([session.generated(request) for request in requests])
+    return torch.bincount(texts @ torch.tensor([16, 4, 1]), minlength=64).double()
+
+
+class ByLast:
+    """Logits by the last token alone, all rows at once."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, step):
+        return self.logits[step.tokens]
+
+
+def chi_square(counts: torch.Tensor) -> float:
+    law = torch.softmax(table(4, seed=12, spread=1.0).double() / 0.9, -1)
+    first, second = law[1], law[:4]
+    joint = (first[:, None, None] * second[:, :, None] * second[None]).reshape(-1)
+    expected = joint * counts.sum()
+    assert float(expected.min()) > 5
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+CRITICAL_63 = 171.6  # of 63 degrees of freedom at 1e-9
+
+
+def test_sampled_rounds_keep_the_targets_law():
+    def honest(batch, vocab):
+        other = ByLast(table(vocab, seed=13, spread=1.0))
+        return ModelDrafter(other, max_batch=batch, vocab_size=vocab, max_length=8)
+
+    assert chi_square(first_three(honest, 12_000)) < CRITICAL_63
+    assert chi_square(first_three(lambda b, v: Lying(honest(b, v)), 12_000)) > CRITICAL_63

@@ -6,6 +6,7 @@ each row they read holds the committed token of its position.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Proposal
+from foretoken.ops import Verdict
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Request, Session, Step
 
 CONTEXT = 3
 CONTEXTS = 509
+VOCAB = 23
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -138,3 +142,168 @@ def greedy(logits: Tensor, ask: Ask) -> tuple[list[int], str]:
             reason = "eos" if tokens[-1] in ask.eos_ids else "stop"
             break
     return tokens[len(ask.prompt) :], reason
+
+
+class Truth:
+    """A drafter that knows the greedy continuation, up to `budget`: everything is accepted."""
+
+    def __init__(self, logits: Tensor, tokens_of: Callable[[Request], list[int]] | None = None) -> None:
+        self.logits = logits
+        self.tokens_of = tokens_of
+
+    def propose(self, context: Context, budget: Tensor) -> Proposal:
+        tokens = torch.zeros(len(budget), context.max_budget, dtype=torch.int64)
+        assert self.tokens_of is not None
+        for b, request in enumerate(context.requests):
+            text = self.tokens_of(request)
+            for k in range(int(budget[b])):
+                text.append(int(self.logits[context_of(text)].argmax()))
+                tokens[b, k] = text[-1]
+        return Proposal(tokens, budget.clone())
+
+    def observe(self, context: Context, verdict: Verdict) -> None:
+        pass
+
+    def reset(self, slot: int) -> None:
+        pass
+
+    def truncate(self, slot: int, length: int) -> None:
+        pass
+
+
+class Within:
+    """Hands a drafter smaller budgets, chosen by `limit(request, base, budget)` before anything is drawn."""
+
+    def __init__(self, inner: Drafter, limit: Callable[[Request, int, int], int]) -> None:
+        self.inner, self.limit = inner, limit
+
+    def propose(self, context: Context, budget: Tensor) -> Proposal:
+        rows = zip(context.requests, context.base.tolist(), budget.tolist(), strict=True)
+        smaller = [min(budget, self.limit(request, base, budget)) for request, base, budget in rows]
+        return self.inner.propose(context, torch.tensor(smaller, dtype=torch.int32))
+
+    def observe(self, context: Context, verdict: Verdict) -> None:
+        self.inner.observe(context, verdict)
+
+    def reset(self, slot: int) -> None:
+        self.inner.reset(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        self.inner.truncate(slot, length)
+
+
+@dataclass
+class Bench:
+    """A session with its toy target, and the toy model behind its drafter if there is one."""
+
+    session: Session
+    target: TableModel
+    draft: TableModel | None
+
+    def run(self, asks: Sequence[Ask]) -> list[list[int]]:
+        return run(self.session, self.target, asks)
+
+
+def bench(
+    logits: Tensor,
+    kind: str,
+    *,
+    max_batch: int = 1,
+    max_length: int = 64,
+    num_drafts: int = 4,
+    share: float = 0.8,
+    draft_length: int | None = None,
+    limit: Callable[[Request, int, int], int] | None = None,
+    **options: Any,
+) -> Bench:
+    """A session over toys. `kind` of drafter: "none", "ngram", "model" or "truth"."""
+    vocab = logits.shape[1]
+    target = TableModel(logits, max_batch, max_length)
+    draft = None
+    drafter: Any = None
+    if kind == "ngram":
+        drafter = NgramDrafter()
+    elif kind == "truth":
+        drafter = Truth(logits)
+    elif kind == "model":
+        rows = max_length if draft_length is None else draft_length
+        draft = TableModel(alike(logits, 99, share), max_batch, rows)
+        draft.ahead = True
+        drafter = ModelDrafter(draft, max_batch=max_batch, vocab_size=vocab, max_length=rows, prefill_chunk=5)
+    inner = drafter
+    if limit is not None:
+        drafter = Within(inner, limit)
+    options.setdefault("prefill_chunk", 6)
+    session = Session(
+        max_batch=max_batch,
+        vocab_size=vocab,
+        max_length=max_length,
+        num_drafts=num_drafts,
+        drafter=drafter,
+        **options,
+    )
+    for part in (target, draft, inner):
+        if isinstance(part, (TableModel, Truth)):
+            part.tokens_of = session.tokens
+    return Bench(session, target, draft)
+
+
+def some_asks(count: int, seed: int, vocab: int, **options: Any) -> list[Ask]:
+    """Ragged requests: prompts of 1 to 20 tokens, 1 to 30 new ones."""
+    pick = random.Random(seed)
+    return [
+        Ask(
+            prompt=[pick.randrange(vocab) for _ in range(pick.choice((1, 1, 2, 3, pick.randint(1, 20))))],
+            max_new_tokens=pick.randint(1, 30),
+            **options,
+        )
+        for _ in range(count)
+    ]
+
+
+class Counting:
+    """The next token is the last one plus 1: ends can be put exactly where they are wanted."""
+
+    def __call__(self, step):
+        return torch.nn.functional.one_hot((step.tokens + 1) % VOCAB, VOCAB).float() * 50
+
+
+class CountingDrafter:
+    """Right for all drafts but those from number `wrong_from` on."""
+
+    def __init__(self, wrong_from: int = 99) -> None:
+        self.wrong_from = wrong_from
+        self.truncated: list[tuple[int, int]] = []
+        self.resets: list[int] = []
+
+    def propose(self, context, budget):
+        offsets = torch.arange(1, context.max_budget + 1)
+        last = torch.tensor([request_last(context, b) for b in range(len(budget))])
+        tokens = (last[:, None] + offsets + (offsets > self.wrong_from).long()) % VOCAB
+        return Proposal(tokens, budget.clone())
+
+    def observe(self, context, verdict):
+        pass
+
+    def reset(self, slot):
+        self.resets.append(slot)
+
+    def truncate(self, slot, length):
+        self.truncated.append((slot, length))
+
+
+def request_last(context, row: int) -> int:
+    starts = torch.zeros(int(context.slots.max()) + 1, dtype=torch.int64)
+    starts[context.slots.long()] = context.lengths
+    tokens, counts = context.tokens_from(starts)
+    assert counts[row] in (0, 1)
+    return int(tokens[row, 0]) if counts[row] else 0
+
+
+def counting_session(**options) -> Session:
+    options.setdefault("drafter", CountingDrafter())
+    return Session(max_batch=2, vocab_size=VOCAB, max_length=64, **options)
+
+
+def drain(session: Session, forward=None) -> list:
+    return [event for events in rounds(session, forward or Counting()) for event in events]

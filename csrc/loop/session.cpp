@@ -1,6 +1,7 @@
 #include "loop/session.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -8,6 +9,10 @@ namespace foretoken::loop {
 namespace {
 
 std::string text(int64_t number) { return std::to_string(number); }
+
+void move(const int64_t* from, int64_t count, int64_t* to) {
+  std::memmove(to, from, count * sizeof(int64_t));
+}
 
 const SessionConfig& checked(const SessionConfig& config) {
   const auto at_least = [](const char* name, int64_t value, int64_t least) {
@@ -261,6 +266,7 @@ void Session::build_decode() {
 
 void Session::drop_finished_rows() {
   size_t left = 0;
+  int64_t longest = 0;
   for (size_t b = 0; b < rows_.size(); ++b) {
     if (rows_[b] == nullptr || rows_[b]->phase == Phase::finished) continue;
     rows_[left] = rows_[b];
@@ -270,8 +276,8 @@ void Session::drop_finished_rows() {
     limits_[left] = limits_[b];
     budget_[left] = budget_[b];
     num_drafts_[left] = num_drafts_[b];
-    const auto drafts = drafts_.begin() + b * drafted_columns_;
-    std::copy(drafts, drafts + drafted_columns_, drafts_.begin() + left * drafted_columns_);
+    move(drafts_.data() + b * drafted_columns_, num_drafts_[b], drafts_.data() + left * drafted_columns_);
+    longest = std::max<int64_t>(longest, num_drafts_[b]);
     ++left;
   }
   if (left == rows_.size()) return;
@@ -279,6 +285,17 @@ void Session::drop_finished_rows() {
   row_ids_.resize(left);
   kept_rows_.resize(left);
   ++rows_version_;
+  pack_drafts(drafts_.data(), drafted_columns_, longest);
+}
+
+// Drafts of the rows, from rows `stride` apart to `columns` columns. They may lie in drafts_ already.
+void Session::pack_drafts(const int64_t* from, int64_t stride, int64_t columns) {
+  for (size_t b = 0; b < rows_.size(); ++b) {
+    int64_t* const to = drafts_.data() + b * columns;
+    move(from + b * stride, num_drafts_[b], to);
+    std::fill(to + num_drafts_[b], to + columns, int64_t{0});
+  }
+  drafted_columns_ = columns;
 }
 
 bool Session::plan(bool drafting) {
@@ -308,27 +325,25 @@ bool Session::plan(bool drafting) {
 
 void Session::draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts) {
   if (!drafting_) throw std::logic_error("draft: no decode step waits for drafts");
-  int64_t longest = 0;
   for (size_t b = 0; b < rows_.size(); ++b) {
     const int64_t most = std::min<int64_t>(budget_[b], columns);
-    if (num_drafts[b] < 0 || num_drafts[b] > most) {
-      throw std::invalid_argument("num_drafts: expected 0 to " + text(most) + " in row " + text(b) +
-                                  ", got " + text(num_drafts[b]));
-    }
-    longest = std::max<int64_t>(longest, num_drafts[b]);
+    if (num_drafts[b] >= 0 && num_drafts[b] <= most) continue;
+    throw std::invalid_argument("num_drafts: expected 0 to " + text(most) + " in row " + text(b) + ", got " +
+                                text(num_drafts[b]));
   }
-  drafted_columns_ = longest;
+  int64_t longest = 0;
   for (size_t b = 0; b < rows_.size(); ++b) {
     const int64_t* const from = tokens + b * row_stride;
     const int64_t vocab = config_.vocab_size;
+    // An id that the target cannot even be fed costs the row its drafts, as an unusable proposal does in
+    // verify.
     const bool usable =
         std::all_of(from, from + num_drafts[b], [vocab](int64_t id) { return id >= 0 && id < vocab; });
     num_drafts_[b] = usable ? num_drafts[b] : 0;
     bad_drafts_ += usable ? 0 : 1;
-    int64_t* const to = drafts_.data() + b * longest;
-    std::copy(from, from + num_drafts_[b], to);
-    std::fill(to + num_drafts_[b], to + longest, int64_t{0});
+    longest = std::max<int64_t>(longest, num_drafts_[b]);
   }
+  pack_drafts(tokens, row_stride, longest);
   build_decode();
   drafting_ = false;
   outstanding_ = true;

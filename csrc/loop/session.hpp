@@ -82,7 +82,7 @@ class Session {
   const std::vector<int64_t>& row_ids() const { return row_ids_; }
   const std::vector<int32_t>& kept_rows() const {
     return kept_rows_;
-  }                                                       // of the first plan, after rows were dropped
+  }  // of the first plan, after rows were dropped
   int64_t rows_version() const { return rows_version_; }  // changes whenever row_ids() does
   int64_t max_budget() const { return max_budget_; }
   // Rows that may not end yet, as (row, columns): their EOS and stop ids are masked in so many leading
@@ -116,6 +116,7 @@ class Session {
   void assign_waiting();
   bool choose_rows();
   void drop_finished_rows();
+  void pack_drafts(const int64_t* from, int64_t stride, int64_t columns);
   void choose_budgets();
   void build_prefill();
   void build_decode();

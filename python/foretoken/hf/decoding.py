@@ -98,7 +98,6 @@ class Decoding:
             num_drafts=self._num_drafts,
             drafter=self._drafter(runners),
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
-            device=prepared.model.device,
         )
         config = prepared.config
         recorded = bool(config.return_dict_in_generate)
