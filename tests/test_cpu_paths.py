@@ -68,15 +68,22 @@ def test_paths_agree_bit_by_bit(vocab, dtype, paths):
                     assert torch.equal(one.view(torch.int32), other.view(torch.int32)), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_nan_is_seen_in_every_lane(dtype, paths):
+# The NaN of x86, that of CUDA, a signalling one, one whose payload looks like an exponent.
+NANS = {torch.float32: [0x7FC00000, -0x400000, 0x7FFFFFFF, 0x7F800001, 0x7FC4AB5F]}
+NANS |= {torch.bfloat16: [0x7FC0, -0x40, 0x7FFF, 0x7F81], torch.float16: [0x7E00, -0x200, 0x7FFF, 0x7C01]}
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(dtype, bits) for dtype in DTYPES for bits in NANS[dtype]])
+def test_a_nan_is_seen_in_every_lane(dtype, bits, paths):
     """Beside nothing but -inf as well as among ordinary logits, in a greedy row as in a sampled one."""
     vocab = 1100
+    nan = torch.tensor([bits], dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    assert nan.isnan()
     lanes = [*range(0, 70), 255, 256, 511, 512, 1023, 1024, 1025, 1099]
     for background in (0.0, -torch.inf):
         logits = torch.full((len(lanes), vocab), background, dtype=dtype)
         logits[:, 600] = 1.0
-        logits[torch.arange(len(lanes)), torch.tensor(lanes)] = torch.nan
+        logits[torch.arange(len(lanes)), torch.tensor(lanes)] = nan
         for kind in KINDS:
             sampling = ft.Sampling(kind.temperature, kind.top_k, kind.top_p, kind.min_p, seed=0)
 
