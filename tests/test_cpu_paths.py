@@ -142,7 +142,7 @@ def shipped(target: list, draft: list | None, token: int, filters: Filters) -> d
 
 @pytest.mark.parametrize("filters", [Filters(), Filters(temperature=0.6, top_k=40, min_p=0.01)], ids=str)
 @pytest.mark.parametrize("vocab", [1000, 32000, pytest.param(151936, marks=pytest.mark.long)])
-def test_large_rows_stay_within_a_millionth(vocab, filters, record_property):
+def test_large_rows_stay_within_a_millionth(vocab, filters, figure):
     """Total variation between the float32 law and the float64 law, of a draw and of a round."""
     rng = np.random.default_rng(vocab)
     target = (3.0 * rng.standard_normal((2, vocab))).astype(np.float32)
@@ -156,7 +156,7 @@ def test_large_rows_stay_within_a_millionth(vocab, filters, record_property):
     one_draft = total_variation(
         shipped(target.tolist(), draft.tolist(), token, filters), token_rule(laws, chain)
     )
-    record_property("tv", (plain, one_draft))
+    figure("tv", (plain, one_draft))
     assert plain <= 1e-6
     assert one_draft <= 1e-6
 
