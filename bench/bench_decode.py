@@ -1,8 +1,8 @@
 """End to end on the embedded pair: one held-out prompt, 100 new tokens, every method of ``foretoken demo``.
 
-Greedy rows are asserted to be the plain text before they are timed; sampled rows to have the right length and,
-through foretoken, to give the same text for the same seed. Acceptance is what the two models really agree on;
-it stands beside each figure.
+Greedy rows are asserted to be the plain text before they are timed; sampled rows to have the right length
+and, through foretoken, to give the same text for the same seed. Acceptance is what the two models really
+agree on; it stands beside each figure.
 """
 
 from __future__ import annotations
