@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -25,6 +26,10 @@ from foretoken.hf.families import (
     text_config,
 )
 from foretoken.hf.probe import disagreement, plain_forward
+
+_switching = threading.Lock()
+# Of configurations that name foretoken's attention now, by id: how many runs need it, and what it was before.
+_switched: dict[int, tuple[int, str | None]] = {}
 
 
 class StepLike(Protocol):
@@ -190,14 +195,23 @@ class ModuleRunner:
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        before = [config._attn_implementation_internal for config in self._configs]
-        try:
+        # Models may be shared between threads, and configurations between models: the last one out puts back
+        # what the first one found.
+        with _switching:
             for config in self._configs:
+                users, before = _switched.get(id(config), (0, config._attn_implementation_internal))
+                _switched[id(config)] = users + 1, before
                 config._attn_implementation_internal = NAME
+        try:
             yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
+            with _switching:
+                for config in self._configs:
+                    users, before = _switched.pop(id(config))
+                    if users > 1:
+                        _switched[id(config)] = users - 1, before
+                    else:
+                        config._attn_implementation_internal = before
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""

@@ -45,7 +45,7 @@ def read_speculation(
 
     # Older releases write their defaults into every config (a confidence threshold of 0.4, ...): those are
     # nobody's wish.
-    defaults = GenerationConfig()
+    defaults: GenerationConfig = GenerationConfig()  # type: ignore[no-untyped-call]
 
     def asked(name: str) -> Any:
         if name in keywords:
