@@ -142,6 +142,20 @@ def test_processors_are_called_for_every_node(
     assert figures.counters.draft_tokens > 0
 
 
+@pytest.mark.parametrize("options", [PENALTIES[1], PENALTIES[5]], ids=lambda o: "+".join(o))
+def test_a_draft_model_sees_processed_logits(model: Any, options: dict[str, Any]) -> None:
+    """The model drafting for itself is right every time, also under processors that change the text."""
+    inputs = padded(3)
+    figures = same(model, model, inputs, max_new_tokens=25, num_drafts=4, **options)
+    assert figures.counters.acceptance_rate == 1.0
+    plain = model.generate(**inputs, max_new_tokens=25)
+    assert not torch.equal(plain, model.generate(**inputs, max_new_tokens=25, **options))
+    torch.manual_seed(0)
+    flags = {"do_sample": True, "return_dict_in_generate": True}
+    sampled = generate(model, **inputs, drafter=model, max_new_tokens=25, **flags, **options)
+    assert sampled.foretoken.counters.acceptance_rate == 1.0
+
+
 def test_allowed_tokens_know_their_row(model: Any, draft: Any) -> None:
     def allowed(row: int, ids: Tensor) -> list[int]:
         return [t for t in range(VOCAB) if t % 4 != (row + int(ids[-1])) % 4]

@@ -134,7 +134,8 @@ def test_lean_gives_the_logits_of_the_module(both, texts, width):
     for ids in texts[:3]:
         expected = module(torch.tensor([ids])).logits
         start = len(ids) - 3 * width
-        assert model(make_step([ids[:start]], [0], [1], kind="prefill")) is None
+        hidden = model(make_step([ids[:start]], [0], [1], kind="prefill"))
+        assert hidden.shape == (1, start, 256)
         for at in range(start, len(ids), width):
             logits = model(make_step([ids[at : at + width]], [at], [1]))
             assert (logits - expected[:, at : at + width]).abs().max() < 1e-4

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 import foretoken
-from foretoken import info
+from foretoken import demo, info
 
-_COMMANDS = (info,)
+_COMMANDS = (info, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

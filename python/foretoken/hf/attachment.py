@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from foretoken.hf.arguments import prepare
-from foretoken.hf.decoding import Runners
+from foretoken.hf.forwards import Runners
 from foretoken.hf.generation import Callback, finish
 from foretoken.hf.refusals import refuse_model
 from foretoken.hf.speculation import check_drafter

@@ -204,7 +204,8 @@ class _Store:
 
         def zeros(count: int, size: int) -> Tensor:
             place = (count, max_batch, shape.heads, rows, size)
-            return torch.zeros(place, dtype=shape.dtype, device=shape.device)
+            with torch.inference_mode(False):  # else nobody could write to it outside inference mode
+                return torch.zeros(place, dtype=shape.dtype, device=shape.device)
 
         self._blocks: tuple[Tensor, ...]
         if shape.key_size == shape.value_size:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
+from foretoken.hf.forwards import ProcessedForward, Runners
 from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
-from foretoken.hf.runner import ModuleRunner
 from foretoken.hf.stopping import Replay
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
@@ -60,22 +60,6 @@ class Figures:
     """Of each row; `Sampling(seed=...)` repeats the call with them."""
 
 
-class Runners:
-    """Runners of a target and a draft model, kept while they fit: making one allocates caches and probes."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Any]] = {}
-
-    def get(self, role: str, model: Any, max_batch: int, max_length: int) -> Any:
-        made_for = (model, model.dtype, model.device, model.training)
-        known, runner = self._kept.pop(role, (None, None))
-        if known != made_for or runner.max_batch < max_batch or runner.max_length < max_length:
-            runner = None  # let go of it first: two sets of caches may not fit
-            runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
-        self._kept[role] = made_for, runner
-        return runner
-
-
 class Decoding:
     """One call, round by round.
 
@@ -91,15 +75,7 @@ class Decoding:
         # A round looks past the end of its row by less than it drafts.
         self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens
         self._runner = runners.get("target", prepared.model, prepared.batch, self._max_length)
-        self._session = Session(
-            max_batch=prepared.batch,
-            vocab_size=self._runner.vocab_size,
-            max_length=self._max_length,
-            num_drafts=self._num_drafts,
-            drafter=self._drafter(runners),
-            prefill_chunk=prepared.config.prefill_chunk_size or 512,
-            device=prepared.model.device,
-        )
+        self._vocab_size: int = self._runner.vocab_size
         config = prepared.config
         recorded = bool(config.return_dict_in_generate)
         self._replay = Replay(
@@ -116,6 +92,14 @@ class Decoding:
         self._processors = NodeProcessors(self.law.nodes, self._replay.ids, self._replay.filler)
         self._requests: list[Request] = []
         self._row: dict[Request, int] = {}
+        self._session = Session(
+            max_batch=prepared.batch,
+            vocab_size=self._vocab_size,
+            max_length=self._max_length,
+            num_drafts=self._num_drafts,
+            drafter=self._drafter(runners),
+            prefill_chunk=prepared.config.prefill_chunk_size or 512,
+        )
         self._processing = 0.0
         self._kinds: list[list[str]] = [[] for _ in range(prepared.batch)]
         self._told = [0] * prepared.batch
@@ -190,7 +174,10 @@ class Decoding:
         runner = runners.get("draft", spec.drafter, batch, self._max_length)
         # A drafter made for fewer positions than the target stops drafting there.
         limit = min(self._max_length, runner.max_positions or self._max_length)
-        return ModelDrafter(runner, max_batch=batch, vocab_size=self._runner.vocab_size, max_length=limit)
+        forward = runner
+        if self._processors:
+            forward = ProcessedForward(runner, self._processors, self._row, self._vocab_size, self._prepared)
+        return ModelDrafter(forward, max_batch=batch, vocab_size=self._vocab_size, max_length=limit)
 
     def _admit(self) -> None:
         prepared = self._prepared

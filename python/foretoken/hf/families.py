@@ -90,13 +90,15 @@ def refuse_by_design(model: nn.Module, max_length: int) -> None:
         raise UnsupportedModelError(model, "encoder-decoder models are not supported")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(model, "recurrent state cannot be rolled back by a length")
-    rope = getattr(text_config(model), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
+    rotations = getattr(text_config(model), "rope_parameters", None) or {}
+    for rope in [rotations, *(part for part in rotations.values() if isinstance(part, dict))]:
+        if "dynamic" not in rope.get("rope_type", "") and rope.get("rope_type") != "longrope":
+            continue
         limit = rope.get("original_max_position_embeddings") or position_limit(text_config(model))
         if limit is not None and max_length > limit:
             raise UnsupportedModelError(
                 model,
-                f"its rotary positions ({rope['rope_type']}) change, cached keys included, once a text is "
+                f"its rotations ({rope['rope_type']}) change, cached keys included, once a text is "
                 f"longer than {limit} tokens; expected max_length of at most {limit}, got {max_length}",
             )
 

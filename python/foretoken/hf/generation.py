@@ -14,7 +14,8 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretoken.hf.arguments import Prepared, assemble, prepare
-from foretoken.hf.decoding import Decoding, Emission, Round, Runners
+from foretoken.hf.decoding import Decoding, Emission, Round
+from foretoken.hf.forwards import Runners
 from foretoken.hf.refusals import refuse_model, refuse_options
 from foretoken.hf.speculation import hook_speculation
 from foretoken.sampling import Sampling

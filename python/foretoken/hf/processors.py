@@ -270,6 +270,10 @@ class NodeProcessors:
             self._ids[row, length : length + num_tokens[i] - 1] = self._filler
         return out
 
+    def write(self, row: int, start: int, tokens: Tensor) -> None:
+        """Put drafted tokens into `ids`, until the next call for this row takes them out again."""
+        self._ids[row, start : start + len(tokens)] = tokens
+
     def _apply(self, rows: list[int], length: int, scores: Tensor) -> Tensor:
         if self._whole_batch:
             # Rows that are not asked for stand as they were at this length, or filled up if they never got

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +25,7 @@ from foretoken.hf.families import (
     text_config,
 )
 from foretoken.hf.probe import disagreement, plain_forward
-
-
-class StepLike(Protocol):
-    """What a runner reads of a session's step: tokens and positions ``[B, T]``, else a value per row."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def positions(self) -> Tensor: ...
-    @property
-    def num_tokens(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
-    @property
-    def slots(self) -> Tensor: ...
+from foretoken.session import Step
 
 
 class ModuleRunner:
@@ -97,6 +81,7 @@ class ModuleRunner:
         self._takes_positions = "position_ids" in accepted
         self._takes_keep = "logits_to_keep" in accepted
         limit = max_length if self.max_positions is None else min(max_length, self.max_positions)
+        self._last_position = limit
         tokens, logits, plain_cache = plain_forward(model, limit)
         self.vocab_size = int(logits.shape[-1])
         shapes = layer_shapes(model, plain_cache)
@@ -105,7 +90,7 @@ class ModuleRunner:
         self.mode = self._find_mode(tokens, logits)
         self.reset()
 
-    def __call__(self, step: StepLike) -> Tensor:
+    def __call__(self, step: Step) -> Tensor:
         """Run one step.
 
         Parameters
@@ -129,14 +114,13 @@ class ModuleRunner:
         """Zero the cache. Not needed between requests: lengths live with the session."""
         self.cache.reset()
 
-    def _run(self, step: StepLike, trace: Trace | None) -> Tensor:
+    def _run(self, step: Step, trace: Trace | None) -> Tensor:
         slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
         tokens, positions = step.tokens, step.positions
-        if self.max_positions is not None and max(lengths) + tokens.shape[1] > self.max_positions:
+        if max(lengths) + tokens.shape[1] > self._last_position:
             # Padding columns go on counting, but a table of learned positions ends somewhere. Tokens keep
             # theirs: rotary positions go on past what the model was made for, as in transformers.
-            last = step.lengths + step.num_tokens - 1
-            positions = torch.minimum(positions, last[:, None])
+            positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":

@@ -56,7 +56,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     ImportError
         If transformers is not installed (`pip install 'foretoken[hf]'`).
     """
-    from foretoken.hf.pair_models import fast_tokenizer
+    from foretoken.hf.loading import fast_tokenizer
 
     return fast_tokenizer(FOLDER / "tokenizer.json")
 
@@ -67,6 +67,6 @@ def prompts() -> list[str]:
 
 
 def _load_module(role: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    from foretoken.hf.pair_models import llama
+    from foretoken.hf.loading import llama
 
     return llama(*load_weights(role), dtype)

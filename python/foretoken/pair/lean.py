@@ -128,14 +128,35 @@ class LeanLlama:
             down=matrix("mlp.down_proj").t().contiguous(),
         )
 
+    def __call__(self, step: Step) -> torch.Tensor:
+        """Logits [B, T, V] of a decode step; of a prefill, which needs none, hidden states [B, T, hidden]."""
+        where = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
+        decode = step.kind == "decode"
+        if step.uniform:
+            output = self.forward(step.tokens.view(-1), *where, logits=decode)
+            return output.view(*step.tokens.shape, -1)
+        live = torch.arange(step.tokens.shape[1]) < step.num_tokens[:, None]
+        output = self.forward(step.tokens[live], *where, logits=decode)
+        padded = output.new_zeros(*step.tokens.shape, output.shape[-1])
+        padded[live] = output
+        return padded
+
     @torch.inference_mode()
-    def __call__(self, step: Step) -> torch.Tensor | None:
-        """Logits [B, T, V] of a decode step, None for a prefill; the cache takes in all its tokens."""
-        counts, starts, slots = step.num_tokens.tolist(), step.lengths.tolist(), step.slots.tolist()
-        live = None if step.uniform else torch.arange(step.tokens.shape[1]) < step.num_tokens[:, None]
-        x = functional.embedding(step.tokens.view(-1) if live is None else step.tokens[live], self.embedding)
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        slots: list[int],
+        starts: list[int],
+        counts: list[int],
+        logits: bool = True,
+    ) -> torch.Tensor:
+        """Logits [R, V] of R tokens; counts[b] of them go to slot slots[b], to cache rows from starts[b] on.
+
+        Without `logits` the hidden states, for passes that only fill the cache.
+        """
         buffers = self._buffers(counts)
         spans = [self._span(*row) for row in zip(slots, starts, counts, strict=True)]
+        x = functional.embedding(tokens, self.embedding)
         for i, layer in enumerate(self.layers):
             torch.mm(self._normed(x, buffers), layer.qkv, out=buffers.qkv)
             mixed = []
@@ -149,14 +170,9 @@ class LeanLlama:
             x.addmm_(attended.transpose(1, 2).reshape(x.shape[0], -1), layer.out)
             torch.mm(self._normed(x, buffers), layer.gate_up, out=buffers.gate_up)
             x.addmm_(functional.silu(buffers.gate, inplace=True).mul_(buffers.up), layer.down)
-        if step.kind == "prefill":
-            return None
-        logits = functional.linear(self._normed(x, buffers).mul_(self.final_norm), self.embedding)
-        if live is None:
-            return logits.view(*step.tokens.shape, -1)
-        padded = logits.new_zeros(*step.tokens.shape, self.vocab_size)
-        padded[live] = logits
-        return padded
+        if not logits:
+            return x
+        return functional.linear(self._normed(x, buffers).mul_(self.final_norm), self.embedding)
 
     def _buffers(self, counts: list[int]) -> _Buffers:
         """Buffers for these sizes: kept for decoding's few and small ones, made anew for a long prefill."""

@@ -223,7 +223,7 @@ def run_stages(out: Path, stages: list[str], seconds: dict[str, float], batch: i
     """Run `stages`; what earlier stages left in `out` is read back."""
     from tokenizers import Tokenizer
 
-    from foretoken.hf.pair_models import untrained_llama
+    from foretoken.hf.loading import untrained_llama
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)

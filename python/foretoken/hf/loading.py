@@ -1,13 +1,23 @@
-"""The embedded pair as transformers objects."""
+"""Models and tokenizers as transformers objects: the embedded pair, and any other by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
 
 END = "<|end|>"
 
@@ -40,3 +50,27 @@ def fast_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
+
+
+def pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model by hub name or folder, in evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model.train(False)
+    return model
+
+
+def pretrained_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Only errors of transformers are printed while the block runs."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,69 @@
+"""The forward passes of a call: runners kept between calls, and drafting from processed logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.hf.arguments import Prepared
+from foretoken.hf.processors import NodeProcessors
+from foretoken.hf.runner import ModuleRunner
+from foretoken.session import Request, Step
+
+
+class Runners:
+    """Runners of a target and a draft model, kept while they fit: making one allocates caches and probes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, role: str, model: Any, max_batch: int, max_length: int) -> Any:
+        made_for = (model, model.dtype, model.device, model.training)
+        known, runner = self._kept.pop(role, (None, None))
+        if known != made_for or runner.max_batch < max_batch or runner.max_length < max_length:
+            runner = None  # let go of it first: two sets of caches may not fit
+            runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+        self._kept[role] = made_for, runner
+        return runner
+
+
+class ProcessedForward:
+    """A draft model's forward whose logits went through the logits processors of the call.
+
+    What the target may not say, or says less gladly, the drafter does not propose; and as it draws from these
+    very logits, they are the law it declares.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        processors: NodeProcessors,
+        rows: Mapping[Request, int],
+        vocab_size: int,
+        prepared: Prepared,
+    ) -> None:
+        self._runner = runner
+        self._processors = processors
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._padding = [prepared.input_ids.shape[1] - len(prompt) for prompt in prepared.prompts]
+
+    def __call__(self, step: Step) -> Tensor:
+        logits: Tensor = self._runner(step)
+        if step.kind == "prefill" or logits.shape[-1] != self._vocab_size:
+            return logits
+        rows = [self._rows[request] for request in step.requests]
+        used = step.num_tokens.tolist()
+        starts = [self._padding[row] + s for row, s in zip(rows, step.lengths.tolist(), strict=True)]
+        lengths = [start + count for start, count in zip(starts, used, strict=True)]
+        for i, row in enumerate(rows):
+            self._processors.write(row, starts[i], step.tokens[i, : used[i]])
+        # Only the logits behind the last token of a row are drawn from.
+        at = torch.arange(len(rows)), step.num_tokens.to(torch.int64) - 1
+        last = self._processors(logits[at][:, None], step.tokens, [1] * len(rows), rows, lengths)
+        logits = logits.to(torch.float32, copy=True)
+        logits[at] = last[:, 0]
+        return logits
