@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foretoken.hf.attention import NAME
-from foretoken.hf.cache import SlotCache, Trace
+from foretoken.hf.cache import SlotCache
 from foretoken.hf.families import (
     UnsupportedModelError,
     input_device,
@@ -24,6 +24,7 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.plan import Trace
 from foretoken.hf.probe import disagreement, plain_forward
 from foretoken.session import Step
 
