@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import transformers as tf
+
+from foretoken.session import Step
 
 VOCAB = 97
 POSITIONS = 96
@@ -198,18 +199,24 @@ def make_step(
     lengths: Sequence[int],
     slots: Sequence[int],
     *,
-    kind: str = "decode",
-) -> SimpleNamespace:
+    kind: Literal["prefill", "decode"] = "decode",
+) -> Step:
     """A step as a session hands it out: ragged rows are padded with token 0, positions go on."""
     width = max(len(row) for row in tokens)
     starts = torch.tensor(lengths)
-    return SimpleNamespace(
+    used = [len(row) for row in tokens]
+    neighbours = all(slot == slots[0] + row for row, slot in enumerate(slots))
+    return Step(
         kind=kind,
         tokens=torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens]),
         positions=starts[:, None] + torch.arange(width),
-        num_tokens=torch.tensor([len(row) for row in tokens], dtype=torch.int32),
+        num_tokens=torch.tensor(used, dtype=torch.int32),
         lengths=starts,
         slots=torch.tensor(slots, dtype=torch.int32),
+        requests=(),
+        max_length_after=max(lengths) + width,
+        uniform=min(used) == width,
+        slot_range=(slots[0], slots[-1] + 1) if neighbours else None,
     )
 
 

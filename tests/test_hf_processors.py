@@ -189,12 +189,18 @@ def allowed(batch_id: int, ids: Tensor) -> list[int]:
     return [batch_id, int(ids[-1]) % VOCAB, (int(ids.sum()) + 3 * batch_id) % VOCAB]
 
 
+def penalties(padding: Tensor) -> list[Any]:
+    try:
+        return [PENALTY, hf.RepetitionPenaltyLogitsProcessor(0.7, prompt_ignore_length=padding)]
+    except ValueError:  # older releases know one length for all rows
+        return [PENALTY, hf.RepetitionPenaltyLogitsProcessor(0.7, prompt_ignore_length=3)]
+
+
 def every_known_processor(prompts: Tensor, padding: Tensor) -> list[Any]:
     return [
         hf.MinLengthLogitsProcessor(PROMPT + 5, EOS),
         hf.MinNewTokensLengthLogitsProcessor(PROMPT, 6, EOS),
-        PENALTY,
-        hf.RepetitionPenaltyLogitsProcessor(0.7, prompt_ignore_length=padding),
+        *penalties(padding),
         hf.EncoderRepetitionPenaltyLogitsProcessor(1.4, prompts),
         hf.NoRepeatNGramLogitsProcessor(2),
         hf.EncoderNoRepeatNGramLogitsProcessor(2, prompts),

@@ -101,6 +101,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # names the build (+cpu, +cu130), which the metadata may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -55,7 +55,8 @@ class TailMasks:
         starts = [self._rows - length + first for length in lengths]
         rows = [table[:queries, start : start + end - first] for start in starts]
         if len(rows) == 1:
-            return rows[0]
+            # Kernels of a device load masks in aligned vectors; a slice starts anywhere.
+            return rows[0] if device.type == "cpu" else rows[0].contiguous()
         return torch.stack(rows).unsqueeze(1)
 
     def _table(

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from foretoken.hf.cache import Trace
-from foretoken.hf.families import input_device, text_config
+from foretoken.hf.families import UnsupportedModelError, input_device, text_config
+from foretoken.hf.plan import Trace
+from foretoken.session import Step
 
 PROBE_TOKENS = 12
 
 # Largest relative error of the logits, as a norm over all positions: the same sums in another order.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
-
-@dataclass(frozen=True)
-class ProbeStep:
-    """A step as a session would hand it out."""
-
-    kind: str
-    tokens: Tensor
-    positions: Tensor
-    num_tokens: Tensor
-    lengths: Tensor
-    slots: Tensor
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def plain_forward(model: PreTrainedModel, max_length: int) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Tokens ``[P]``, their logits ``[P, V]`` by the untouched module, and the cache that it filled."""
+    """Tokens ``[P]``, their logits ``[P, V]`` by the untouched module, and the cache that it filled.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model has no language modelling head.
+    """
     config = text_config(model)
     # A multimodal model takes some ids for pictures.
     special = [value for name, value in vars(model.config).items() if name.endswith("token_id")]
@@ -41,14 +34,15 @@ def plain_forward(model: PreTrainedModel, max_length: int) -> tuple[Tensor, Tens
     tokens = torch.tensor([usual[(17 * i + i * i) % len(usual)] for i in range(count)])
     cache = DynamicCache(config=model.config)
     device = input_device(model)
+    arguments = {"past_key_values": cache, "use_cache": True, "return_dict": True}
     with torch.inference_mode():
-        output = model(
-            input_ids=tokens[None].to(device), past_key_values=cache, use_cache=True, return_dict=True
-        )
-    return tokens, output.logits[0], cache
+        logits = getattr(model(input_ids=tokens[None].to(device), **arguments), "logits", None)
+    if logits is None:
+        raise UnsupportedModelError(model, "its forward gives no logits: expected a language modelling head")
+    return tokens, logits[0], cache
 
 
-def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[ProbeStep, list[tuple[int, int, int]]]]:
+def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[Step, list[tuple[int, int, int]]]]:
     """Two steps that between them use everything: ragged rows, several tokens, a rollback.
 
     Yields
@@ -58,42 +52,38 @@ def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[ProbeStep, list[tupl
     """
     count = len(tokens)
     ends = [count] if max_batch == 1 else [count, max(1, count - 2)]
-    rows = len(ends)
-    slots = torch.arange(rows, dtype=torch.int32)
-    padded = tokens.expand(rows, count).clone()
+    padded = tokens.expand(len(ends), count).clone()
     for row, end in enumerate(ends):
         padded[row, end:] = 0
-    yield (
-        ProbeStep(
-            "decode",
-            padded,
-            torch.arange(count).expand(rows, count),
-            torch.tensor(ends, dtype=torch.int32),
-            torch.zeros(rows, dtype=torch.int64),
-            slots,
-        ),
-        [(row, 0, end) for row, end in enumerate(ends)],
-    )
+    yield _step(padded, [0] * len(ends), ends), [(row, 0, end) for row, end in enumerate(ends)]
     width = min(3, min(ends) - 1)
     if width < 1:
         return
-    starts = torch.tensor(ends) - width
-    columns = starts[:, None] + torch.arange(width)
-    yield (
-        ProbeStep(
-            "decode",
-            tokens[columns],
-            columns,
-            torch.full((rows,), width, dtype=torch.int32),
-            starts,
-            slots,
-        ),
-        [(row, end - width, end) for row, end in enumerate(ends)],
+    starts = [end - width for end in ends]
+    again = torch.stack([tokens[start : start + width] for start in starts])
+    yield _step(again, starts, [width] * len(ends)), [(row, end - width, end) for row, end in enumerate(ends)]
+
+
+def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
+    """A decode step as a session would hand it out, in the first slots."""
+    rows, columns = tokens.shape
+    starts = torch.tensor(lengths)
+    return Step(
+        kind="decode",
+        tokens=tokens,
+        positions=starts[:, None] + torch.arange(columns),
+        num_tokens=torch.tensor(used, dtype=torch.int32),
+        lengths=starts,
+        slots=torch.arange(rows, dtype=torch.int32),
+        requests=(),
+        max_length_after=max(lengths) + columns,
+        uniform=all(count == columns for count in used),
+        slot_range=(0, rows),
     )
 
 
 def disagreement(
-    run: Callable[[Any, Trace | None], Tensor], tokens: Tensor, expected: Tensor, max_batch: int, layers: int
+    run: Callable[[Step, Trace | None], Tensor], tokens: Tensor, expected: Tensor, max_batch: int, layers: int
 ) -> tuple[int | None, str] | None:
     """Run the probe's steps; None if the logits are the plain module's, else the layer and what is wrong.
 

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foretoken.hf.attention import NAME
-from foretoken.hf.cache import SlotCache, Trace
+from foretoken.hf.cache import SlotCache
 from foretoken.hf.families import (
     UnsupportedModelError,
     input_device,
@@ -25,28 +25,14 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.plan import Trace
 from foretoken.hf.probe import disagreement, plain_forward
+from foretoken.session import Step
 
+_SETTING = "_attn_implementation_internal"
 _switching = threading.Lock()
 # Of configurations that name foretoken's attention now, by id: how many runs need it, and what it was before.
-_switched: dict[int, tuple[int, str | None]] = {}
-
-
-class StepLike(Protocol):
-    """What a runner reads of a session's step: tokens and positions ``[B, T]``, else a value per row."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def positions(self) -> Tensor: ...
-    @property
-    def num_tokens(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
-    @property
-    def slots(self) -> Tensor: ...
+_switched: dict[int, tuple[int, Any]] = {}
 
 
 class ModuleRunner:
@@ -102,6 +88,7 @@ class ModuleRunner:
         self._takes_positions = "position_ids" in accepted
         self._takes_keep = "logits_to_keep" in accepted
         limit = max_length if self.max_positions is None else min(max_length, self.max_positions)
+        self._last_position = limit
         tokens, logits, plain_cache = plain_forward(model, limit)
         self.vocab_size = int(logits.shape[-1])
         shapes = layer_shapes(model, plain_cache)
@@ -110,7 +97,7 @@ class ModuleRunner:
         self.mode = self._find_mode(tokens, logits)
         self.reset()
 
-    def __call__(self, step: StepLike) -> Tensor:
+    def __call__(self, step: Step) -> Tensor:
         """Run one step.
 
         Parameters
@@ -134,14 +121,13 @@ class ModuleRunner:
         """Zero the cache. Not needed between requests: lengths live with the session."""
         self.cache.reset()
 
-    def _run(self, step: StepLike, trace: Trace | None) -> Tensor:
+    def _run(self, step: Step, trace: Trace | None) -> Tensor:
         slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
         tokens, positions = step.tokens, step.positions
-        if self.max_positions is not None and max(lengths) + tokens.shape[1] > self.max_positions:
+        if max(lengths) + tokens.shape[1] > self._last_position:
             # Padding columns go on counting, but a table of learned positions ends somewhere. Tokens keep
             # theirs: rotary positions go on past what the model was made for, as in transformers.
-            last = step.lengths + step.num_tokens - 1
-            positions = torch.minimum(positions, last[:, None])
+            positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":
@@ -196,22 +182,24 @@ class ModuleRunner:
     @contextmanager
     def _switched(self) -> Iterator[None]:
         # Models may be shared between threads, and configurations between models: the last one out puts back
-        # what the first one found.
+        # what the first one found. Into the instance dicts: a configuration's own attribute access costs
+        # microseconds, per draft.
+        tables = [vars(config) for config in self._configs]
         with _switching:
-            for config in self._configs:
-                users, before = _switched.get(id(config), (0, config._attn_implementation_internal))
-                _switched[id(config)] = users + 1, before
-                config._attn_implementation_internal = NAME
+            for table in tables:
+                users, before = _switched.get(id(table), (0, table.get(_SETTING)))
+                _switched[id(table)] = users + 1, before
+                table[_SETTING] = NAME
         try:
             yield
         finally:
             with _switching:
-                for config in self._configs:
-                    users, before = _switched.pop(id(config))
+                for table in tables:
+                    users, before = _switched.pop(id(table))
                     if users > 1:
-                        _switched[id(config)] = users - 1, before
+                        _switched[id(table)] = users - 1, before
                     else:
-                        config._attn_implementation_internal = before
+                        table[_SETTING] = before
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""

@@ -43,15 +43,15 @@ def read_speculation(
     num_drafts=k`, `num_assistant_tokens=` for `num_drafts=`; two answers to one question are a ValueError.
     """
 
-    # Older releases write their defaults into every config (a confidence threshold of 0.4, ...): those are
-    # nobody's wish.
-    defaults: GenerationConfig = GenerationConfig()  # type: ignore[no-untyped-call]
+    # Pipelines write transformers' defaults into their config (a confidence threshold of 0.4, ...): what
+    # equals them is nobody's wish.
+    defaults = GenerationConfig._get_default_generation_params()
 
     def asked(name: str) -> Any:
         if name in keywords:
             return keywords[name]
         value = getattr(generation_config, name, None)
-        return None if value == getattr(defaults, name, None) else value
+        return None if value == defaults.get(name) else value
 
     for name, reason in _REFUSED.items():
         if asked(name):

@@ -88,7 +88,7 @@ class LeanLlama:
         # x / sqrt(mean(x^2) + eps)  =  sqrt(hidden) * x / hypot(|x|, sqrt(hidden * eps))
         self.root = math.sqrt(self.hidden)
         self.floor = torch.tensor(self.root * math.sqrt(config["rms_norm_eps"]), dtype=self.dtype)
-        self.final_norm = weights["model.norm.weight"] * self.root
+        self.head = (self.embedding * (weights["model.norm.weight"] * self.root)).t().contiguous()
         depth, kv = config["num_hidden_layers"], self.kv_heads
         self.layers = [self._fuse(weights, f"model.layers.{i}.") for i in range(depth)]
 
@@ -172,7 +172,7 @@ class LeanLlama:
             x.addmm_(functional.silu(buffers.gate, inplace=True).mul_(buffers.up), layer.down)
         if not logits:
             return x
-        return functional.linear(self._normed(x, buffers).mul_(self.final_norm), self.embedding)
+        return torch.mm(self._normed(x, buffers), self.head)
 
     def _buffers(self, counts: list[int]) -> _Buffers:
         """Buffers for these sizes: kept for decoding's few and small ones, made anew for a long prefill."""
