@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def figure(request: pytest.FixtureRequest):
+    """Writes a figure into the report (``--junitxml``), where ``record_property`` would warn."""
+    return lambda name, value: request.node.user_properties.append((name, value))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretoken import _core
-from foretoken.drafters import Drafter, ModelDrafter, NgramDrafter
+from foretoken.drafters import Drafter, ModelDrafter, NgramDrafter, Proposal
 from foretoken.sampling import Sampling
 from foretoken.session import Session
-from toys import GREEDY, TableModel, run, some_asks, table
+from toys import GREEDY, Ask, TableModel, Within, bench, greedy, run, some_asks, table
 
 BYTES = 1 << 20
 
@@ -333,3 +333,26 @@ def test_sampled_rounds_keep_the_targets_law():
 
     assert chi_square(first_three(honest, 12_000)) < CRITICAL_63
     assert chi_square(first_three(lambda b, v: Lying(honest(b, v)), 12_000)) > CRITICAL_63
+
+
+class Sometimes(Within):
+    """Asks its drafter in some rounds only; in the others it is merely told what came of them."""
+
+    def __init__(self, inner: ModelDrafter) -> None:
+        super().__init__(inner, lambda request, base, budget: budget)
+        self.rounds = 0
+
+    def propose(self, context, budget):
+        self.rounds += 1
+        if self.rounds % 3 == 0:
+            return super().propose(context, budget)
+        return Proposal(torch.zeros(len(budget), 0, dtype=torch.int64), torch.zeros_like(budget))
+
+
+def test_model_drafter_keeps_no_rejected_row_over_rounds_it_was_not_asked_in():
+    made = bench(table(23, seed=1), "model", share=0.6, max_batch=2, max_length=100)
+    made.session._drafter = Sometimes(made.session._drafter)
+    asks = [Ask([1 + i], 70) for i in range(4)]
+    assert made.run(asks) == [greedy(made.target.logits, ask)[0] for ask in asks]
+    counters = made.session.metrics.counters
+    assert 0 < counters.accepted_tokens < counters.draft_tokens

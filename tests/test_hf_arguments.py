@@ -56,6 +56,10 @@ def filled_cache() -> DynamicCache:
     return cache
 
 
+class Shorter(MaxLengthCriteria):
+    """Stands beside the criterion transformers makes, not in its place."""
+
+
 LOOKUP = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=2)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 4}, "num_beams"),
@@ -84,9 +88,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"synced_gpus": True}, "synced_gpus"),
     ({"custom_generate": lambda **_: None}, "custom_generate"),
     ({"token_type_ids": torch.zeros(1, 5)}, "token_type_ids"),
-    ({"pixel_values": torch.zeros(1, 3)}, "pixel_values"),
+    ({"pixel_values": torch.zeros(1, 3)}, "pixel_values: neither"),
     ({"labels": torch.zeros(1, 5)}, "labels"),
-    ({"max_new_token": 5}, "max_new_token"),
+    ({"max_new_token": 5}, "max_new_token: neither"),
     ({"max_new_tokens": 3, "temprature": 0.5}, "temprature"),
     ({"drafter": "lookup"}, "drafter"),
     ({"drafter": 5}, "drafter"),
@@ -181,6 +185,7 @@ def test_assistant_tokenizer_must_be_the_same(model: Any) -> None:
         {"generation_config": {"max_new_tokens": 3}, "max_length": 30},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)]), "max_new_tokens": 9},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(3)]), "max_new_tokens": 9},
+        {"stopping_criteria": StoppingCriteriaList([Shorter(8)]), "max_new_tokens": 9},
         {"model": {"max_length": 11}},
         {"model": {"max_length": 11}, "max_new_tokens": 4},
     ],
@@ -204,7 +209,8 @@ def test_the_length_is_transformers_own(options: dict[str, Any]) -> None:
     assert [str(w.message) for w in seen] == [str(w.message) for w in expected]
 
 
-def test_nothing_the_caller_owns_is_changed(model: Any) -> None:
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.0)])
+def test_nothing_the_caller_owns_is_changed(model: Any, sampling: Any) -> None:
     config = GenerationConfig(max_new_tokens=4, stop_strings=["ab"], do_sample=True, temperature=0.5)
     before, own = config.to_dict(), model.generation_config.to_dict()
     keywords = {"attention_mask": torch.ones(1, 5)}
@@ -212,7 +218,7 @@ def test_nothing_the_caller_owns_is_changed(model: Any) -> None:
         model,
         prompts(1, 5),
         drafter=None,
-        sampling=Sampling(temperature=0.0),
+        sampling=sampling,
         num_drafts=None,
         generation_config=config,
         tokenizer=tokenizer(),

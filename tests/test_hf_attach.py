@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -52,9 +53,10 @@ def test_generate_is_replaced_and_restored(model: Any, draft: Any) -> None:
     with attach(model, drafter=draft) as attachment:
         assert model.generate != own
         assert torch.equal(model.generate(**INPUTS, max_new_tokens=20), expected)
-        forwards.since()
-        assert torch.equal(model.generate(**INPUTS, max_new_tokens=20), expected)
-        assert forwards.since() < 20  # the prefill, the rounds, and no second probe
+        assert forwards.since() > 0
+        again = model.generate(**INPUTS, max_new_tokens=20, return_dict_in_generate=True)
+        assert torch.equal(again.sequences, expected)
+        assert forwards.since() == 1 + again.foretoken.rounds < 20  # the prefill; no second probe
     assert model.generate == own
     assert "generate" not in vars(model)
     attachment.detach()  # once more does nothing
@@ -197,6 +199,21 @@ def test_defaults_of_the_attachment(model: Any, draft: Any) -> None:
         with pytest.raises(ValueError, match="temperature"):
             model.generate(**INPUTS, max_new_tokens=10, temperature=0.3)
     assert rounds
+
+
+def test_calls_from_several_threads(model: Any, draft: Any) -> None:
+    """No cache is shared, and the model finds its own attention again when the last one is done."""
+    jobs = [left_padded(1 + i % 3, 5 + i, i) for i in range(6)]
+    expected = [model.generate(ids, attention_mask=mask, max_new_tokens=30) for ids, mask in jobs]
+    implementation = model.config._attn_implementation
+    with attach(model, draft), ThreadPoolExecutor(6) as pool:
+        for _ in range(2):
+            calls = [
+                pool.submit(model.generate, ids, attention_mask=mask, max_new_tokens=30) for ids, mask in jobs
+            ]
+            for call, text in zip(calls, expected, strict=True):
+                assert torch.equal(call.result(), text)
+    assert model.config._attn_implementation == implementation
 
 
 def test_caches_are_kept_while_they_are_large_enough(model: Any, draft: Any) -> None:

@@ -16,8 +16,8 @@ from transformers import AttentionInterface
 import foretoken.hf.families as families
 from foretoken.hf import ModuleRunner, SlotCache, UnsupportedModelError
 from foretoken.hf.attention import register, slot_attention, slot_mask
-from foretoken.hf.cache import SlotRows, Trace
 from foretoken.hf.masks import TailMasks
+from foretoken.hf.plan import SlotRows, Trace
 from hf_models import make_step, one_thread, plain_logits, random_prompts, tiny_model
 
 __all__ = ["one_thread"]
@@ -188,6 +188,35 @@ def test_runs_without_grad_and_inside_and_outside_inference_mode(llama, texts):
     assert not logits.requires_grad
     runner.reset()
     assert float(runner.cache.layers[0].keys.abs().sum()) == 0.0
+
+
+def test_offloaded_weights_are_followed_to_where_they_run():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama")
+    ids = random_prompts(12)[0]
+    plain = plain_logits(model, ids)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.device.type == "meta"
+    runner = ModuleRunner(model, max_batch=1, max_length=16)
+    torch.testing.assert_close(runner(make_step([ids], [0], [0]))[0], plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_device_map_keeps_each_layer_where_it_is():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama", num_hidden_layers=4)
+    ids = random_prompts(30, 30)
+    plain = [plain_logits(model, row) for row in ids]
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{layer}": layer // 2 for layer in range(4)}
+    model = accelerate.dispatch_model(model, device_map=places)
+    runner = ModuleRunner(model, max_batch=2, max_length=40)
+    assert [layer.keys.device.index for layer in runner.cache.layers] == [0, 0, 1, 1]
+    runner(make_step([ids[0][:20], ids[1][:9]], [0, 0], [0, 1], kind="prefill"))
+    logits = runner(make_step([ids[0][20:24], ids[1][9:13]], [20, 9], [0, 1]))
+    torch.testing.assert_close(logits[0], plain[0][20:24], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[1], plain[1][9:13], rtol=1e-3, atol=1e-4)
 
 
 # What is refused, and how

@@ -110,11 +110,11 @@ def in_parts(sequences: int, part: int = 80_000):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("sequences", SIZES)
-def test_first_four_tokens(pair, rule, sequences, record_property):
+def test_first_four_tokens(pair, rule, sequences, figure):
     target, draft, law = pair
     tokens = np.concatenate([generate(target, draft, rule, n, seed) for n, seed in in_parts(sequences)])
     found = assert_fits(joint_fit(tokens, law), rule)
-    record_property("detectable_tv", found.detectable)
+    figure("detectable_tv", found.detectable)
 
 
 def test_numbers_keyed_by_position_alone_break_the_block_rule(pair):

@@ -73,7 +73,7 @@ def counts_of(tokens: torch.Tensor, vocab: int) -> np.ndarray:
     [short(17, DTYPES[0]), short(17, DTYPES[1]), short(1000, DTYPES[1]), short(2500, DTYPES[2])]
     + [long(vocab, dtype) for vocab in (17, 1000, 2500) for dtype in DTYPES],
 )
-def test_sample(vocab, dtype, many, record_property):
+def test_sample(vocab, dtype, many, figure):
     """All kinds in one batch; each kind's counts fit its own law, and not one a quarter too hot."""
     samples = 1_000_000 if many else 30_000
     row = logits_row(vocab, vocab, dtype, KINDS)
@@ -85,7 +85,7 @@ def test_sample(vocab, dtype, many, record_property):
     for kind, filters in enumerate(KINDS):
         counts = counts_of(tokens[slots == kind], vocab)
         found = assert_fits(fit(counts, row_law(row.tolist(), filters)), f"{filters}")
-        record_property(f"detectable_tv {filters}", found.detectable)
+        figure(f"detectable_tv {filters}", found.detectable)
         if filters.temperature > 0.0:
             hotter = replace(filters, temperature=1.25 * filters.temperature)
             assert_misfits(fit(counts, row_law(row.tolist(), hotter)), f"{hotter}")
@@ -236,7 +236,7 @@ ROUNDS = list(itertools.product(["token", "block"], SIDES))
     [short(*round_, DTYPES[i % 3]) for i, round_ in enumerate(ROUNDS)]
     + [long(*round_, dtype) for round_ in ROUNDS for dtype in DTYPES],
 )
-def test_verified_round(rule, side, dtype, many, record_property):
+def test_verified_round(rule, side, dtype, many, figure):
     """Filters on both models or on one; kinds mixed; every row has its own number of drafts."""
     kinds, draft_kinds = SIDES[side]
     drafts = 3
@@ -256,7 +256,7 @@ def test_verified_round(rule, side, dtype, many, record_property):
         found = assert_fits(
             case.fit(pairs, kind, case.law(kind), ~padded), f"{filters} / {draft_kinds[kind]}"
         )
-        record_property(f"detectable_tv {filters}", found.detectable)
+        figure(f"detectable_tv {filters}", found.detectable)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

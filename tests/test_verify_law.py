@@ -161,7 +161,7 @@ EVERY = [pytest.param(False, id="short"), pytest.param(True, id="long", marks=py
 @pytest.mark.parametrize("points", POINTS)
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("rule", RULES)
-def test_rounds_keep_the_targets_law(rule, precision, points, every, record_property):
+def test_rounds_keep_the_targets_law(rule, precision, points, every, figure):
     """Proposal by proposal the oracle's law; over all proposals plain decoding's."""
     measure = largest_error if precision == "float64" else total_variation
     worst = 0.0
@@ -174,7 +174,7 @@ def test_rounds_keep_the_targets_law(rule, precision, points, every, record_prop
         error = distance_from_plain_decoding(case, emitted, measure)
         assert error <= TOLERANCE[precision], (case, error)
         worst = max(worst, error)
-    record_property("worst", worst)
+    figure("worst", worst)
 
 
 @pytest.mark.parametrize("points", POINTS)

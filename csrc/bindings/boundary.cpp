@@ -1,6 +1,5 @@
 #include "bindings/boundary.hpp"
 
-#include <algorithm>
 #include <string>
 
 #include "bindings/boundary_export.hpp"
@@ -163,13 +162,16 @@ bool layout_matches(const TensorView& view, Layout layout) {
 
 // True when no two elements can share memory: ordered by stride, each dimension steps over all smaller ones.
 bool elements_are_apart(const TensorView& view) {
-  int order[kMaxRank];
+  int order[kMaxRank];  // dimensions by ascending stride
   int count = 0;
   for (int i = 0; i < view.rank; ++i) {
     if (view.shape[i] == 0) return true;
-    if (view.shape[i] > 1) order[count++] = i;
+    if (view.shape[i] == 1) continue;
+    int place = count++;
+    for (; place > 0 && view.strides[order[place - 1]] > view.strides[i]; --place)
+      order[place] = order[place - 1];
+    order[place] = i;
   }
-  std::sort(order, order + count, [&](int a, int b) { return view.strides[a] < view.strides[b]; });
   int64_t reach = 0;  // largest offset within the dimensions seen so far
   for (int k = 0; k < count; ++k) {
     const int64_t stride = view.strides[order[k]];

@@ -10,9 +10,13 @@ namespace foretoken::cpu {
 
 constexpr int kGroups = 16;  // maxima per tile, each over 64 elements: they bound the k-th largest
 
-struct TileExtremes {
+struct TileMax {
   float max;  // NaN passed over; -infinity if there is nothing else
-  float min;
+  bool has_nan;
+};
+
+struct TileExtremes {
+  float max, min;  // NaN passed over
   bool has_nan;
 };
 
@@ -20,11 +24,11 @@ struct RowKernels {
   const char* name;
   // tile[0..count) = row[first..first + count) as float32, the rest = pad.
   void (*load)(const void* row, DType dtype, int64_t first, int64_t count, float pad, float* tile);
-  float (*max_of)(const float* tile);  // NaN passed over
+  TileMax (*max_of)(const float* tile);
   TileExtremes (*extremes)(const float* tile);
   void (*group_max)(const float* tile, float* groups);
   // Sums in the pinned order: four quarters folded, three folds of neighbours, five folds of halves.
-  // A NaN among the elements makes the sum NaN.
+  // What they make of a NaN is undefined: its payload may reach the exponent.
   float (*sum_weights)(const float* tile, float anchor, float scale, float cut);
   float (*sum_probs)(const float* tile, float cut);
   float (*sum_residual)(const float* target, const RowLaw& target_law, const float* draft,

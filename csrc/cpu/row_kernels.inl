@@ -24,32 +24,33 @@ void load(const void* row, DType dtype, int64_t first, int64_t count, float pad,
   for (; i < kTile; ++i) tile[i] = pad;
 }
 
-float max_of(const float* tile) {
+TileMax max_of(const float* tile) {
   Floats high[4];
+  NanSeen nan[2];
   for (int c = 0; c < 4; ++c) high[c] = Floats::all(-__builtin_inff());
   for (int e = 0; e < kTile; e += 4 * kLanes) {
-    for (int c = 0; c < 4; ++c) high[c] = greater_of(Floats::load(tile + e + c * kLanes), high[c]);
+    Floats x[4];
+    for (int c = 0; c < 4; ++c) x[c] = Floats::load(tile + e + c * kLanes);
+    for (int c = 0; c < 4; ++c) high[c] = greater_of(x[c], high[c]);
+    nan[0].add(x[0], x[1]);
+    nan[1].add(x[2], x[3]);
   }
   float lane[kLanes];
   greater_of(greater_of(high[0], high[1]), greater_of(high[2], high[3])).store(lane);
   float max = lane[0];
   for (int i = 1; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
-  return max;
+  return {max, nan[0].any() || nan[1].any()};
 }
 
 TileExtremes extremes(const float* tile) {
   Floats low = Floats::all(__builtin_inff());
-  bool nan = false;
-  for (int e = 0; e < kTile; e += kLanes) {
-    const Floats x = Floats::load(tile + e);
-    low = lesser_of(x, low);
-    nan |= any_nan(x);
-  }
+  for (int e = 0; e < kTile; e += kLanes) low = lesser_of(Floats::load(tile + e), low);
   float lane[kLanes];
   low.store(lane);
   float min = lane[0];
   for (int i = 1; i < kLanes; ++i) min = lane[i] < min ? lane[i] : min;
-  return {max_of(tile), min, nan};
+  const TileMax high = max_of(tile);
+  return {high.max, min, high.has_nan};
 }
 
 void group_max(const float* tile, float* groups) {

@@ -1,7 +1,6 @@
 #include "cpu/rows.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -101,13 +100,12 @@ bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
   bool regular = true;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float* x = tile.of(kernels, row, index, -kInfinity);
-    const float max = kernels.max_of(x);
-    // A tile of nothing but -infinity has no weight, but may still hide a NaN.
-    const float anchor = max > -kInfinity ? max : 0.0f;
+    const auto [max, has_nan] = kernels.max_of(x);
+    const float anchor = max > -kInfinity ? max : 0.0f;  // a tile of nothing but -infinity has no weight
     const float sum = kernels.sum_weights(x, anchor, law.scale, logits_floor(anchor, law.scale));
     summary.tile_max[static_cast<size_t>(index)] = max;
     summary.tile_sum[static_cast<size_t>(index)] = sum;
-    regular &= max < kInfinity && !std::isnan(sum);
+    regular &= max < kInfinity && !has_nan;
     law.max = std::max(law.max, max);
   }
   return regular && law.max > -kInfinity;
@@ -197,7 +195,7 @@ int64_t argmax(const Row& row) {
   float best = -kInfinity;
   int64_t best_tile = -1;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float high = kernels.max_of(tile.of(kernels, row, index, -kInfinity));
+    const float high = kernels.max_of(tile.of(kernels, row, index, -kInfinity)).max;
     if (high > best) {  // strict: on ties the lower id stays
       best = high;
       best_tile = index;

@@ -72,11 +72,19 @@ inline float add_halves(Floats a) {
   }
   return a.lane[0];
 }
-inline bool any_nan(Floats a) {
-  bool found = false;
-  for (int i = 0; i < Floats::kLanes; ++i) found |= a.lane[i] != a.lane[i];
-  return found;
-}
+struct NanSeen {
+  uint32_t lane[Floats::kLanes] = {};
+  void add(Floats a, Floats b) {
+    for (int i = 0; i < Floats::kLanes; ++i) {
+      lane[i] |= (a.lane[i] != a.lane[i] ? 1u : 0u) | (b.lane[i] != b.lane[i] ? 1u : 0u);
+    }
+  }
+  bool any() const {
+    uint32_t found = 0;
+    for (uint32_t value : lane) found |= value;
+    return found != 0;
+  }
+};
 inline void store_masses(Floats weights, uint64_t* out) {
   for (int i = 0; i < Floats::kLanes; ++i) out[i] = mass_of(weights.lane[i]);
 }

@@ -19,7 +19,7 @@ from foretoken import _core
 
 HERE = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VOCABS = [17, 1000, 5000]
+VOCABS = [17, 1000, 5000, 40000]  # the last is cut up for threads
 DRAFTS = 4
 KINDS = [  # temperature, top_k, top_p, min_p
     (1.0, 0, 1.0, 0.0),

@@ -41,7 +41,11 @@ inline float add_halves(Floats a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline bool any_nan(Floats a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.lane, a.lane, _CMP_UNORD_Q)) != 0; }
+struct NanSeen {
+  __m256 seen = _mm256_setzero_ps();
+  void add(Floats a, Floats b) { seen = _mm256_or_ps(seen, _mm256_cmp_ps(a.lane, b.lane, _CMP_UNORD_Q)); }
+  bool any() const { return _mm256_movemask_ps(seen) != 0; }
+};
 
 inline __m256i masses_of(__m128 weights) {
   const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtps_pd(weights), _mm256_set1_pd(kMassUnit)),

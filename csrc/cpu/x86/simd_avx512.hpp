@@ -44,7 +44,13 @@ inline float add_halves(Floats a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a.lane, a.lane, _CMP_UNORD_Q) != 0; }
+struct NanSeen {
+  __mmask16 seen = 0;
+  void add(Floats a, Floats b) {
+    seen = static_cast<__mmask16>(seen | _mm512_cmp_ps_mask(a.lane, b.lane, _CMP_UNORD_Q));
+  }
+  bool any() const { return seen != 0; }
+};
 
 inline __m512i masses_of(__m256 weights) {
   const __m512d shifted = _mm512_add_pd(_mm512_mul_pd(_mm512_cvtps_pd(weights), _mm512_set1_pd(kMassUnit)),

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from foretoken.hf.cache import SlotPlan, SlotRows
+from foretoken.hf.plan import SlotPlan, SlotRows
 
 NAME = "foretoken"
 

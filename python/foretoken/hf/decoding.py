@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.forwards import ProcessedForward, Runners
 from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
+from foretoken.hf.runner import ModuleRunner
 from foretoken.hf.stopping import Replay
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
@@ -74,7 +75,9 @@ class Decoding:
         self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
         # A round looks past the end of its row by less than it drafts.
         self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens
-        self._runner = runners.get("target", prepared.model, prepared.batch, self._max_length)
+        self._runners = runners
+        self._taken: dict[str, ModuleRunner] = {}
+        self._runner = self._take_runner("target", prepared.model)
         self._vocab_size: int = self._runner.vocab_size
         config = prepared.config
         recorded = bool(config.return_dict_in_generate)
@@ -97,7 +100,7 @@ class Decoding:
             vocab_size=self._vocab_size,
             max_length=self._max_length,
             num_drafts=self._num_drafts,
-            drafter=self._drafter(runners),
+            drafter=self._drafter(),
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
         )
         self._processing = 0.0
@@ -163,21 +166,33 @@ class Decoding:
             seeds=tuple(int(s.seed) for s in self._samplings if isinstance(s.seed, int)),
         )
 
-    def _drafter(self, runners: Runners) -> Any:
-        spec, batch = self._prepared.speculation, self._prepared.batch
+    def release(self) -> None:
+        """Hand the caches on to a later call; this one is over."""
+        while self._taken:
+            self._runners.put_back(*self._taken.popitem())
+
+    def _take_runner(self, role: str, model: Any) -> ModuleRunner:
+        runner = self._runners.take(role, model, self._prepared.batch, self._max_length)
+        self._taken[role] = runner
+        return runner
+
+    def _drafter(self) -> Any:
+        spec = self._prepared.speculation
         if self._num_drafts == 0:
             return None
         if spec.drafter == "ngram":
             return NgramDrafter() if spec.max_ngram is None else NgramDrafter(max_ngram=spec.max_ngram)
         if not isinstance(spec.drafter, torch.nn.Module):
             return spec.drafter
-        runner = runners.get("draft", spec.drafter, batch, self._max_length)
+        runner = self._take_runner("draft", spec.drafter)
         # A drafter made for fewer positions than the target stops drafting there.
         limit = min(self._max_length, runner.max_positions or self._max_length)
-        forward = runner
+        forward: Forward = runner
         if self._processors:
             forward = ProcessedForward(runner, self._processors, self._row, self._vocab_size, self._prepared)
-        return ModelDrafter(forward, max_batch=batch, vocab_size=self._vocab_size, max_length=limit)
+        return ModelDrafter(
+            forward, max_batch=self._prepared.batch, vocab_size=self._vocab_size, max_length=limit
+        )
 
     def _admit(self) -> None:
         prepared = self._prepared

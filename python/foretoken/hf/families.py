@@ -48,8 +48,12 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go in."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    """Where token ids go in; of weights that are offloaded, where they are brought."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device  # type: ignore[assignment]
+    hook = getattr(embeddings, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        device = torch.device(hook.execution_device)
     return device
 
 
@@ -85,7 +89,8 @@ def refuse_by_design(model: nn.Module, max_length: int) -> None:
         Not a transformers model, an encoder-decoder, recurrent, or rotations that change with the length.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(model, "expected a transformers PreTrainedModel")
+        hint = ", of an adapted model get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModelError(model, f"expected a transformers PreTrainedModel{hint}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(model, "encoder-decoder models are not supported")
     if getattr(model, "_is_stateful", False):

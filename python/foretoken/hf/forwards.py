@@ -15,19 +15,29 @@ from foretoken.session import Request, Step
 
 
 class Runners:
-    """Runners of a target and a draft model, kept while they fit: making one allocates caches and probes."""
+    """Runners of a target and a draft model that nobody uses now: making one allocates caches and probes.
+
+    A call takes them out and puts them back at its end, so calls from several threads never share a cache.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._idle: dict[str, tuple[Any, ModuleRunner | None]] = {}
 
-    def get(self, role: str, model: Any, max_batch: int, max_length: int) -> Any:
-        made_for = (model, model.dtype, model.device, model.training)
-        known, runner = self._kept.pop(role, (None, None))
-        if known != made_for or runner.max_batch < max_batch or runner.max_length < max_length:
-            runner = None  # let go of it first: two sets of caches may not fit
-            runner = ModuleRunner(model, max_batch=max_batch, max_length=max_length)
-        self._kept[role] = made_for, runner
-        return runner
+    def take(self, role: str, model: Any, max_batch: int, max_length: int) -> ModuleRunner:
+        made_for, runner = self._idle.pop(role, (None, None))
+        if runner is not None and made_for == _made_for(model):
+            wide = runner.max_batch >= max_batch
+            if wide and runner.max_length >= max_length:
+                return runner
+        runner = None  # let go of it before the new one takes memory
+        return ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+
+    def put_back(self, role: str, runner: ModuleRunner) -> None:
+        self._idle[role] = _made_for(runner.model), runner
+
+
+def _made_for(model: Any) -> tuple[Any, ...]:
+    return model, model.dtype, model.device, model.training
 
 
 class ProcessedForward:

@@ -200,11 +200,14 @@ def finish(prepared: Prepared, callback: Callback | None, runners: Runners) -> A
     """Decode to the end and build what ``model.generate`` returns."""
     decoding = Decoding(prepared, runners)
     _warn_without_drafts(prepared, decoding)
-    if callback is None:
-        decoding.run()
-    else:
-        for finished_round in decoding.rounds():
-            callback(finished_round)
+    try:
+        if callback is None:
+            decoding.run()
+        else:
+            for finished_round in decoding.rounds():
+                callback(finished_round)
+    finally:
+        decoding.release()
     sequences = decoding.sequences()
     if not prepared.config.return_dict_in_generate:
         return sequences

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from foretoken.hf.cache import Trace
 from foretoken.hf.families import UnsupportedModelError, input_device, text_config
+from foretoken.hf.plan import Trace
 from foretoken.session import Step
 
 PROBE_TOKENS = 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from foretoken.hf.attention import NAME
-from foretoken.hf.cache import SlotCache, Trace
+from foretoken.hf.cache import SlotCache
 from foretoken.hf.families import (
     UnsupportedModelError,
     input_device,
@@ -24,10 +25,14 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.plan import Trace
 from foretoken.hf.probe import disagreement, plain_forward
 from foretoken.session import Step
 
 _SETTING = "_attn_implementation_internal"
+_switching = threading.Lock()
+# Of configurations that name foretoken's attention now, by id: how many runs need it, and what it was before.
+_switched: dict[int, tuple[int, Any]] = {}
 
 
 class ModuleRunner:
@@ -176,16 +181,25 @@ class ModuleRunner:
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        # Into the instance dicts: a configuration's own attribute access costs microseconds, per draft.
+        # Models may be shared between threads, and configurations between models: the last one out puts back
+        # what the first one found. Into the instance dicts: a configuration's own attribute access costs
+        # microseconds, per draft.
         tables = [vars(config) for config in self._configs]
-        before = [table.get(_SETTING) for table in tables]
-        try:
+        with _switching:
             for table in tables:
+                users, before = _switched.get(id(table), (0, table.get(_SETTING)))
+                _switched[id(table)] = users + 1, before
                 table[_SETTING] = NAME
+        try:
             yield
         finally:
-            for table, name in zip(tables, before, strict=True):
-                table[_SETTING] = name
+            with _switching:
+                for table in tables:
+                    users, before = _switched.pop(id(table))
+                    if users > 1:
+                        _switched[id(table)] = users - 1, before
+                    else:
+                        table[_SETTING] = before
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""
