@@ -270,17 +270,19 @@ def test_nodes_see_what_transformers_would_hold(lengths: tuple[int, ...], rows: 
 
 
 def test_several_return_sequences_share_the_encoded_prompt() -> None:
-    """transformers hands these two the prompts before they are repeated (and once forgot to repeat them)."""
+    """transformers hands these two the prompts before they are repeated."""
     text = torch.randint(0, 9, (4, 12), generator=torch.Generator().manual_seed(0))
     text[:2, :PROMPT], text[2:, :PROMPT] = text[0, :PROMPT].clone(), text[2, :PROMPT].clone()
     prompts = text[[0, 2], :PROMPT].contiguous()
-    for processor in (
-        hf.EncoderRepetitionPenaltyLogitsProcessor(1.4, prompts),
-        hf.EncoderNoRepeatNGramLogitsProcessor(2, prompts),
+    for kind, value in (
+        (hf.EncoderRepetitionPenaltyLogitsProcessor, 1.4),
+        (hf.EncoderNoRepeatNGramLogitsProcessor, 2),
     ):
+        processor = kind(value, prompts)
         logits = torch.randn(1, 1, VOCAB)
-        repeated = [1.4 if "Penalty" in type(processor).__name__ else 2, prompts.repeat_interleave(2, 0)]
-        expected = type(processor)(*repeated)(text[:, :8], logits[:, 0].expand(4, -1).contiguous())
+        # Older releases forget to repeat the prompts here; what is meant is what repeated prompts give.
+        repeated = kind(value, prompts.repeat_interleave(2, 0))
+        expected = repeated(text[:, :8], logits[:, 0].expand(4, -1).contiguous())
         for row in range(4):
             ids = torch.zeros(4, 12, dtype=torch.long)
             ids[:, :8] = text[:, :8]
