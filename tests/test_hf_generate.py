@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretoken.drafters import NgramDrafter
+from foretoken.hf.attachment import attach
 from foretoken.hf.generation import custom_generate, generate, stream
 from foretoken.hf.processors import pure
 from foretoken.sampling import Sampling
@@ -59,6 +60,22 @@ def test_greedy_text_is_that_of_the_model(model: Any, draft: Any, batch: int, nu
     assert accepted[-1] > 0  # runs of every length occur
     assert figures.counters.accepted_tokens < figures.counters.draft_tokens
     assert figures.counters.emitted_tokens == 40 * batch
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(1, 25), (7, 25)])
+def test_two_hundred_sequences(model: Any, draft: Any, batch: int, calls: int) -> None:
+    """Ragged prompts down to one token, ends that come early for some rows and never for others."""
+    accepted = 0
+    with attach(model, draft) as attached:
+        for seed in range(calls):
+            inputs = padded(batch, 1 + seed % 9, seed)
+            options = {"max_new_tokens": 14, "eos_token_id": [3 + seed % 50, 19], "pad_token_id": 0}
+            output = attached.model.generate(
+                **inputs, **options, num_assistant_tokens=1 + seed % 6, return_dict_in_generate=True
+            )
+            assert torch.equal(output.sequences, type(model).generate(model, **inputs, **options))
+            accepted += output.foretoken.counters.accepted_tokens
+    assert accepted > 2 * batch * calls
 
 
 @pytest.mark.parametrize("drafter", [None, "ngram", "same", "other", "own"])

@@ -288,6 +288,10 @@ def test_several_return_sequences_share_the_encoded_prompt() -> None:
             ids[:, :8] = text[:, :8]
             got = NodeProcessors([processor], ids, 0)(logits, text[row : row + 1, 7:8], [1], [row], [8])
             assert torch.equal(got[0, 0], expected[row])
+        every = NodeProcessors([processor], ids, 0)(
+            logits.expand(4, -1, -1).contiguous(), text[:, 7:8], [1] * 4, [0, 1, 2, 3], [8] * 4
+        )
+        assert torch.equal(every[:, 0], expected)
 
 
 def test_whole_batches_are_filled_up_as_transformers_fills_them() -> None:
