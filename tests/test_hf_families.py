@@ -15,8 +15,6 @@ __all__ = ["one_thread"]
 NEW_TOKENS = (22, 7, 22)
 
 
-# GPT-BigCode of transformers 5.17 scripts a function, which newer torch frowns on.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_decodes_as_generate(name):
     model = tiny_model(name)

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretoken.drafters import NgramDrafter
+from foretoken.hf.attachment import attach
 from foretoken.hf.generation import custom_generate, generate, stream
 from foretoken.hf.processors import pure
 from foretoken.sampling import Sampling
@@ -59,6 +60,22 @@ def test_greedy_text_is_that_of_the_model(model: Any, draft: Any, batch: int, nu
     assert accepted[-1] > 0  # runs of every length occur
     assert figures.counters.accepted_tokens < figures.counters.draft_tokens
     assert figures.counters.emitted_tokens == 40 * batch
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(1, 25), (7, 25)])
+def test_two_hundred_sequences(model: Any, draft: Any, batch: int, calls: int) -> None:
+    """Ragged prompts down to one token, ends that come early for some rows and never for others."""
+    accepted = 0
+    with attach(model, draft) as attached:
+        for seed in range(calls):
+            inputs = padded(batch, 1 + seed % 9, seed)
+            options = {"max_new_tokens": 14, "eos_token_id": [3 + seed % 50, 19], "pad_token_id": 0}
+            output = attached.model.generate(
+                **inputs, **options, num_assistant_tokens=1 + seed % 6, return_dict_in_generate=True
+            )
+            assert torch.equal(output.sequences, type(model).generate(model, **inputs, **options))
+            accepted += output.foretoken.counters.accepted_tokens
+    assert accepted > 2 * batch * calls
 
 
 @pytest.mark.parametrize("drafter", [None, "ngram", "same", "other", "own"])
@@ -288,9 +305,14 @@ def test_max_time_ends_the_call(model: Any, draft: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"do_sample": True, "top_k": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"repetition_penalty": 1.2}, {"do_sample": True, "top_k": 1}, {"stopping_criteria": "per row"}],
+)
 def test_scores_and_logits(model: Any, draft: Any, batch: int, options: dict[str, Any]) -> None:
     inputs = padded(batch)
+    rule = RULES["per row"] if "stopping_criteria" in options else RULES["never"]
+    options = {**options, "stopping_criteria": StoppingCriteriaList([Recording(rule)])}
     flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options = {**options, **flags, "max_new_tokens": 15, "eos_token_id": 12, "pad_token_id": 0}
     expected = model.generate(**inputs, **options)
@@ -307,7 +329,7 @@ def test_scores_and_logits(model: Any, draft: Any, batch: int, options: dict[str
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
             assert torch.allclose(ours[living], theirs[living], atol=1e-3)
             assert not ours[~living].any()
-        living &= token != 12
+        living &= (token != 12) & ~torch.as_tensor(rule(token[:, None], step))
     assert living.sum() < batch or batch == 1
 
 
@@ -525,6 +547,10 @@ def test_as_a_custom_generate(model: Any, draft: Any) -> None:
         sampling=Sampling(temperature=[0.0, 1.0, 0.0], seed=1),
     )
     assert torch.equal(sampled[0], model.generate(**inputs, max_new_tokens=9)[0])
+    # sampling= replaces the warpers of the config here, too.
+    law = {"custom_generate": custom_generate, "sampling": Sampling(temperature=2.0, seed=1)}
+    drawn = model.generate(**inputs, max_new_tokens=9, do_sample=True, top_k=1, **law)
+    assert not torch.equal(drawn, model.generate(**inputs, max_new_tokens=9))
 
 
 def test_a_custom_generate_keeps_its_refusals(model: Any) -> None:

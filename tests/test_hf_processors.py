@@ -274,17 +274,24 @@ def test_several_return_sequences_share_the_encoded_prompt() -> None:
     text = torch.randint(0, 9, (4, 12), generator=torch.Generator().manual_seed(0))
     text[:2, :PROMPT], text[2:, :PROMPT] = text[0, :PROMPT].clone(), text[2, :PROMPT].clone()
     prompts = text[[0, 2], :PROMPT].contiguous()
-    for processor in (
-        hf.EncoderRepetitionPenaltyLogitsProcessor(1.4, prompts),
-        hf.EncoderNoRepeatNGramLogitsProcessor(2, prompts),
+    for kind, value in (
+        (hf.EncoderRepetitionPenaltyLogitsProcessor, 1.4),
+        (hf.EncoderNoRepeatNGramLogitsProcessor, 2),
     ):
+        processor = kind(value, prompts)
         logits = torch.randn(1, 1, VOCAB)
-        expected = processor(text[:, :8], logits[:, 0].expand(4, -1).contiguous())
+        # Older releases forget to repeat the prompts here; what is meant is what repeated prompts give.
+        repeated = kind(value, prompts.repeat_interleave(2, 0))
+        expected = repeated(text[:, :8], logits[:, 0].expand(4, -1).contiguous())
         for row in range(4):
             ids = torch.zeros(4, 12, dtype=torch.long)
             ids[:, :8] = text[:, :8]
             got = NodeProcessors([processor], ids, 0)(logits, text[row : row + 1, 7:8], [1], [row], [8])
             assert torch.equal(got[0, 0], expected[row])
+        every = NodeProcessors([processor], ids, 0)(
+            logits.expand(4, -1, -1).contiguous(), text[:, 7:8], [1] * 4, [0, 1, 2, 3], [8] * 4
+        )
+        assert torch.equal(every[:, 0], expected)
 
 
 def test_whole_batches_are_filled_up_as_transformers_fills_them() -> None:

@@ -63,14 +63,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to decode."""
+    """A way to decode: `group` ("module" or "lean") names the plain decoding that its tokens must equal and
+    its speed is compared with, `drafter` is "plain", "model" or "ngram".
+    """
 
     key: str
     title: str
     group: str
-    """"module" or "lean": whose plain output it must equal, and whose plain speed it is compared with."""
     drafter: str
-    """"plain", "model" or "ngram"."""
     run: Callable[[list[int], Setting], Run]
 
 

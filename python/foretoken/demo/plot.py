@@ -38,7 +38,9 @@ def _acceptance(axis: Any, rows: list[dict[str, Any]], temperature: float) -> No
             axis.plot(
                 range(1, len(shares) + 1), shares, marker="o", label=f"{row['method']}, K={row['drafts']}"
             )
+    longest = max((len(row["acceptance_by_position"]) for row in rows), default=1)
     axis.set(xlabel="draft", ylabel="share of rounds that accept it", ylim=(0, 1))
+    axis.set_xticks(range(1, longest + 1))
     axis.set_title(f"acceptance by position, T={temperature:g}")
     axis.legend(fontsize=7)
 

@@ -21,20 +21,15 @@ class Runners:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[str, tuple[Any, ModuleRunner]] = {}
+        self._idle: dict[str, tuple[Any, ModuleRunner | None]] = {}
 
     def take(self, role: str, model: Any, max_batch: int, max_length: int) -> ModuleRunner:
-        # An idle one that does not fit is let go of before the new one takes memory.
-        found = self._idle.pop(role, None)
-        if found is not None:
-            made_for, runner = found
-            if (
-                made_for == _made_for(model)
-                and runner.max_batch >= max_batch
-                and runner.max_length >= max_length
-            ):
+        made_for, runner = self._idle.pop(role, (None, None))
+        if runner is not None and made_for == _made_for(model):
+            wide = runner.max_batch >= max_batch
+            if wide and runner.max_length >= max_length:
                 return runner
-        found = None
+        runner = None  # let go of it before the new one takes memory
         return ModuleRunner(model, max_batch=max_batch, max_length=max_length)
 
     def put_back(self, role: str, runner: ModuleRunner) -> None:

@@ -281,12 +281,11 @@ class NodeProcessors:
             whole = scores.new_zeros((self._batch, scores.shape[1]))
             whole[rows] = scores
             return self._run(self._processors, self._ids[:, :length].clone(), whole)[rows]
-        if len(rows) == self._batch:
-            return self._run(self._processors, self._ids[:, :length], scores)
         key = tuple(rows)
         if key not in self._narrowed:
             self._narrowed[key] = tuple(_for_rows(p, rows, self._batch) for p in self._processors)
-        return self._run(self._narrowed[key], self._ids[rows, :length], scores)
+        ids = self._ids[:, :length] if len(rows) == self._batch else self._ids[rows, :length]
+        return self._run(self._narrowed[key], ids, scores)
 
     @staticmethod
     def _run(processors: Sequence[Any], ids: Tensor, scores: Tensor) -> Tensor:
