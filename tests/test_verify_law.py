@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -157,19 +158,31 @@ def cases(points: str, *, every: bool) -> list[Case]:
 EVERY = [pytest.param(False, id="short"), pytest.param(True, id="long", marks=pytest.mark.long)]
 
 
+def given(chain: Chain, precision: str) -> float:
+    """What a law may be off by, given one proposal.
+
+    An exponent is the product of two float32 numbers, each rounded once: 2^-23 for every nat a draft lies
+    below the top. Improbable chains are off by more than the emitted law is, in which they hardly weigh.
+    """
+    if precision == "float64":
+        return TOLERANCE[precision]
+    drawn = (float(law[token]) for law, token in zip(chain.laws, chain.tokens, strict=True))
+    return TOLERANCE[precision] + 2**-23 * sum(-math.log(p) for p in drawn)
+
+
 @pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("points", POINTS)
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("rule", RULES)
 def test_rounds_keep_the_targets_law(rule, precision, points, every, figure):
-    """Proposal by proposal the oracle's law; over all proposals plain decoding's."""
+    """Proposal by proposal the oracle's law; over all proposals plain decoding's, within the tolerance."""
     measure = largest_error if precision == "float64" else total_variation
     worst = 0.0
     for case in cases(points, every=every):
         laws = {chain.tokens: shipped_law(case, chain, rule, precision) for chain, _ in proposals(case)}
         for chain, _ in proposals(case):
             error = measure(laws[chain.tokens], oracle_law(case, chain, rule))
-            assert error <= TOLERANCE[precision], (case, chain, error)
+            assert error <= given(chain, precision), (case, chain, error)
         emitted = marginal(case, lambda chain, laws=laws: laws[chain.tokens])
         error = distance_from_plain_decoding(case, emitted, measure)
         assert error <= TOLERANCE[precision], (case, error)
