@@ -84,6 +84,30 @@ Residual whole_of(const Row& row, const RowLaw& law) {
   return residual;
 }
 
+struct Top {
+  int64_t token;  // lowest id among the largest elements, NaN passed over; 0 if there is none
+  bool has_nan;
+};
+
+Top top_of(const Row& row) {
+  const RowKernels& kernels = row_kernels();
+  Tile tile;
+  float best = -kInfinity;
+  int64_t best_tile = -1;
+  bool any_nan = false;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const auto [high, has_nan] = kernels.max_of(tile.of(kernels, row, index, -kInfinity));
+    any_nan |= has_nan;
+    if (high > best) {  // strict: on ties the lower id stays
+      best = high;
+      best_tile = index;
+    }
+  }
+  if (best_tile < 0) return {0, any_nan};
+  const float* x = tile.of(kernels, row, best_tile, -kInfinity);
+  return {best_tile * kTile + (std::find(x, x + kTile, best) - x), any_nan};
+}
+
 RowLaw unusable(const Row& row) {
   RowLaw law;
   law.usable = false;
@@ -136,11 +160,9 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
   Tile tile;
   if (processing.temperature == 0.0f) {
     law.kind = LawKind::point;
-    law.top = argmax(row);
-    for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-      law.usable &= !kernels.extremes(tile.of(kernels, row, index, -kInfinity)).has_nan;
-    }
-    law.usable &= row.at(law.top) > -kInfinity;
+    const Top top = top_of(row);
+    law.top = top.token;
+    law.usable = !top.has_nan && row.at(top.token) > -kInfinity;
     return law;
   }
   law.kind = LawKind::logits;
@@ -189,22 +211,7 @@ RowLaw law_of_probs(const Row& row) {
   return total > 0.98 && total < 1.02 ? law : unusable(row);
 }
 
-int64_t argmax(const Row& row) {
-  const RowKernels& kernels = row_kernels();
-  Tile tile;
-  float best = -kInfinity;
-  int64_t best_tile = -1;
-  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float high = kernels.max_of(tile.of(kernels, row, index, -kInfinity)).max;
-    if (high > best) {  // strict: on ties the lower id stays
-      best = high;
-      best_tile = index;
-    }
-  }
-  if (best_tile < 0) return 0;
-  const float* x = tile.of(kernels, row, best_tile, -kInfinity);
-  return best_tile * kTile + (std::find(x, x + kTile, best) - x);
-}
+int64_t argmax(const Row& row) { return top_of(row).token; }
 
 float log_probability(const Row& row, const RowLaw& law, int64_t token) {
   if (law.kind == LawKind::point) return token == law.top ? 0.0f : -kInfinity;
