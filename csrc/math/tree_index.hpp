@@ -1,0 +1,57 @@
+// A draft tree as arrays of node numbers. Node 0 is the root, nodes 1 .. N are drafts, and a parent is
+// always smaller than its children: one forward pass visits parents first, one backward pass children first.
+#pragma once
+
+#include "math/portability.hpp"
+
+namespace foretoken {
+
+constexpr int32_t kMaxNodes = 256;  // with the root
+constexpr int32_t kNoNode = -1;
+
+struct TreeIndex {
+  int32_t nodes = 1;  // with the root
+  int16_t parent[kMaxNodes];
+  int16_t first_child[kMaxNodes];
+  int16_t next_sibling[kMaxNodes];  // ascending node number: the order in which siblings were drawn
+  int16_t depth[kMaxNodes];
+};
+
+// parent_of(i), for i in 1 .. nodes - 1, gives the parent of node i. False if one is not a smaller node.
+template <class ParentOf>
+FORETOKEN_HD inline bool build_tree(TreeIndex& tree, int32_t nodes, ParentOf parent_of) {
+  tree.nodes = nodes;
+  tree.parent[0] = kNoNode;
+  tree.depth[0] = 0;
+  for (int32_t node = 0; node < nodes; ++node) tree.first_child[node] = tree.next_sibling[node] = kNoNode;
+  for (int32_t node = 1; node < nodes; ++node) {
+    const int64_t parent = parent_of(node);
+    if (parent < 0 || parent >= node) return false;
+    tree.parent[node] = static_cast<int16_t>(parent);
+    tree.depth[node] = static_cast<int16_t>(tree.depth[parent] + 1);
+  }
+  for (int32_t node = nodes - 1; node >= 1; --node) {  // backwards, so that each list comes out ascending
+    const int32_t parent = tree.parent[node];
+    tree.next_sibling[node] = tree.first_child[parent];
+    tree.first_child[parent] = static_cast<int16_t>(node);
+  }
+  return true;
+}
+
+// Word w of a node's ancestors: bit j of word j / 64 is set iff j is the node or an ancestor of it.
+FORETOKEN_HD inline uint64_t ancestor_word(const TreeIndex& tree, int32_t node, int32_t word) {
+  uint64_t bits = 0;
+  for (int32_t at = node; at >= 0; at = tree.parent[at]) {
+    if (at / 64 == word) bits |= uint64_t{1} << (at % 64);
+  }
+  return bits;
+}
+
+// Nodes on the way from the root to `node`, the root left out; returns their number, the node's depth.
+FORETOKEN_HD inline int32_t path_to(const TreeIndex& tree, int32_t node, int16_t* path) {
+  const int32_t depth = tree.depth[node];
+  for (int32_t at = node, i = depth; i > 0; at = tree.parent[at]) path[--i] = static_cast<int16_t>(at);
+  return depth;
+}
+
+}  // namespace foretoken
