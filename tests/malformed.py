@@ -73,6 +73,7 @@ def outputs_of_verify() -> tuple[Spec, ...]:
         output("out.tokens", B, N + 1, dtype=torch.int64),
         output("out.num_emitted", B, dtype=torch.int32),
         output("out.num_accepted", B, dtype=torch.int32),
+        output("out.path", B, N, dtype=torch.int32),
         output("out.next_token", B, dtype=torch.int64),
         output("out.next_lengths", B, dtype=torch.int64),
         output("out.status", B, dtype=torch.int32),
@@ -96,7 +97,7 @@ VERIFY_INPUTS = (
     Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
     Spec(
         "draft_row",
-        lambda: torch.arange(N, dtype=torch.int32).repeat(B, 1),
+        lambda: torch.arange(N + 1, dtype=torch.int32).repeat(B, 1),
         (torch.int32,),
         (0, 1),
         optional=True,

@@ -132,7 +132,7 @@ def test_unusable_draft_laws(rule):
         draft[4, i, batch.tokens[4, i]] = -torch.inf
         equals_a_plain_draw(batch, batch.verify(rule, draft_logits=draft), 4, rule)
         for row in (4, 5, -2, 2**31 - 1):
-            rows = torch.arange(4, dtype=torch.int32).repeat(batch.size, 1)
+            rows = torch.arange(5, dtype=torch.int32).repeat(batch.size, 1)
             rows[4, i] = row
             equals_a_plain_draw(batch, batch.verify(rule, draft_row=rows), 4, rule)
     probs = batch.draft.float().softmax(-1)

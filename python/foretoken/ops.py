@@ -7,8 +7,7 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal, TypeVar, overload
 
 import torch
@@ -16,73 +15,55 @@ from torch import Tensor
 
 from foretoken import _core
 from foretoken.sampling import Sampling, SamplingTable
+from foretoken.verdict import Status, Tolerance, Verdict
 
-__all__ = ["Rule", "Status", "Verdict", "sample", "verify"]
+__all__ = ["Draw", "Rule", "Status", "Tolerance", "Verdict", "rule_codes", "sample", "verify"]
 
-Rule = Literal["auto", "token", "block"]
-_RULES = {"auto": _core.Rule.auto, "token": _core.Rule.token, "block": _core.Rule.block}
+Rule = Literal[
+    "auto",
+    "token",
+    "block",
+    "target_only",
+    "rrs",
+    "traversal",
+    "gbv",
+    "spectr",
+    "coupled",
+    "lossy_typical",
+    "lossy_threshold",
+    "lossy_relaxed",
+    "lossy_entropy_window",
+    "lossy_synthetic",
+]
+Draw = Literal["deterministic", "iid", "without_replacement"] | tuple[Literal["iid_paths"], int]
+
+# On a chain recursive rejection is the token rule, and traversal the block rule: one walk, two names.
+_RULES = {
+    "auto": _core.Rule.auto,
+    "token": _core.Rule.rrs,
+    "block": _core.Rule.traversal,
+    "target_only": _core.Rule.target_only,
+    "rrs": _core.Rule.rrs,
+    "traversal": _core.Rule.traversal,
+    "gbv": _core.Rule.gbv,
+    "spectr": _core.Rule.spectr,
+    "coupled": _core.Rule.coupled,
+    "lossy_typical": _core.Rule.lossy_typical,
+    "lossy_threshold": _core.Rule.lossy_threshold,
+    "lossy_relaxed": _core.Rule.lossy_relaxed,
+    "lossy_entropy_window": _core.Rule.lossy_entropy_window,
+    "lossy_synthetic": _core.Rule.lossy_synthetic,
+}
+_DRAWS = {
+    "deterministic": _core.Draw.deterministic,
+    "iid": _core.Draw.iid,
+    "without_replacement": _core.Draw.without_replacement,
+}
 _PURPOSES = {"plain": _core.Purpose.plain, "draft": _core.Purpose.draft}
+_METHODS = {"inverse": _core.SampleMethod.inverse, "gumbel": _core.SampleMethod.gumbel}
 _DEFAULT = Sampling()
+_EXACT = Tolerance().prepare()
 _Option = TypeVar("_Option")
-
-
-class Status(enum.IntFlag):
-    """What ``status`` says of a row; its neighbours are never touched by it."""
-
-    OK = 0
-    BAD_DRAFT = 1
-    """A draft's id, count, law row or declared mass was unusable: the row was decoded with no
-    drafts.
-    """
-    LAW_LOST = 2
-    """The closing row held NaN, an infinity or no mass at all: it was closed by the lowest id of
-    its largest.
-    """
-    BAD_ROW = 4
-    """A slot or row offset lies outside its table: nothing was read, nothing emitted."""
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What a round of verification decided, for B rows of N drafts."""
-
-    tokens: Tensor
-    """``[B, N + 1]``, dtype of the drafts: accepted drafts, the closing token, then -1."""
-    num_emitted: Tensor
-    """int32 ``[B]``: accepted + 1; 0 for a padded row."""
-    num_accepted: Tensor
-    """int32 ``[B]``."""
-    next_token: Tensor
-    """``[B]``, dtype of the drafts: the closing token, root of the next round; -1 for a padded row."""
-    next_lengths: Tensor
-    """int64 ``[B]``: valid K/V rows after the round, ``base - 1 + num_emitted``."""
-    status: Tensor
-    """int32 ``[B]``, :class:`Status` bits."""
-    logprobs: Tensor | None = None
-    """float32 ``[B, N + 1]`` or None: of each emitted token, under the law it was emitted from."""
-
-    @classmethod
-    def empty(
-        cls,
-        batch: int,
-        num_drafts: int,
-        *,
-        dtype: torch.dtype = torch.int64,
-        device: torch.device | str = "cpu",
-        logprobs: bool = False,
-    ) -> Verdict:
-        """Buffers for ``batch`` rows of up to ``num_drafts`` drafts, to be passed as ``out=`` round
-        after round.
-        """
-        return cls(
-            tokens=torch.empty(batch, num_drafts + 1, dtype=dtype, device=device),
-            num_emitted=torch.empty(batch, dtype=torch.int32, device=device),
-            num_accepted=torch.empty(batch, dtype=torch.int32, device=device),
-            next_token=torch.empty(batch, dtype=dtype, device=device),
-            next_lengths=torch.empty(batch, dtype=torch.int64, device=device),
-            status=torch.empty(batch, dtype=torch.int32, device=device),
-            logprobs=torch.empty(batch, num_drafts + 1, device=device) if logprobs else None,
-        )
 
 
 def _table(name: str, sampling: Sampling | SamplingTable | None, batch: int) -> SamplingTable:
@@ -100,6 +81,28 @@ def _choose(name: str, options: dict[str, _Option], choice: str) -> _Option:
         raise ValueError(f"{name}: expected one of {', '.join(options)}, got {choice!r}") from None
 
 
+def rule_codes(rules: Sequence[Rule], device: torch.device | str = "cpu") -> Tensor:
+    """One rule per sampling slot, as the uint8 tensor that ``verify`` takes for ``rule``.
+
+    Examples
+    --------
+    >>> rule_codes(["token", "auto"]).tolist()
+    [1, 0]
+    """
+    codes = [int(_choose("rule", _RULES, rule)) for rule in rules]
+    return torch.tensor(codes, dtype=torch.uint8, device=device)
+
+
+def _draw_of(draw: Draw | None, has_law: bool) -> tuple[_core.Draw, int]:
+    if draw is None:
+        return (_core.Draw.iid if has_law else _core.Draw.deterministic), 1
+    if not isinstance(draw, tuple):
+        return _choose("draw", _DRAWS, draw), 1
+    if len(draw) != 2 or draw[0] != "iid_paths" or not isinstance(draw[1], int) or draw[1] < 1:
+        raise ValueError(f"draw: expected ('iid_paths', number of paths), got {draw!r}")
+    return _core.Draw.iid_paths, draw[1]
+
+
 @overload
 def sample(
     logits: Tensor,
@@ -108,9 +111,17 @@ def sample(
     base: Tensor,
     step: int = ...,
     purpose: Literal["plain", "draft"] = ...,
+    method: Literal["inverse", "gumbel"] = ...,
     slots: Tensor | None = ...,
+    bitmask: Tensor | None = ...,
+    history: Tensor | None = ...,
+    prompt_lengths: Tensor | None = ...,
+    path: Tensor | None = ...,
+    vocab_map: Tensor | None = ...,
+    vocab_size: int | None = ...,
     out: Tensor | None = ...,
     status: Tensor | None = ...,
+    records: Tensor | None = ...,
     logprobs: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -121,9 +132,17 @@ def sample(
     base: Tensor,
     step: int = ...,
     purpose: Literal["plain", "draft"] = ...,
+    method: Literal["inverse", "gumbel"] = ...,
     slots: Tensor | None = ...,
+    bitmask: Tensor | None = ...,
+    history: Tensor | None = ...,
+    prompt_lengths: Tensor | None = ...,
+    path: Tensor | None = ...,
+    vocab_map: Tensor | None = ...,
+    vocab_size: int | None = ...,
     out: Tensor | None = ...,
     status: Tensor | None = ...,
+    records: Tensor | None = ...,
     logprobs: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def sample(
@@ -133,9 +152,17 @@ def sample(
     base: Tensor,
     step: int = 0,
     purpose: Literal["plain", "draft"] = "plain",
+    method: Literal["inverse", "gumbel"] = "inverse",
     slots: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    history: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    path: Tensor | None = None,
+    vocab_map: Tensor | None = None,
+    vocab_size: int | None = None,
     out: Tensor | None = None,
     status: Tensor | None = None,
+    records: Tensor | None = None,
     logprobs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw one token a row from the processed law of its logits.
@@ -155,10 +182,26 @@ def sample(
     purpose
         ``"draft"`` for a token that is going to be verified, so that drafting and verification
         never share a random number; ``"plain"`` otherwise.
+    method
+        ``"inverse"``: 64 random bits on the cumulated law. ``"gumbel"``: the largest of logit + noise keyed
+        by seed, position (``base + step``) and token, whatever the purpose: the text of rule ``"coupled"``.
     slots
         int32 ``[B]``: the table slot of each row; None: row b uses slot b.
+    bitmask
+        int32 ``[B, ceil(V / 32)]``: bit v % 32 of word v // 32 is set iff token v is allowed (the layout of
+        xgrammar).
+    history, prompt_lengths
+        int32 or int64 ``[S, L]`` by slot, of which ``base[b]`` tokens are committed, and ``[S]``: how many
+        of them are prompt. Needed for penalties, bad words and a minimum length.
+    path
+        int32 or int64 ``[B, P]``: tokens drafted since ``base``, -1 for none; penalties count them too.
+    vocab_map, vocab_size
+        int32 ``[V]``: the id to emit for each column, -1 for a column that is masked, and the number of
+        those ids.
     out, status
         int64 ``[B]`` and int32 ``[B]`` buffers to write; :class:`Status` bits go to ``status``.
+    records
+        int64 ``[B, 4]`` to write: the law drawn from, for ``verify(draft_records=...)``.
     logprobs
         Also return the float32 ``[B]`` log-probability of each token under the law it was drawn from.
 
@@ -179,13 +222,30 @@ def sample(
     >>> sample(logits, sampling=Sampling(temperature=0.0), base=torch.tensor([5])).tolist()
     [1]
     """
-    batch, _ = _core.sizes(logits, "logits", 2)
+    batch, width = _core.sizes(logits, "logits", 2)
     if out is None:
         out = torch.empty(batch, dtype=torch.int64, device=logits.device)
     scores = torch.empty(batch, dtype=torch.float32, device=logits.device) if logprobs else None
-    table = _table("sampling", sampling, batch)
+    if vocab_map is not None and vocab_size is None:
+        raise ValueError("vocab_size: expected the number of ids that vocab_map maps to, got None")
     _core.sample(
-        logits, table, base, slots, _choose("purpose", _PURPOSES, purpose), step, out, scores, status
+        logits,
+        _table("sampling", sampling, batch),
+        base,
+        slots,
+        bitmask,
+        history,
+        prompt_lengths,
+        path,
+        vocab_map,
+        width if vocab_size is None else vocab_size,
+        _choose("purpose", _PURPOSES, purpose),
+        _choose("method", _METHODS, method),
+        step,
+        out,
+        scores,
+        status,
+        records,
     )
     return out if scores is None else (out, scores)
 
@@ -194,21 +254,33 @@ def verify(
     target_logits: Tensor,
     draft_tokens: Tensor,
     *,
+    parents: Tensor | None = None,
     row_offsets: Tensor | None = None,
     num_drafts: Tensor | None = None,
     draft_logits: Tensor | None = None,
     draft_probs: Tensor | None = None,
+    draft_topk: tuple[Tensor, Tensor] | None = None,
     draft_row: Tensor | None = None,
+    draft_records: Tensor | None = None,
+    vocab_map: Tensor | None = None,
+    draw: Draw | None = None,
     sampling: Sampling | SamplingTable | None = None,
     draft_sampling: Sampling | SamplingTable | None = None,
+    bitmask: Tensor | None = None,
+    history: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
     base: Tensor,
     slots: Tensor | None = None,
-    rule: Rule = "auto",
+    rule: Rule | Tensor = "auto",
+    tolerance: Tolerance | None = None,
     logprobs: bool = False,
+    raw_logprobs: bool = False,
+    num_top: int = 0,
     out: Verdict | None = None,
 ) -> Verdict:
-    """Accept what can be kept of B drafted chains and close each with one more token, keeping the
-    target's law.
+    """Accept what can be kept of B drafted chains or trees and close each with one more token.
+
+    Every rule without ``lossy`` in its name keeps the target's law exactly.
 
     Parameters
     ----------
@@ -216,7 +288,10 @@ def verify(
         float32, bfloat16 or float16 ``[B, N + 1, V]``, row r being the target's logits behind node
         r (node 0 is the last committed token); or flattened ``[R, V]`` with ``row_offsets``.
     draft_tokens
-        int32 or int64 ``[B, N]``.
+        int32 or int64 ``[B, N]``: the tokens of nodes 1 to N, N <= 255.
+    parents
+        int32 or int64 ``[B, N]``: entry i is the parent of node i + 1, a node <= i; None: chains. Siblings
+        are tried in ascending node number, which has to be the order they were drawn in.
     row_offsets
         int32 or int64 ``[B + 1]``: the nodes of row b are rows ``row_offsets[b]`` up to
         ``row_offsets[b + 1]``.
@@ -224,27 +299,53 @@ def verify(
         int32 ``[B]``, None: N for every row. 0 is a plain draw, -1 a padded row (nothing read,
         nothing emitted).
     draft_logits, draft_probs
-        ``[B, M, V]``: the law the drafts were really drawn from, as logits (``draft_sampling`` is
-        applied to them, by the function that drew) or as final probabilities. Neither: point laws,
-        the drafts were deterministic.
+        ``[B, M, Vd]``: the law the drafts were really drawn from, as logits (``draft_sampling`` is
+        applied to them, by the function that drew) or as final probabilities. A row narrower than V has no
+        mass behind its end; of wider logits the first V count, wider probabilities have to be 0 there.
+    draft_topk
+        ``(ids, probs)``, int32 or int64 and float32 ``[B, M, k]``: the same as a short list; an id of -1 is
+        no entry. With none of the three the drafts were deterministic (point laws).
     draft_row
-        int32 ``[B, N]``: the law row draft i was drawn from, -1 for a point law; None: row i.
+        int32 ``[B, N + 1]``: the law row that the children of each node were drawn from, -1 for a point
+        law; None: row r for node r.
+    draft_records
+        int64 ``[B, M, 4]``: the laws of ``draft_logits`` as ``sample(records=...)`` wrote them; spares a
+        pass over the rows, and makes the law verified the law drawn from to the last bit.
+    vocab_map
+        int32 ``[Vd]``, injective: the target id of each of the drafter's, -1 for what was masked before
+        drawing. ``draft_tokens`` are target ids.
+    draw
+        How siblings came about: ``"deterministic"`` (the default without a law), ``"iid"`` (the default
+        with one), ``"without_replacement"``, or ``("iid_paths", n)``.
     sampling, draft_sampling
         :class:`Sampling` or a prepared table; ``draft_sampling`` defaults to ``sampling``. A row at
         temperature 0 is greedy and reads no draft law.
+    bitmask
+        int32 ``[B, N + 1, ceil(V / 32)]`` (``[R, ...]`` with ``row_offsets``): the tokens a grammar allows
+        behind each node, bit v % 32 of word v // 32. It does not touch the drafter's law.
+    history, prompt_lengths
+        int32 or int64 ``[S, L]`` by slot, of which ``base[b]`` tokens are committed, and ``[S]``: how many
+        of them are prompt. Needed for penalties, bad words and a minimum length; the path to a node counts
+        too.
     base
         int64 ``[B]``: absolute index of the first token this round emits (valid K/V rows + 1).
     slots
         int32 ``[B]``: the table slot of each row; None: row b uses slot b.
     rule
-        ``"token"``: "Fast inference from transformers via speculative decoding" (Leviathan et al.
-        2023, section 2.3). ``"block"``: "Block verification accelerates speculative decoding" (Sun
-        et al. 2024, algorithm 2), never worse than ``token``. ``"auto"``: block where a draft of
-        the row was drawn from a dense law, token (which no rule can beat there) where none was.
-    logprobs
-        Also report the log-probability of every emitted token under the target's processed law.
+        One name for all rows, or :func:`rule_codes` by slot. ``docs/rules`` has a page for each.
+
+        ``"auto"``: deterministic drafts ``target_only``, chains and sampled trees ``traversal``, except
+        where shape and draw favour ``rrs``. ``"token"`` is ``rrs`` on a chain, ``"block"`` is ``traversal``
+        on a chain. ``"gbv"`` asks for ``iid_paths``, ``"spectr"`` for siblings drawn iid; ``"coupled"``
+        emits the text of ``sample(method="gumbel")`` and reads no draft law.
+    tolerance
+        How far the lossy rules may go.
+    logprobs, raw_logprobs, num_top
+        Report the log-probability of every emitted token under the law it was emitted from, under the plain
+        softmax of its logits, and the ``num_top`` likeliest beside each.
     out
-        Buffers of :meth:`Verdict.empty` to write; with it nothing is allocated.
+        Buffers of :meth:`Verdict.empty` to write; with it nothing is allocated, and the last three
+        arguments are what it has room for.
 
     Returns
     -------
@@ -259,11 +360,20 @@ def verify(
 
     Examples
     --------
-    >>> logits = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])
+    Greedy: the chain 1, the tree {1, 0} behind the same root.
+
+    >>> logits = torch.tensor([[[0.0, 5.0, 0.0], [0.0, 0.0, 9.0]]])
     >>> greedy = Sampling(temperature=0.0)
     >>> verdict = verify(logits, torch.tensor([[1]]), sampling=greedy, base=torch.tensor([4]))
     >>> verdict.tokens.tolist(), verdict.num_accepted.tolist(), verdict.next_lengths.tolist()
     ([[1, 2]], [1], [5])
+    >>> logits = torch.tensor([[[5.0, 0.0, 0.0], [0.0, 0.0, 9.0], [0.0, 9.0, 0.0]]])
+    >>> siblings = torch.tensor([[0, 0]])
+    >>> verdict = verify(
+    ...     logits, torch.tensor([[1, 0]]), parents=siblings, sampling=greedy, base=torch.tensor([4])
+    ... )
+    >>> verdict.tokens.tolist(), verdict.path.tolist()
+    ([[0, 1, -1]], [[2, -1]])
     """
     batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
     if out is None:
@@ -273,29 +383,54 @@ def verify(
             dtype=draft_tokens.dtype,
             device=draft_tokens.device,
             logprobs=logprobs,
+            raw_logprobs=raw_logprobs,
+            num_top=num_top,
         )
     elif not isinstance(out, Verdict):
         raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
     table = _table("sampling", sampling, batch)
+    topk_ids, topk_probs = (None, None) if draft_topk is None else draft_topk
+    has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
+    kind, num_paths = _draw_of(draw, has_law)
+    by_slot = rule if isinstance(rule, Tensor) else None
     _core.verify(
         target_logits,
         row_offsets,
         draft_tokens,
+        parents,
         num_drafts,
         draft_logits,
         draft_probs,
+        topk_ids,
+        topk_probs,
         draft_row,
+        draft_records,
+        vocab_map,
+        bitmask,
+        history,
+        prompt_lengths,
         base,
         slots,
         table,
         table if draft_sampling is None else _table("draft_sampling", draft_sampling, batch),
-        _choose("rule", _RULES, rule),
+        _core.Rule.auto if isinstance(rule, Tensor) else _choose("rule", _RULES, rule),
+        by_slot,
+        kind,
+        num_paths,
+        _EXACT if tolerance is None else tolerance.prepare(),
         out.tokens,
         out.num_emitted,
         out.num_accepted,
+        out.path,
+        out.path_rows,
         out.next_token,
         out.next_lengths,
         out.status,
         out.logprobs,
+        out.top_tokens,
+        out.top_logprobs,
+        out.raw_logprobs,
+        out.raw_top_tokens,
+        out.raw_top_logprobs,
     )
     return out
