@@ -90,6 +90,12 @@ def call_sample(arguments: dict[str, Any]) -> None:
     ops.sample(**arguments, sampling=Sampling(seed=3))
 
 
+def call_tree_index(arguments: dict[str, Any]) -> None:
+    out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
+    rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
+    ops.tree_index(**rest, out=ops.TreeIndex(**out))
+
+
 VERIFY_INPUTS = (
     Spec("target_logits", reals(B, N + 1, V), REAL, fixed=(0, 1), rows=True),
     Spec("draft_tokens", ids(B, N), INDEX),
@@ -137,6 +143,21 @@ OPERATIONS = (
             output("status", B, dtype=torch.int32, optional=True),
         ),
         call_sample,
+    ),
+    Operation(
+        "tree_index",
+        (
+            Spec("parents", whole(0, B, N, dtype=torch.int64), INDEX),
+            Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
+            Spec("lengths", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,), optional=True),
+            output("out.depth", B, N + 1, dtype=torch.int32),
+            output("out.first_child", B, N + 1, dtype=torch.int32),
+            output("out.next_sibling", B, N + 1, dtype=torch.int32),
+            output("out.ancestors", B, N + 1, 1, dtype=torch.int64),
+            output("out.positions", B, N + 1, dtype=torch.int64, optional=True),
+            output("out.status", B, dtype=torch.int32),
+        ),
+        call_tree_index,
     ),
     Operation(
         "intake8",

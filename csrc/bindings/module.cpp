@@ -7,6 +7,7 @@ void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
+void register_tree(pybind11::module_& module);
 }  // namespace foretoken
 
 PYBIND11_MODULE(_core, module) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_loop(module);
   foretoken::register_ops(module);
   foretoken::register_testing(module);
+  foretoken::register_tree(module);
 }

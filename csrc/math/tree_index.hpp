@@ -9,6 +9,8 @@ namespace foretoken {
 constexpr int32_t kMaxNodes = 256;  // with the root
 constexpr int32_t kNoNode = -1;
 
+FORETOKEN_HD constexpr int64_t words_of(int64_t nodes) { return (nodes + 63) / 64; }  // of ancestor bits
+
 struct TreeIndex {
   int32_t nodes = 1;  // with the root
   int16_t parent[kMaxNodes];
@@ -45,6 +47,11 @@ FORETOKEN_HD inline uint64_t ancestor_word(const TreeIndex& tree, int32_t node, 
     if (at / 64 == word) bits |= uint64_t{1} << (at % 64);
   }
   return bits;
+}
+
+// The same word from that of the node's parent, where parents are visited first; the root's parent has 0.
+FORETOKEN_HD inline uint64_t with_node(uint64_t parents_word, int32_t node, int32_t word) {
+  return node / 64 == word ? parents_word | uint64_t{1} << (node % 64) : parents_word;
 }
 
 // Nodes on the way from the root to `node`, the root left out; returns their number, the node's depth.

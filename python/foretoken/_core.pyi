@@ -289,6 +289,10 @@ def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.Suppo
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
     """
+def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any, depth: typing.Any, first_child: typing.Any, next_sibling: typing.Any, ancestors: typing.Any, positions: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.ops.tree_index.
+    """
 def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, draft_row: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any) -> None:
     """
     See foretoken.ops.verify.
