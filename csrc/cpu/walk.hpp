@@ -19,8 +19,9 @@ struct WalkOptions {
 // lose to recursive rejection where the leaves are uneven.
 template <class Rows>
 Rule chosen_rule(const Rows& rows, const TreeIndex& tree, const WalkOptions& options) {
-  if (rows.greedy() || !rows.any_dense()) return Rule::rrs;
-  if (options.rule != Rule::automatic) return options.rule;
+  const bool point = !rows.any_dense();
+  if (options.rule != Rule::automatic) return point && options.rule == Rule::gbv ? Rule::rrs : options.rule;
+  if (point) return Rule::rrs;
   const bool uneven = options.draw == Draw::without_replacement && !has_even_leaves(tree);
   return uneven ? Rule::rrs : Rule::traversal;
 }

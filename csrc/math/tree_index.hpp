@@ -10,6 +10,8 @@ constexpr int32_t kMaxNodes = 256;  // with the root
 constexpr int32_t kMaxDrafts = kMaxNodes - 1;
 constexpr int32_t kNoNode = -1;
 
+FORETOKEN_HD constexpr int64_t words_of(int64_t nodes) { return (nodes + 63) / 64; }  // of ancestor bits
+
 struct TreeIndex {
   int32_t nodes = 1;  // with the root
   int16_t parent[kMaxNodes];
@@ -74,6 +76,11 @@ FORETOKEN_HD inline void keep_path(TreeIndex& tree, const int16_t* path, int32_t
     tree.next_sibling[node] = kNoNode;
   }
   tree.first_child[node] = kNoNode;
+}
+
+// The same word from that of the node's parent, where parents are visited first; the root's parent has 0.
+FORETOKEN_HD inline uint64_t with_node(uint64_t parents_word, int32_t node, int32_t word) {
+  return node / 64 == word ? parents_word | uint64_t{1} << (node % 64) : parents_word;
 }
 
 // Nodes on the way from the root to `node`, the root left out; returns their number, the node's depth.

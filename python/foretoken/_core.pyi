@@ -434,6 +434,10 @@ def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.Suppo
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
     """
+def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any, depth: typing.Any, first_child: typing.Any, next_sibling: typing.Any, ancestors: typing.Any, positions: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.ops.tree_index.
+    """
 def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any) -> None:
     """
     See foretoken.ops.verify.

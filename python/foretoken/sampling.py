@@ -94,7 +94,7 @@ class Sampling:
             seed = (
                 derive_seed(_seed_bits(base), row, 0)
                 if isinstance(base, int)
-                else _pick("seed", base, row, batch)
+                else _of_row("seed", base, row, batch)
             )
             self.write(table, row, row=row, batch=batch, seed=seed)
         return table
@@ -113,9 +113,8 @@ class Sampling:
         )
         if not self._constrained():
             return
-        bias = self.logit_bias
-        if not isinstance(bias, Mapping):
-            bias = _pick("logit_bias", bias, row, batch)
+        given = self.logit_bias
+        bias = given if isinstance(given, Mapping) else _of_row("logit_bias", given, row, batch)
         table.constrain(
             slot,
             _pick("repetition_penalty", self.repetition_penalty, row, batch),
@@ -147,13 +146,14 @@ class Sampling:
         return max([len(field) for field in fields if isinstance(field, Sequence)], default=1)
 
 
-def _pick(name: str, values: Value | Sequence[Value], row: int, batch: int | None) -> Value:
-    if not isinstance(values, Sequence):
-        return values
+def _pick(name: str, field: Value | Sequence[Value], row: int, batch: int | None) -> Value:
+    return _of_row(name, field, row, batch) if isinstance(field, Sequence) else field
+
+
+def _of_row(name: str, values: Sequence[Value], row: int, batch: int | None) -> Value:
     if batch is not None and len(values) != batch:
         raise ValueError(f"{name}: expected one value or {batch} of them, got {len(values)}")
-    picked: Value = values[min(row, len(values) - 1)]
-    return picked
+    return values[min(row, len(values) - 1)]
 
 
 def _seed_bits(seed: int) -> int:

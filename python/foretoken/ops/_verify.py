@@ -1,23 +1,17 @@
-"""The kernels: tensors in, tensors out, caller-owned buffers.
-
-Nothing here allocates when ``out=`` is given, and nothing checks in Python: shapes, dtypes,
-devices, strides and overlaps are checked in C++, and a fault is one exception that names the
-argument, what was expected and what came.
-"""
+"""Verification of drafted chains and trees."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from foretoken import _core
+from foretoken.ops._choices import choose, table_of
+from foretoken.ops._verdict import Tolerance, Verdict
 from foretoken.sampling import Sampling, SamplingTable
-from foretoken.verdict import Status, Tolerance, Verdict
-
-__all__ = ["Draw", "Rule", "Status", "Tolerance", "Verdict", "rule_codes", "sample", "verify"]
 
 Rule = Literal[
     "auto",
@@ -59,26 +53,7 @@ _DRAWS = {
     "iid": _core.Draw.iid,
     "without_replacement": _core.Draw.without_replacement,
 }
-_PURPOSES = {"plain": _core.Purpose.plain, "draft": _core.Purpose.draft}
-_METHODS = {"inverse": _core.SampleMethod.inverse, "gumbel": _core.SampleMethod.gumbel}
-_DEFAULT = Sampling()
 _EXACT = Tolerance().prepare()
-_Option = TypeVar("_Option")
-
-
-def _table(name: str, sampling: Sampling | SamplingTable | None, batch: int) -> SamplingTable:
-    if isinstance(sampling, SamplingTable):
-        return sampling
-    if sampling is not None and not isinstance(sampling, Sampling):
-        raise TypeError(f"{name}: expected a Sampling or a SamplingTable, got {type(sampling).__name__}")
-    return (_DEFAULT if sampling is None else sampling).prepare(batch)
-
-
-def _choose(name: str, options: dict[str, _Option], choice: str) -> _Option:
-    try:
-        return options[choice]
-    except (KeyError, TypeError):
-        raise ValueError(f"{name}: expected one of {', '.join(options)}, got {choice!r}") from None
 
 
 def rule_codes(rules: Sequence[Rule], device: torch.device | str = "cpu") -> Tensor:
@@ -89,7 +64,7 @@ def rule_codes(rules: Sequence[Rule], device: torch.device | str = "cpu") -> Ten
     >>> rule_codes(["token", "auto"]).tolist()
     [1, 0]
     """
-    codes = [int(_choose("rule", _RULES, rule)) for rule in rules]
+    codes = [int(choose("rule", _RULES, rule)) for rule in rules]
     return torch.tensor(codes, dtype=torch.uint8, device=device)
 
 
@@ -97,157 +72,10 @@ def _draw_of(draw: Draw | None, has_law: bool) -> tuple[_core.Draw, int]:
     if draw is None:
         return (_core.Draw.iid if has_law else _core.Draw.deterministic), 1
     if not isinstance(draw, tuple):
-        return _choose("draw", _DRAWS, draw), 1
+        return choose("draw", _DRAWS, draw), 1
     if len(draw) != 2 or draw[0] != "iid_paths" or not isinstance(draw[1], int) or draw[1] < 1:
         raise ValueError(f"draw: expected ('iid_paths', number of paths), got {draw!r}")
     return _core.Draw.iid_paths, draw[1]
-
-
-@overload
-def sample(
-    logits: Tensor,
-    *,
-    sampling: Sampling | SamplingTable | None = ...,
-    base: Tensor,
-    step: int = ...,
-    purpose: Literal["plain", "draft"] = ...,
-    method: Literal["inverse", "gumbel"] = ...,
-    slots: Tensor | None = ...,
-    bitmask: Tensor | None = ...,
-    history: Tensor | None = ...,
-    prompt_lengths: Tensor | None = ...,
-    path: Tensor | None = ...,
-    vocab_map: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    out: Tensor | None = ...,
-    status: Tensor | None = ...,
-    records: Tensor | None = ...,
-    logprobs: Literal[False] = ...,
-) -> Tensor: ...
-@overload
-def sample(
-    logits: Tensor,
-    *,
-    sampling: Sampling | SamplingTable | None = ...,
-    base: Tensor,
-    step: int = ...,
-    purpose: Literal["plain", "draft"] = ...,
-    method: Literal["inverse", "gumbel"] = ...,
-    slots: Tensor | None = ...,
-    bitmask: Tensor | None = ...,
-    history: Tensor | None = ...,
-    prompt_lengths: Tensor | None = ...,
-    path: Tensor | None = ...,
-    vocab_map: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    out: Tensor | None = ...,
-    status: Tensor | None = ...,
-    records: Tensor | None = ...,
-    logprobs: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-def sample(
-    logits: Tensor,
-    *,
-    sampling: Sampling | SamplingTable | None = None,
-    base: Tensor,
-    step: int = 0,
-    purpose: Literal["plain", "draft"] = "plain",
-    method: Literal["inverse", "gumbel"] = "inverse",
-    slots: Tensor | None = None,
-    bitmask: Tensor | None = None,
-    history: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-    path: Tensor | None = None,
-    vocab_map: Tensor | None = None,
-    vocab_size: int | None = None,
-    out: Tensor | None = None,
-    status: Tensor | None = None,
-    records: Tensor | None = None,
-    logprobs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Draw one token a row from the processed law of its logits.
-
-    Parameters
-    ----------
-    logits
-        float32, bfloat16 or float16 ``[B, V]``; rows may lie anywhere, their elements side by side.
-    sampling
-        A :class:`Sampling` (prepared on the spot), or the table that ``Sampling.prepare`` made.
-    base
-        int64 ``[B]``: absolute index of the first token of the round the draw belongs to. With the
-        row's seed, ``purpose`` and ``step`` it is all the randomness depends on: neither batch,
-        order nor slot matter.
-    step
-        Index of the draw in its round.
-    purpose
-        ``"draft"`` for a token that is going to be verified, so that drafting and verification
-        never share a random number; ``"plain"`` otherwise.
-    method
-        ``"inverse"``: 64 random bits on the cumulated law. ``"gumbel"``: the largest of logit + noise keyed
-        by seed, position (``base + step``) and token, whatever the purpose: the text of rule ``"coupled"``.
-    slots
-        int32 ``[B]``: the table slot of each row; None: row b uses slot b.
-    bitmask
-        int32 ``[B, ceil(V / 32)]``: bit v % 32 of word v // 32 is set iff token v is allowed (the layout of
-        xgrammar).
-    history, prompt_lengths
-        int32 or int64 ``[S, L]`` by slot, of which ``base[b]`` tokens are committed, and ``[S]``: how many
-        of them are prompt. Needed for penalties, bad words and a minimum length.
-    path
-        int32 or int64 ``[B, P]``: tokens drafted since ``base``, -1 for none; penalties count them too.
-    vocab_map, vocab_size
-        int32 ``[V]``: the id to emit for each column, -1 for a column that is masked, and the number of
-        those ids.
-    out, status
-        int64 ``[B]`` and int32 ``[B]`` buffers to write; :class:`Status` bits go to ``status``.
-    records
-        int64 ``[B, 4]`` to write: the law drawn from, for ``verify(draft_records=...)``.
-    logprobs
-        Also return the float32 ``[B]`` log-probability of each token under the law it was drawn from.
-
-    Returns
-    -------
-    Tensor
-        int64 ``[B]``, or the pair (tokens, logprobs). A row with no law (NaN, an infinity, nothing
-        finite) gives the lowest id of its largest element and ``Status.LAW_LOST``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument is of the wrong kind, dtype, shape, device or layout, named in the message.
-
-    Examples
-    --------
-    >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
-    >>> sample(logits, sampling=Sampling(temperature=0.0), base=torch.tensor([5])).tolist()
-    [1]
-    """
-    batch, width = _core.sizes(logits, "logits", 2)
-    if out is None:
-        out = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    scores = torch.empty(batch, dtype=torch.float32, device=logits.device) if logprobs else None
-    if vocab_map is not None and vocab_size is None:
-        raise ValueError("vocab_size: expected the number of ids that vocab_map maps to, got None")
-    _core.sample(
-        logits,
-        _table("sampling", sampling, batch),
-        base,
-        slots,
-        bitmask,
-        history,
-        prompt_lengths,
-        path,
-        vocab_map,
-        width if vocab_size is None else vocab_size,
-        _choose("purpose", _PURPOSES, purpose),
-        _choose("method", _METHODS, method),
-        step,
-        out,
-        scores,
-        status,
-        records,
-    )
-    return out if scores is None else (out, scores)
 
 
 def verify(
@@ -388,7 +216,7 @@ def verify(
         )
     elif not isinstance(out, Verdict):
         raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
-    table = _table("sampling", sampling, batch)
+    table = table_of("sampling", sampling, batch)
     topk_ids, topk_probs = (None, None) if draft_topk is None else draft_topk
     has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
     kind, num_paths = _draw_of(draw, has_law)
@@ -412,8 +240,8 @@ def verify(
         base,
         slots,
         table,
-        table if draft_sampling is None else _table("draft_sampling", draft_sampling, batch),
-        _core.Rule.auto if isinstance(rule, Tensor) else _choose("rule", _RULES, rule),
+        table if draft_sampling is None else table_of("draft_sampling", draft_sampling, batch),
+        _core.Rule.auto if isinstance(rule, Tensor) else choose("rule", _RULES, rule),
         by_slot,
         kind,
         num_paths,
