@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foretoken.tree import drawing
 from foretoken.tree.batch import batch_arguments
-from foretoken.tree.law import Draw, check_size, dims, integers, only_one, path_scores
+from foretoken.tree.law import Draw, check_size, dims, integer, integers, only_one, path_scores
 from foretoken.tree.nodes import TreeNodes
 
 
@@ -35,7 +35,8 @@ class DraftTree(TreeNodes):
     root
         The last committed token; only drawings show it.
     vocab_size, max_depth
-        What ids and depths are checked against; None: the row width of the law, and nothing.
+        What ids and depths are checked against, if given. Ids are the target's, whatever the drafter's
+        vocabulary.
 
     Raises
     ------
@@ -324,7 +325,7 @@ class DraftTree(TreeNodes):
         decode: Callable[[int], str] | None = None,
         *,
         path: Iterable[SupportsIndex] | Tensor = (),
-        closing: int | None = None,
+        closing: SupportsIndex | None = None,
     ) -> str:
         """The tree in lines of text: a run of only children on one line, siblings below each other.
 
@@ -345,7 +346,7 @@ class DraftTree(TreeNodes):
         decode: Callable[[int], str] | None = None,
         *,
         path: Iterable[SupportsIndex] | Tensor = (),
-        closing: int | None = None,
+        closing: SupportsIndex | None = None,
     ) -> str:
         """The same picture as an SVG document, which notebooks show of themselves."""
         return drawing.svg(self._sketch(decode, path, closing))
@@ -366,7 +367,7 @@ class DraftTree(TreeNodes):
         self,
         decode: Callable[[int], str] | None,
         path: Iterable[SupportsIndex] | Tensor,
-        closing: int | None,
+        closing: SupportsIndex | None,
     ) -> drawing.Sketch:
         text = str if decode is None else decode
         accepted = [node for node in integers("path", path) if node != -1]
@@ -379,7 +380,7 @@ class DraftTree(TreeNodes):
             notes=["", *("" if score is None else f"{score:.2f}" for score in self._scores)],
             children=self._children,
             accepted=accepted,
-            closing=None if closing is None else text(closing),
+            closing=None if closing is None else text(integer("closing", closing)),
         )
 
     def _refuse_edit(self, what: str) -> None:

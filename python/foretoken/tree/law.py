@@ -32,10 +32,6 @@ class LawRows:
     def kind(self) -> Law:
         return "point" if self.form is None else "topk" if self.form == "draft_topk" else "dense"
 
-    @property
-    def vocab_size(self) -> int | None:
-        return self.blocks[0][0].shape[-1] if self.kind == "dense" else None
-
     def add(self, form: str, block: tuple[Tensor, ...]) -> int:
         """Take in rows and return the number of the first."""
         if len({part.shape for part in block}) > 1:

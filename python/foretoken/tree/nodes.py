@@ -28,7 +28,7 @@ class TreeNodes:
             if limit is not None and integer(name, limit) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {limit}")
         self._draw = checked_draw(draw)
-        self._root = root
+        self._root = None if root is None else integer("root", root)
         self._vocab_size = vocab_size
         self._max_depth = max_depth
         self._tokens: list[int] = []
@@ -54,7 +54,7 @@ class TreeNodes:
             Whatever ranks drafts, mostly a probability: drawings show it, ``order`` goes by it.
         """
         token, parent = integer("token", token), self._node("parent", parent)
-        limit = self._vocab_size or self.laws.vocab_size or _MAX_ID
+        limit = self._vocab_size or _MAX_ID
         if not 0 <= token < limit:
             raise ValueError(f"token: expected an id in [0, {limit}), got {token}")
         if len(self) == ops.MAX_DRAFTS:
