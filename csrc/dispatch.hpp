@@ -5,10 +5,12 @@
 #include <string>
 
 #include "cpu/sampling.hpp"
+#include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
 #include "ops/device.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
+#include "ops/tree.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken {
@@ -67,6 +69,11 @@ inline void sample(const SampleArgs& args, Device device, Stream) {
 inline void verify(const VerifyArgs& args, Device device, Stream) {
   if (backend_for(device) == Backend::cuda) refuse_cuda("verify");
   cpu::verify(args);
+}
+
+inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
+  cpu::tree_index(args);
 }
 
 }  // namespace dispatch

@@ -73,6 +73,7 @@ def outputs_of_verify() -> tuple[Spec, ...]:
         output("out.tokens", B, N + 1, dtype=torch.int64),
         output("out.num_emitted", B, dtype=torch.int32),
         output("out.num_accepted", B, dtype=torch.int32),
+        output("out.path", B, N, dtype=torch.int32, optional=True),
         output("out.next_token", B, dtype=torch.int64),
         output("out.next_lengths", B, dtype=torch.int64),
         output("out.status", B, dtype=torch.int32),
@@ -90,13 +91,19 @@ def call_sample(arguments: dict[str, Any]) -> None:
     ops.sample(**arguments, sampling=Sampling(seed=3))
 
 
+def call_tree_index(arguments: dict[str, Any]) -> None:
+    out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
+    rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
+    ops.tree_index(**rest, out=ops.TreeIndex(**out))
+
+
 VERIFY_INPUTS = (
     Spec("target_logits", reals(B, N + 1, V), REAL, fixed=(0, 1), rows=True),
     Spec("draft_tokens", ids(B, N), INDEX),
     Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
     Spec(
         "draft_row",
-        lambda: torch.arange(N, dtype=torch.int32).repeat(B, 1),
+        lambda: torch.arange(N + 1, dtype=torch.int32).repeat(B, 1),
         (torch.int32,),
         (0, 1),
         optional=True,
@@ -109,7 +116,7 @@ OPERATIONS = (
         "verify",
         (
             *VERIFY_INPUTS,
-            Spec("draft_logits", reals(B, N, V), REAL, fixed=(0, 2), rows=True, optional=True),
+            Spec("draft_logits", reals(B, N, V), REAL, fixed=(0,), rows=True, optional=True),
             *outputs_of_verify(),
         ),
         call_verify,
@@ -120,7 +127,7 @@ OPERATIONS = (
             Spec("target_logits", reals(B * (N + 1), V), REAL, rows=True),
             Spec("row_offsets", lambda: torch.arange(0, B * (N + 1) + 1, N + 1), INDEX, fixed=(0,)),
             *VERIFY_INPUTS[1:],
-            Spec("draft_probs", reals(B, N, V, probs=True), REAL, fixed=(0, 2), rows=True, optional=True),
+            Spec("draft_probs", reals(B, N, V, probs=True), REAL, fixed=(0,), rows=True, optional=True),
             *outputs_of_verify(),
         ),
         call_verify,
@@ -137,6 +144,21 @@ OPERATIONS = (
             output("status", B, dtype=torch.int32, optional=True),
         ),
         call_sample,
+    ),
+    Operation(
+        "tree_index",
+        (
+            Spec("parents", whole(0, B, N, dtype=torch.int64), INDEX),
+            Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
+            Spec("lengths", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,), optional=True),
+            output("out.depth", B, N + 1, dtype=torch.int32),
+            output("out.first_child", B, N + 1, dtype=torch.int32),
+            output("out.next_sibling", B, N + 1, dtype=torch.int32),
+            output("out.ancestors", B, N + 1, 1, dtype=torch.int64),
+            output("out.positions", B, N + 1, dtype=torch.int64, optional=True),
+            output("out.status", B, dtype=torch.int32),
+        ),
+        call_tree_index,
     ),
     Operation(
         "intake8",

@@ -3,6 +3,7 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {drafters, metrics} -> step -> ops -> sampling -> _core
+         tree stands beside the drafters
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ PYTHON = {
     "metrics": BASE,
     "step": BASE,
     "drafters": BASE | {"step"},
+    "tree": BASE,
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate"},
@@ -59,7 +61,7 @@ PYTHON = {
     "info": {"_core", "foretoken"},
     "cli": {"hf", "pair", "info", "demo", "foretoken"},
     "__main__": {"cli"},
-    "__init__": LOOP | {"generate", "hf", "pair"},
+    "__init__": LOOP | {"generate", "hf", "pair", "tree"},
 }
 MAY_IMPORT_TRANSFORMERS = {"hf"}
 

@@ -11,6 +11,7 @@ from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Pro
 from foretoken.ops import Status, Verdict
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Request, Session, Step
+from foretoken.tree import DraftTree
 
 # The function foretoken.generate has the name of the module that holds the loop: loaded once, the module
 # gives it up.
@@ -54,6 +55,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Context",
+    "DraftTree",
     "Drafter",
     "Event",
     "ModelDrafter",
