@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -28,6 +30,13 @@ def sampled(draw: ft.tree.Draw) -> DraftTree:
     """1 -> 3 and 2 -> 4, drawn from four rows."""
     logits = torch.randn(5, V)
     return DraftTree.from_parents([4, 9, 2, 7], [0, 0, 1, 2], draw=draw, draft_logits=logits)
+
+
+def test_examples_in_docstrings_run() -> None:
+    module = sys.modules[DraftTree.__module__]
+    result = doctest.testmod(module)
+    assert result.attempted > 10
+    assert result.failed == 0
 
 
 # --- shape ---
