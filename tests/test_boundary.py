@@ -127,7 +127,7 @@ def test_at_least_three_hundred_calls_are_malformed() -> None:
         ("draft_sampling", {"draft_sampling": 0.5}, TypeError),
         ("draft_sampling", {"draft_sampling": _core.SamplingTable(B - 1)}, ValueError),
         ("out", {"out": torch.zeros(B, N + 1)}, TypeError),
-        ("draft_probs", {"draft_probs": torch.zeros(B, N, V)}, ValueError),
+        ("draft law", {"draft_probs": torch.zeros(B, N, V)}, ValueError),
     ],
 )
 def test_what_is_no_tensor_is_refused_by_name(name: str, arguments: dict[str, Any], error: type) -> None:

@@ -126,9 +126,12 @@ def shipped(target: list, draft: list | None, token: int, filters: Filters) -> d
     tokens = [] if draft is None else [token]
     branches = _core.testing.verify_law(
         target,
-        [] if draft is None else [draft],
+        [None] if draft is None else [draft, None],
         tokens,
-        _core.Rule.block,
+        [0] * len(tokens),
+        _core.Rule.traversal,
+        _core.Draw.iid,
+        1,
         as_tuple,
         as_tuple,
         precision="float32",

@@ -169,12 +169,12 @@ def test_draft_row_picks_the_law_of_each_draft(rule):
     order = torch.tensor([2, 0, 3, 1])
     stored = torch.empty_like(batch.draft)
     stored[:, order] = batch.draft
-    rows = order.to(torch.int32).expand(batch.size, 4)
+    rows = torch.cat([order, torch.tensor([-1])]).to(torch.int32).expand(batch.size, 5)
     assert_same_rows(
         batch.verify(rule, draft_logits=stored, draft_row=rows), slice(None), batch.verify(rule), slice(None)
     )
     without = batch.verify(rule, draft_logits=None)
-    all_points = batch.verify(rule, draft_row=torch.full((batch.size, 4), -1, dtype=torch.int32))
+    all_points = batch.verify(rule, draft_row=torch.full((batch.size, 5), -1, dtype=torch.int32))
     assert_same_rows(all_points, slice(None), without, slice(None))
 
 

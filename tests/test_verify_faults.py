@@ -132,7 +132,7 @@ def test_unusable_draft_laws(rule):
         draft[4, i, batch.tokens[4, i]] = -torch.inf
         equals_a_plain_draw(batch, batch.verify(rule, draft_logits=draft), 4, rule)
         for row in (4, 5, -2, 2**31 - 1):
-            rows = torch.arange(4, dtype=torch.int32).repeat(batch.size, 1)
+            rows = torch.arange(5, dtype=torch.int32).repeat(batch.size, 1)
             rows[4, i] = row
             equals_a_plain_draw(batch, batch.verify(rule, draft_row=rows), 4, rule)
     probs = batch.draft.float().softmax(-1)
@@ -187,13 +187,37 @@ def test_padded_rows_read_nothing(rule):
         assert verdict.tokens[b].eq(-1).all()
 
 
-def test_draft_rows_of_another_width_are_refused():
+@pytest.mark.parametrize("rule", RULES)
+def test_draft_rows_of_another_width(rule):
     """Bug row 59 (vllm 7252, llama.cpp 3812): padded vocabularies of one family differ in size."""
     batch = make(seed=20)
-    for width in (36, 38):
-        draft = torch.zeros(batch.size, 4, width)
-        with pytest.raises(ValueError, match="draft_logits"):
-            batch.verify(draft_logits=draft)
+    plain = batch.verify(rule)
+    padded = torch.nn.functional.pad(
+        batch.draft, (0, 27), value=9.0
+    )
+    assert_same_rows(batch.verify(rule, draft_logits=padded), slice(None), plain, slice(None))
+    probs = torch.nn.functional.pad(batch.draft.softmax(-1), (0, 27))
+    plain = batch.verify(rule, draft_logits=None, draft_probs=probs[..., :37].contiguous())
+    verdict = batch.verify(rule, draft_logits=None, draft_probs=probs)
+    assert_same_rows(verdict, slice(None), plain, slice(None))
+    probs[4, 0, 50] = 1e-3  # mass where the target has no token: no law of the target's ids
+    greedy = batch.kinds[4].temperature == 0.0
+    status = batch.verify(rule, draft_logits=None, draft_probs=probs).status
+    assert status.tolist() == [0 if b != 4 or greedy else Status.BAD_DRAFT for b in range(batch.size)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_narrower_draft_row_has_no_mass_behind_its_end(rule):
+    narrow = make(seed=21, kinds=[Filters(), Filters(temperature=0.7), Filters(top_p=0.9)])
+    narrow.draft[..., 20:] = -torch.inf
+    table = narrow.sampling().prepare(narrow.size)
+    for i in range(4):
+        narrow.tokens[:, i] = ft.ops.sample(
+            narrow.draft[:, i, :20], sampling=table, base=narrow.base, step=i, purpose="draft"
+        )
+    short = narrow.verify(rule, draft_logits=narrow.draft[..., :20].contiguous())
+    assert not short.status.any()
+    assert_same_rows(short, slice(None), narrow.verify(rule), slice(None))
 
 
 # --------------------------------------------------------------------------------- extreme numbers

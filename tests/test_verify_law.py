@@ -37,6 +37,7 @@ from reference import (
     total_variation,
 )
 
+WALKS = {"token": _core.Rule.rrs, "block": _core.Rule.traversal, "auto": _core.Rule.auto}
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
 GREEDY = Filters(temperature=0.0)
 ON_BOTH = [
@@ -95,9 +96,12 @@ def shipped_law(case: Case, chain: Chain, rule: str, precision: str) -> Law:
     target, draft = case.logits(0), case.logits(1)
     branches = _core.testing.verify_law(
         [target(prefix) for prefix in prefixes],
-        [None if case.points[i] else draft(prefix) for i, prefix in enumerate(prefixes[:-1])],
+        [None if case.points[i] else draft(prefix) for i, prefix in enumerate(prefixes[:-1])] + [None],
         list(chain.tokens),
-        getattr(_core.Rule, rule),
+        list(range(case.drafts)),
+        WALKS[rule],
+        _core.Draw.iid,
+        1,
         as_tuple(case.sides[0]),
         as_tuple(case.sides[1]),
         precision=precision,

@@ -20,28 +20,60 @@ cpu::Processing processing_from(const FilterTuple& filters) {
           static_cast<float>(std::get<2>(filters)), static_cast<float>(std::get<3>(filters))};
 }
 
+cpu::WalkOptions options_from(Rule rule, Draw draw, int32_t num_paths) {
+  cpu::WalkOptions options;
+  options.rule = rule;
+  options.draw = draw;
+  options.num_paths = num_paths;
+  return options;
+}
+
 py::list verify_law(const std::vector<std::vector<double>>& target_logits,
                     const std::vector<std::optional<std::vector<double>>>& draft_laws,
-                    const std::vector<int64_t>& draft_tokens, Rule rule, const FilterTuple& sampling,
+                    const std::vector<int64_t>& draft_tokens, const std::vector<int64_t>& parents, Rule rule,
+                    Draw draw, int32_t num_paths, const FilterTuple& sampling,
                     const FilterTuple& draft_sampling, bool draft_is_probs, const std::string& precision) {
-  if (target_logits.size() != draft_tokens.size() + 1 || draft_laws.size() != draft_tokens.size()) {
-    throw py::value_error("target_logits: expected one row more than draft_tokens and draft_laws");
+  if (target_logits.size() != draft_tokens.size() + 1 || draft_laws.size() != target_logits.size() ||
+      parents.size() != draft_tokens.size()) {
+    throw py::value_error(
+        "target_logits, draft_laws: expected a row for each node, one more than draft_tokens");
   }
-  cpu::ChainCase chain;
-  chain.target = target_logits;
-  for (const auto& law : draft_laws) chain.draft.push_back(law.value_or(std::vector<double>{}));
-  chain.tokens = draft_tokens;
-  chain.draft_is_probs = draft_is_probs;
-  chain.processing = processing_from(sampling);
-  chain.draft_processing = processing_from(draft_sampling);
-  chain.rule = rule;
-  const auto branches =
-      precision == "float64" ? cpu::enumerate_float64(chain) : cpu::enumerate_float32(chain);
+  cpu::TreeCase tree;
+  tree.target = target_logits;
+  for (const auto& law : draft_laws) tree.draft.push_back(law.value_or(std::vector<double>{}));
+  tree.tokens = draft_tokens;
+  tree.parents = parents;
+  tree.draft_is_probs = draft_is_probs;
+  tree.processing = processing_from(sampling);
+  tree.draft_processing = processing_from(draft_sampling);
+  tree.options = options_from(rule, draw, num_paths);
   py::list result;
-  for (const cpu::Branch& branch : branches) {
-    result.append(py::make_tuple(branch.probability, branch.accepted, branch.closing));
+  for (const cpu::Branch& branch :
+       precision == "float64" ? cpu::enumerate_float64(tree) : cpu::enumerate_float32(tree)) {
+    result.append(py::make_tuple(branch.probability, branch.node, branch.closing));
   }
   return result;
+}
+
+py::tuple joint_law(const std::vector<std::vector<double>>& target_logits,
+                    const std::vector<std::vector<double>>& draft_logits, const std::vector<int64_t>& parents,
+                    const std::vector<bool>& point, Rule rule, Draw draw, int32_t num_paths,
+                    const FilterTuple& sampling, const FilterTuple& draft_sampling,
+                    const std::string& precision) {
+  cpu::JointCase joint;
+  joint.target = target_logits;
+  joint.draft = draft_logits;
+  joint.parents = parents;
+  joint.point = point;
+  joint.processing = processing_from(sampling);
+  joint.draft_processing = processing_from(draft_sampling);
+  joint.options = options_from(rule, draw, num_paths);
+  const cpu::JointLaw law = [&] {
+    py::gil_scoped_release unlocked;
+    return cpu::joint_law(joint, precision == "float64");
+  }();
+  return py::make_tuple(py::array_t<double>(static_cast<py::ssize_t>(law.emitted.size()), law.emitted.data()),
+                        law.accepted);
 }
 
 py::array_t<float> exp2_scaled_array(const std::vector<float>& distances, float scale) {
@@ -87,11 +119,19 @@ void register_testing_ops(py::module_& testing) {
   testing.def("exp2_scaled", &exp2_scaled_array, py::arg("distances"), py::arg("scale"));
   testing.def("log_positive", &log_array, py::arg("values"));
   testing.def("row_law", &row_law, py::arg("row"), py::arg("filters"), py::arg("probs") = false);
-  testing.def(
-      "verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"), py::arg("draft_tokens"),
-      py::arg("rule"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("draft_is_probs") = false,
-      py::arg("precision") = "float64",
-      "Every way a chain verification can end: [(probability, accepted, [closing probability per token])].");
+  testing.def("verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"),
+              py::arg("draft_tokens"), py::arg("parents"), py::arg("rule"), py::arg("draw"),
+              py::arg("num_paths"), py::arg("sampling"), py::arg("draft_sampling"),
+              py::arg("draft_is_probs") = false, py::arg("precision") = "float64",
+              "Every way a verification can end: [(probability, last node, closing probability per token)]; "
+              "nothing for "
+              "a proposal that is not usable. Row r of both laws is that of node r and its children.");
+  testing.def("joint_law", &joint_law, py::arg("target_logits"), py::arg("draft_logits"), py::arg("parents"),
+              py::arg("point"), py::arg("rule"), py::arg("draw"), py::arg("num_paths"), py::arg("sampling"),
+              py::arg("draft_sampling"), py::arg("precision") = "float64",
+              "(law of the first D + 1 tokens [V^(D + 1)], expected accepted drafts) over all drafts of one "
+              "tree shape; "
+              "rows are those of the contexts in order of depth, then of tokens.");
   testing.def("cpu_path", [] { return cpu::row_kernels().name; });
   testing.def(
       "force_cpu_path",

@@ -116,7 +116,7 @@ class Intake {
                   Layout layout, Access access);
   void note_span(const TensorView& view, const char* name, Access access);
 
-  static constexpr int kInlineSpans = 16;
+  static constexpr int kInlineSpans = 24;
 
   const char* op_;
   Device device_;

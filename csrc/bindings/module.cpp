@@ -5,9 +5,10 @@ namespace foretoken {
 void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
-void register_ops(pybind11::module_& module);
+void register_sampling(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
 void register_tree(pybind11::module_& module);
+void register_verify(pybind11::module_& module);
 }  // namespace foretoken
 
 PYBIND11_MODULE(_core, module) {
@@ -15,7 +16,8 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_drafters(module);
   foretoken::register_info(module);
   foretoken::register_loop(module);
-  foretoken::register_ops(module);
-  foretoken::register_testing(module);
+  foretoken::register_sampling(module);
   foretoken::register_tree(module);
+  foretoken::register_verify(module);
+  foretoken::register_testing(module);
 }

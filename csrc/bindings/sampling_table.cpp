@@ -1,8 +1,10 @@
 #include "bindings/sampling_table.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace foretoken {
 
@@ -10,6 +12,24 @@ namespace {
 
 [[noreturn]] void refuse(const char* name, const char* expected, double got) {
   throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+int32_t checked_id(const char* name, int64_t id) {
+  if (id < 0 || id > INT32_MAX) refuse(name, "token ids of 0 and more", static_cast<double>(id));
+  return static_cast<int32_t>(id);
+}
+
+void check_penalties(const ConstraintValues& values) {
+  if (!(values.repetition > 0.0 && values.repetition <= 1e6)) {
+    refuse("repetition_penalty", "a positive number", values.repetition);
+  }
+  if (!(std::fabs(values.frequency) <= 1e6)) {
+    refuse("frequency_penalty", "a finite number", values.frequency);
+  }
+  if (!(std::fabs(values.presence) <= 1e6)) refuse("presence_penalty", "a finite number", values.presence);
+  if (values.min_new_tokens < 0 || values.min_new_tokens > INT32_MAX) {
+    refuse("min_new_tokens", "0 or a positive count", static_cast<double>(values.min_new_tokens));
+  }
 }
 
 }  // namespace
@@ -22,14 +42,70 @@ SamplingTable::SamplingTable(int64_t size) {
   top_p_.assign(slots, 1.0f);
   min_p_.assign(slots, 0.0f);
   seed_.assign(slots, 0);
+  constraints_.resize(slots);
+  lists_.resize(slots);
 }
 
-void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double top_p, double min_p,
-                        uint64_t seed) {
+size_t SamplingTable::index_of(int64_t slot) const {
   if (slot < 0 || slot >= size()) {
     throw std::out_of_range("slot: expected 0 to " + std::to_string(size() - 1) + ", got " +
                             std::to_string(slot));
   }
+  return static_cast<size_t>(slot);
+}
+
+void SamplingTable::replace(size_t index, Lists lists, Constraints constraints) {
+  const auto count = [&](const Constraints& of, int64_t sign) {
+    constrained_ += of.any() ? sign : 0;
+    histories_ += of.needs_history() ? sign : 0;
+  };
+  count(constraints_[index], -1);
+  lists_[index] = std::move(lists);
+  const Lists& kept = lists_[index];
+  constraints.bias_ids = kept.bias_ids.data();
+  constraints.bias = kept.bias.data();
+  constraints.num_bias = static_cast<int64_t>(kept.bias_ids.size());
+  constraints.held_ids = kept.held_ids.data();
+  constraints.num_held = static_cast<int64_t>(kept.held_ids.size());
+  constraints.bad_words = kept.bad_words.data();
+  constraints.bad_word_ends = kept.bad_word_ends.data();
+  constraints.num_bad_words = static_cast<int64_t>(kept.bad_word_ends.size());
+  constraints_[index] = constraints;
+  count(constraints, 1);
+}
+
+void SamplingTable::constrain(int64_t slot, const ConstraintValues& values) {
+  const size_t index = index_of(slot);
+  check_penalties(values);
+  Lists lists;
+  for (int64_t id : values.held_ids) lists.held_ids.push_back(checked_id("stop_ids", id));
+  for (size_t i = 0; i < values.bias_ids.size(); ++i) {
+    const double bias = values.bias[i];
+    if (!(bias < 1e30)) refuse("logit_bias", "finite numbers or -inf", bias);
+    const int32_t id = checked_id("logit_bias", values.bias_ids[i]);
+    if (std::find(lists.bias_ids.begin(), lists.bias_ids.end(), id) != lists.bias_ids.end()) {
+      refuse("logit_bias", "each token once", static_cast<double>(id));
+    }
+    lists.bias_ids.push_back(id);
+    lists.bias.push_back(static_cast<float>(bias));
+  }
+  for (const auto& word : values.bad_words) {
+    if (word.empty())
+      throw std::invalid_argument("bad_words: expected sequences of at least one token, got an empty one");
+    for (int64_t id : word) lists.bad_words.push_back(checked_id("bad_words", id));
+    lists.bad_word_ends.push_back(static_cast<int32_t>(lists.bad_words.size()));
+  }
+  Constraints constraints;
+  constraints.repetition = static_cast<float>(values.repetition);
+  constraints.frequency = static_cast<float>(values.frequency);
+  constraints.presence = static_cast<float>(values.presence);
+  constraints.min_new_tokens = lists.held_ids.empty() ? 0 : static_cast<int32_t>(values.min_new_tokens);
+  replace(index, std::move(lists), constraints);
+}
+
+void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double top_p, double min_p,
+                        uint64_t seed) {
+  const size_t index = index_of(slot);
   // The negated comparisons refuse NaN as well.
   if (temperature != 0.0 && !(temperature >= 1e-6 && temperature <= 1e6)) {
     refuse("temperature", "0 (greedy) or 1e-6 to 1e6", temperature);
@@ -38,12 +114,12 @@ void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double 
     refuse("top_k", "0 (off) or a positive count", static_cast<double>(top_k));
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a number in (0, 1]", top_p);
   if (!(min_p >= 0.0 && min_p < 1.0)) refuse("min_p", "a number in [0, 1)", min_p);
-  const size_t index = static_cast<size_t>(slot);
   temperature_[index] = static_cast<float>(temperature);
   top_k_[index] = static_cast<int32_t>(top_k);
   top_p_[index] = static_cast<float>(top_p);
   min_p_[index] = static_cast<float>(min_p);
   seed_[index] = seed;
+  replace(index, {}, {});
 }
 
 }  // namespace foretoken

@@ -8,23 +8,55 @@
 
 namespace foretoken {
 
+// Penalties, bias and bans of one slot, as Python gives them.
+struct ConstraintValues {
+  double repetition = 1.0, frequency = 0.0, presence = 0.0;
+  int64_t min_new_tokens = 0;
+  std::vector<int64_t> held_ids, bias_ids;
+  std::vector<double> bias;
+  std::vector<std::vector<int64_t>> bad_words;
+};
+
 class SamplingTable {
  public:
   explicit SamplingTable(int64_t size);
+  SamplingTable(const SamplingTable&) = delete;  // constraints point into lists beside them
+  SamplingTable& operator=(const SamplingTable&) = delete;
 
   int64_t size() const { return static_cast<int64_t>(seed_.size()); }
 
   // Throws std::invalid_argument naming the argument and std::out_of_range for a slot outside the table.
+  // The slot's constraints are taken off.
   void set(int64_t slot, double temperature, int64_t top_k, double top_p, double min_p, uint64_t seed);
+  void constrain(int64_t slot, const ConstraintValues& values);
+
+  bool needs_history() const { return histories_ > 0; }
 
   SamplingView view() const {
-    return {temperature_.data(), top_k_.data(), top_p_.data(), min_p_.data(), seed_.data(), size()};
+    return {temperature_.data(),
+            top_k_.data(),
+            top_p_.data(),
+            min_p_.data(),
+            seed_.data(),
+            size(),
+            constrained_ > 0 ? constraints_.data() : nullptr};
   }
 
  private:
+  struct Lists {  // what the constraints of a slot point into
+    std::vector<int32_t> bias_ids, held_ids, bad_words, bad_word_ends;
+    std::vector<float> bias;
+  };
+
+  size_t index_of(int64_t slot) const;
+  void replace(size_t index, Lists lists, Constraints constraints);
+
   std::vector<float> temperature_, top_p_, min_p_;
   std::vector<int32_t> top_k_;
   std::vector<uint64_t> seed_;
+  std::vector<Constraints> constraints_;
+  std::vector<Lists> lists_;
+  int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
 };
 
 }  // namespace foretoken

@@ -30,20 +30,20 @@ class ResidualTiles {
   }
 
   uint64_t mass(int64_t index) {
-    read(index);
-    const int64_t excluded = residual_.excluded - index * kTile;
-    if (excluded >= 0 && excluded < kTile) {
-      uint64_t masses[kTile];
-      return fill(index, masses);
+    if (first_edit(index) == first_edit(index + 1)) {
+      read(index);
+      return kernels_.sum_masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
     }
-    return kernels_.sum_masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
+    uint64_t masses[kTile];
+    return fill(index, masses);
   }
 
   uint64_t fill(int64_t index, uint64_t* masses) {
     read(index);
     kernels_.masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain, masses);
-    const int64_t excluded = residual_.excluded - index * kTile;
-    if (excluded >= 0 && excluded < kTile) masses[excluded] = 0;
+    for (size_t i = first_edit(index); i < first_edit(index + 1); ++i) {
+      masses[residual_.edits[i].token - index * kTile] = residual_.edits[i].mass;
+    }
     uint64_t total = 0;
     for (int e = 0; e < kTile; ++e) total += masses[e];
     return total;
@@ -55,6 +55,13 @@ class ResidualTiles {
     if (residual_.draft.data != nullptr) {
       draft_ = draft_tile_.of(kernels_, residual_.draft, index, pad_of(draft_law_));
     }
+  }
+
+  size_t first_edit(int64_t index) const {
+    const auto before = [](const Residual::Edit& edit, int64_t token) { return edit.token < token; };
+    const auto& edits = residual_.edits;
+    return static_cast<size_t>(std::lower_bound(edits.begin(), edits.end(), index * kTile, before) -
+                               edits.begin());
   }
 
   const Residual& residual_;
@@ -75,13 +82,6 @@ void for_each_tile(const Residual& residual, Body body) {
     const int64_t last = std::min(tiles, (run + 1) * kTilesPerRun);
     for (int64_t index = run * kTilesPerRun; index < last; ++index) body(reader, index);
   });
-}
-
-Residual whole_of(const Row& row, const RowLaw& law) {
-  Residual residual;
-  residual.target = row;
-  residual.target_law = &law;
-  return residual;
 }
 
 struct Top {
@@ -138,7 +138,8 @@ bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
 }  // namespace
 
 const float* Tile::of(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
-  const int64_t first = index * kTile, count = std::min<int64_t>(kTile, row.size - first);
+  const int64_t first = index * kTile;
+  const int64_t count = std::clamp<int64_t>(row.size - first, 0, kTile);  // 0: a draft row that ends before
   if (row.dtype == DType::float32 && count == kTile) return static_cast<const float*>(row.data) + first;
   kernels.load(row.data, row.dtype, first, count, pad, buffer_);
   return buffer_;
@@ -223,14 +224,96 @@ float log_probability(const Row& row, const RowLaw& law, int64_t token) {
   return static_cast<float>(exponent - log_positive(static_cast<double>(law.mass) / kMassUnit));
 }
 
+double entropy(const Row& row, const RowLaw& law) {
+  if (law.kind == LawKind::point) return 0.0;
+  // Sum of weight * log2(1 / weight) in whole mass units: the same in any order.
+  const RowKernels& kernels = row_kernels();
+  Tile tile;
+  uint64_t sum = 0;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const float* x = tile.of(kernels, row, index, -kInfinity);
+    for (int e = 0; e < kTile; ++e) {
+      if (x[e] < law.cut) continue;
+      const float weight = weight_of_logit(x[e], law.max, law.scale, law.cut);
+      sum += mass_of(weight * ((law.max - x[e]) * law.scale));
+    }
+  }
+  const double mass = static_cast<double>(law.mass);
+  return log_positive(mass / kMassUnit) + kLn2 * (static_cast<double>(sum) / mass);
+}
+
+int64_t count_likelier(const Row& row, const RowLaw& law, int64_t token) {
+  const float bound = row.at(token);
+  if (law.kind == LawKind::point) return token == law.top ? 0 : 1;
+  const RowKernels& kernels = row_kernels();
+  Tile tile;
+  int64_t count = 0;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    const float* x = tile.of(kernels, row, index, -kInfinity);
+    for (int e = 0; e < kTile; ++e) count += x[e] > bound ? 1 : 0;
+  }
+  return count;
+}
+
+void likeliest(const Row& row, const RowLaw& law, int64_t n, int64_t* tokens, float* logprobs) {
+  const RowKernels& kernels = row_kernels();
+  Tile tile;
+  std::vector<std::pair<float, int64_t>> best;  // (negated element, id): ascending is best first
+  const size_t wanted = static_cast<size_t>(n);
+  for (int64_t index = 0; n > 0 && law.usable && index < tiles_of(row.size); ++index) {
+    const float* x = tile.of(kernels, row, index, -kInfinity);
+    for (int e = 0; e < kTile; ++e) {
+      const int64_t token = index * kTile + e;
+      if (law.kind == LawKind::point ? token != law.top : !(x[e] >= law.cut)) continue;
+      const std::pair<float, int64_t> entry{-x[e], token};
+      if (best.size() == wanted && !(entry < best.back())) continue;
+      best.insert(std::upper_bound(best.begin(), best.end(), entry), entry);
+      if (best.size() > wanted) best.pop_back();
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool there = i < static_cast<int64_t>(best.size());
+    tokens[i] = there ? best[static_cast<size_t>(i)].second : -1;
+    logprobs[i] = there ? log_probability(row, law, tokens[i]) : -kInfinity;
+  }
+}
+
+Residual whole_of(const Row& row, const RowLaw& law) {
+  Residual residual;
+  residual.target = row;
+  residual.target_law = &law;
+  return residual;
+}
+
+void Residual::exclude(int64_t token) { subtract(token, 3e38f, 1.0f); }
+
+void Residual::subtract(int64_t token, float gain_, float weight) {
+  const float of_target = weight_in(*target_law, target.at(token));
+  const float left = fused(-gain_, weight, of_target);
+  edits.push_back({token, mass_of(left > 0.0f ? left : 0.0f), mass_of(of_target)});
+}
+
+void Residual::sort_edits() {
+  std::stable_sort(edits.begin(), edits.end(),
+                   [](const Edit& a, const Edit& b) { return a.token < b.token; });
+  const auto same = [](const Edit& a, const Edit& b) { return a.token == b.token; };
+  edits.erase(std::unique(edits.begin(), edits.end(), same), edits.end());
+}
+
 double residual_fraction(const Residual& residual) {
+  const uint64_t whole = residual.target_law->mass;
+  if (residual.draft.data == nullptr) {
+    uint64_t removed = 0;
+    for (const Residual::Edit& edit : residual.edits) removed += edit.before - edit.mass;
+    return removed < whole ? static_cast<double>(whole - removed) / static_cast<double>(whole) : 0.0;
+  }
   std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
   for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
     masses[static_cast<size_t>(index)] = mass_of_tile(tiles.sum(index), 1.0f);
   });
   uint64_t mass = 0;
   for (uint64_t of_tile : masses) mass += of_tile;
-  return static_cast<double>(mass) / static_cast<double>(residual.target_law->mass);
+  return static_cast<double>(mass) / static_cast<double>(whole);
 }
 
 int64_t draw(const Residual& residual, uint64_t bits) {

@@ -1,6 +1,8 @@
 // Whole rows on the CPU: from a row of logits to its law, and from laws to tokens.
 #pragma once
 
+#include <vector>
+
 #include "cpu/row_kernels.hpp"
 #include "ops/sampling.hpp"
 
@@ -48,17 +50,39 @@ int64_t argmax(const Row& row);
 // log of a token's probability under the law; -infinity if it has none.
 float log_probability(const Row& row, const RowLaw& law, int64_t token);
 
-// What is left of the target's row for a closing token: [prefix * target - draft]+, or the target itself.
+// Entropy of a law, in nats.
+double entropy(const Row& row, const RowLaw& law);
+
+// How many elements that the law keeps are larger than that of `token`.
+int64_t count_likelier(const Row& row, const RowLaw& law, int64_t token);
+
+// The n likeliest tokens of a law, best first, the lowest id first on ties; ids behind the last possible are
+// -1.
+void likeliest(const Row& row, const RowLaw& law, int64_t n, int64_t* tokens, float* logprobs);
+
+// What is left of the target's row for a closing token: the target itself, [target - gain * draft]+ with a
+// draft row, or the target with the masses of some tokens changed.
 struct Residual {
   Row target;
   const RowLaw* target_law = nullptr;
-  Row draft;  // data == nullptr: no dense draft law
+  Row draft;  // data == nullptr: none
   const RowLaw* draft_law = nullptr;
-  float gain = 0.0f;
-  int64_t excluded = -1;  // point law: the drafted token cannot come back
+  float gain = 0.0f;  // in weights
+  struct Edit {
+    int64_t token;
+    uint64_t mass;    // of the token now
+    uint64_t before;  // and in the target's law
+  };
+  std::vector<Edit> edits;  // ascending tokens, once sort_edits() ran; without a draft row only
+
+  void exclude(int64_t token);
+  void subtract(int64_t token, float gain, float weight);  // [weight of the target - gain * weight]+
+  void sort_edits();                                       // drops all but the first of each token
 };
 
-// Mass of the residual over the target's mass, before the prefix is multiplied in.
+Residual whole_of(const Row& row, const RowLaw& law);
+
+// Mass of the residual over the target's mass.
 double residual_fraction(const Residual& residual);
 
 // A token drawn by 64 random bits on integer masses; -1 if the residual has no mass at all.

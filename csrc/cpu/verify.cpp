@@ -2,8 +2,11 @@
 
 #include <algorithm>
 
-#include "cpu/chain_rows.hpp"
+#include "cpu/gumbel.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/tree_rows.hpp"
+#include "cpu/verdict.hpp"
+#include "cpu/walk.hpp"
 
 namespace foretoken::cpu {
 
@@ -18,36 +21,22 @@ struct PhiloxCoins {
   bool fraction(int32_t node, double h) const {
     return accepts_fraction(random_coin(seed, base, static_cast<uint32_t>(node)), h);
   }
+  int64_t choose(TreeRows& rows, int32_t node) const {
+    const uint64_t position = base + static_cast<uint64_t>(rows.tree().depth[node]);
+    return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position);
+  }
 };
 
 // The closing token. A residual can round to nothing where both laws agree to the last bit: then what is
 // left to draw from is the target itself (the case has probability below 1e-7).
-int64_t close(ChainRows& rows, const ChainVerdict& verdict, uint64_t bits) {
-  const int32_t row = verdict.accepted;
-  if (verdict.closing == Closing::argmax || rows.greedy()) return rows.target_law(row).top;
-  const int64_t token = draw(closing_of(rows, verdict), bits);
-  return token >= 0 ? token : draw(rows.whole(row), bits);
-}
-
-void write_verdict(const VerifyArgs& args, int64_t b, ChainRows* rows, int32_t accepted, int64_t closing,
-                   int32_t status) {
-  const int32_t emitted = rows != nullptr ? accepted + 1 : 0;
-  for (int32_t i = 0; i < static_cast<int32_t>(args.tokens.shape[1]); ++i) {
-    const int64_t token = i < accepted ? rows->token(i + 1) : i < emitted ? closing : -1;
-    write_index(args.tokens, token, b, i);
-    if (!args.logprobs) continue;
-    float logprob = 0.0f;
-    if (i < emitted) {
-      const RowLaw& law = rows->target_law(i);
-      logprob = law.usable ? log_probability(rows->target_row(i), law, token) : -__builtin_inff();
-    }
-    write_float(args.logprobs, logprob, b, i);
-  }
-  write_index(args.num_emitted, emitted, b);
-  write_index(args.num_accepted, accepted, b);
-  write_index(args.next_token, closing, b);
-  write_index(args.next_lengths, read_index(args.base, b) - 1 + emitted, b);
-  write_index(args.status, status, b);
+int64_t close(TreeRows& rows, const TreeVerdict& verdict, const PhiloxCoins& coins, Rule rule) {
+  if (verdict.closing == Closing::chosen) return verdict.token;
+  if (verdict.closing == Closing::argmax || rows.greedy()) return rows.target_law(verdict.node).top;
+  if (rule == Rule::coupled) return coins.choose(rows, verdict.node);
+  const uint64_t bits =
+      random_bits(coins.seed, coins.base, Purpose::close, static_cast<uint32_t>(verdict.node));
+  const int64_t token = draw(rows.closing_of(verdict), bits);
+  return token >= 0 ? token : draw(rows.whole(verdict.node), bits);
 }
 
 // Rows of target logits that belong to row b; 0 if its offsets leave the tensor.
@@ -57,33 +46,39 @@ int64_t target_rows(const VerifyArgs& args, int64_t b) {
   return first >= 0 && last >= first && last <= args.target_logits.shape[0] ? last - first : 0;
 }
 
+// The rule of a slot; kRules if its code is none.
+int rule_of(const VerifyArgs& args, int64_t slot) {
+  if (!args.rules) return static_cast<int>(args.rule);
+  const uint8_t code = static_cast<const uint8_t*>(args.rules.data)[offset_of(args.rules, slot)];
+  return slot < args.rules.shape[0] && code < kRules ? code : kRules;
+}
+
 void verify_row(const VerifyArgs& args, int64_t b, bool share_row) {
   const int64_t nodes = args.draft_tokens.shape[1];
   const int64_t requested = args.num_drafts ? read_index(args.num_drafts, b) : nodes;
   const int64_t slot = slot_of(args.slots, b, std::min(args.sampling.size, args.draft_sampling.size));
   const int64_t rows_there = target_rows(args, b);
-  if (requested == -1 || slot < 0 || rows_there < 1) {
-    write_verdict(args, b, nullptr, 0, -1, requested == -1 ? 0 : kBadRow);
+  const int code = slot < 0 ? kRules : rule_of(args, slot);
+  if (requested == -1 || code == kRules || rows_there < 1) {
+    write_no_verdict(args, b, requested == -1 ? 0 : kBadRow);
     return;
   }
-  ChainRows rows(args, b, slot);
+  TreeRows rows(args, b, slot);
+  if (!rows.history_usable()) {
+    write_no_verdict(args, b, kBadRow);
+    return;
+  }
+  const WalkOptions options{static_cast<Rule>(code), args.draw, args.num_paths, args.tolerance};
   int32_t status = 0;
-  int32_t drafts = static_cast<int32_t>(requested);
   const bool count_usable = requested >= 0 && requested <= nodes && requested < rows_there;
-  if (share_row && count_usable && rows.indices_usable_to(drafts)) rows.make_laws(drafts);
-  if (!count_usable || !rows.proposal_usable(drafts)) {
-    drafts = 0;
+  if (!count_usable || !rows.take_proposal(static_cast<int32_t>(requested), options.rule, share_row)) {
     status |= kBadDraft;
   }
-  const uint64_t seed = args.sampling.seed[slot];
-  const uint64_t base = static_cast<uint64_t>(read_index(args.base, b));
-  const PhiloxCoins coins{seed, base};
-  const bool block = args.rule == Rule::block || (args.rule == Rule::automatic && rows.any_dense(drafts));
-  const ChainVerdict verdict =
-      block && !rows.greedy() ? walk_block(rows, drafts, coins) : walk_token(rows, drafts, coins);
+  PhiloxCoins coins{args.sampling.seed[slot], static_cast<uint64_t>(read_index(args.base, b))};
+  NodeState states[kMaxNodes];
+  const TreeVerdict verdict = walk(rows, rows.tree(), options, states, coins);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
-  const uint64_t bits = random_bits(seed, base, Purpose::close, static_cast<uint32_t>(verdict.accepted));
-  write_verdict(args, b, &rows, verdict.accepted, close(rows, verdict, bits), status);
+  write_verdict(args, b, rows, verdict.node, close(rows, verdict, coins, options.rule), status);
 }
 
 }  // namespace

@@ -12,14 +12,14 @@ inline int64_t offset_of(const TensorView& view, int64_t i, int64_t j = 0, int64
   return offset;
 }
 
-inline int64_t read_index(const TensorView& view, int64_t i, int64_t j = 0) {
-  const int64_t offset = offset_of(view, i, j);
+inline int64_t read_index(const TensorView& view, int64_t i, int64_t j = 0, int64_t k = 0) {
+  const int64_t offset = offset_of(view, i, j, k);
   return view.dtype == DType::int64 ? static_cast<const int64_t*>(view.data)[offset]
                                     : static_cast<const int32_t*>(view.data)[offset];
 }
 
-inline void write_index(const TensorView& view, int64_t value, int64_t i, int64_t j = 0) {
-  const int64_t offset = offset_of(view, i, j);
+inline void write_index(const TensorView& view, int64_t value, int64_t i, int64_t j = 0, int64_t k = 0) {
+  const int64_t offset = offset_of(view, i, j, k);
   if (view.dtype == DType::int64) {
     static_cast<int64_t*>(view.data)[offset] = value;
   } else {
@@ -27,8 +27,8 @@ inline void write_index(const TensorView& view, int64_t value, int64_t i, int64_
   }
 }
 
-inline void write_float(const TensorView& view, float value, int64_t i, int64_t j = 0) {
-  static_cast<float*>(view.data)[offset_of(view, i, j)] = value;
+inline void write_float(const TensorView& view, float value, int64_t i, int64_t j = 0, int64_t k = 0) {
+  static_cast<float*>(view.data)[offset_of(view, i, j, k)] = value;
 }
 
 // The row at `offset` elements; `size` is the length of the innermost dimension, whose stride is 1.

@@ -32,10 +32,16 @@ FORETOKEN_INLINE double block_fraction(double prefix, double residual) {
   return denominator > 0.0 ? residual / denominator : 1.0;
 }
 
-// The residual [prefix * target - draft]+ counted in target weights is [weight_t - gain * weight_d]+.
-FORETOKEN_INLINE float residual_gain(uint64_t target_mass, uint64_t draft_mass, double prefix) {
-  const double gain = static_cast<double>(target_mass) / (static_cast<double>(draft_mass) * prefix);
-  return gain < 3e38 ? static_cast<float>(gain) : 3e38f;  // finite, so that gain * 0 is 0
+// [target - gain * draft]+ counted in target weights is [weight_t - this * weight_d]+.
+FORETOKEN_INLINE float gain_in_weights(double gain, uint64_t target_mass, uint64_t draft_mass) {
+  const double in_weights = gain * (static_cast<double>(target_mass) / static_cast<double>(draft_mass));
+  return in_weights < 3e38 ? static_cast<float>(in_weights) : 3e38f;  // finite, so that gain * 0 is 0
+}
+
+// Typical acceptance, "Medusa: simple LLM inference acceleration framework with multiple decoding heads" (Cai
+// et al. 2024, section 2.3.1). `typical` = delta * exp(-entropy) of the target's row.
+FORETOKEN_INLINE bool accepts_typical(double target_prob, double epsilon, double typical) {
+  return target_prob > (epsilon < typical ? epsilon : typical);
 }
 
 }  // namespace foretoken

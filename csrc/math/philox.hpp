@@ -27,7 +27,7 @@ FORETOKEN_INLINE PhiloxWords philox4x32(uint64_t key, uint32_t c0, uint32_t c1, 
 }
 
 // Numbers drawn for different purposes never share a counter, so none is ever used twice in a round.
-enum class Purpose : uint32_t { draft = 0, accept = 1, close = 2, plain = 3, derive = 4 };
+enum class Purpose : uint32_t { draft = 0, accept = 1, close = 2, plain = 3, derive = 4, gumbel = 5 };
 
 // `base` is the absolute index of the round's first token: a position drafted, rejected and drafted again
 // belongs to two rounds and gets fresh numbers. Counter word 3 is the lane; its top byte is kept for epochs.

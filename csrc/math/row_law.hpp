@@ -27,6 +27,42 @@ struct RowLaw {
   uint64_t mass = 0;   // sum of the weights at or above cut, in units of 2^-44
 };
 
+// A law as four words, so that whoever drew from it can hand over the very bits. Word 0: kind in byte 0,
+// usable in byte 1, max above; word 1: scale, cut above; word 2: mass; word 3: top.
+constexpr int kRecordWords = 4;
+
+FORETOKEN_INLINE void write_record(const RowLaw& law, int64_t* record, int64_t stride) {
+  const uint64_t flags = static_cast<uint64_t>(law.kind) | (law.usable ? 1u << 8 : 0u);
+  record[0] = static_cast<int64_t>(flags | static_cast<uint64_t>(bits_of(law.max)) << 32);
+  record[stride] = static_cast<int64_t>(bits_of(law.scale) | static_cast<uint64_t>(bits_of(law.cut)) << 32);
+  record[2 * stride] = static_cast<int64_t>(law.mass);
+  record[3 * stride] = law.top;
+}
+
+// What no row of `size` elements could have written is not usable; so garbage is a bad draft, not a fault.
+FORETOKEN_INLINE RowLaw read_record(const int64_t* record, int64_t stride, int64_t size) {
+  const uint64_t first = static_cast<uint64_t>(record[0]), second = static_cast<uint64_t>(record[stride]);
+  RowLaw law;
+  law.usable = (first & 0xFFFFFF00u) == 1u << 8;
+  law.max = float_of(static_cast<uint32_t>(first >> 32));
+  law.scale = float_of(static_cast<uint32_t>(second));
+  law.cut = float_of(static_cast<uint32_t>(second >> 32));
+  law.mass = static_cast<uint64_t>(record[2 * stride]);
+  law.top = record[3 * stride];
+  law.kind = (first & 0xFFu) == static_cast<uint64_t>(LawKind::point) ? LawKind::point : LawKind::logits;
+  if (law.kind == LawKind::point) {
+    law.usable = law.usable && law.top >= 0 && law.top < size;
+    return law;
+  }
+  // The negated comparisons refuse NaN as well; the largest element alone weighs kMassUnit.
+  if (!(law.max < 3e38f && law.max > -3e38f) || !(law.scale > 0.0f && law.scale <= 1e30f) ||
+      !(law.cut <= law.max) || law.mass < static_cast<uint64_t>(kMassUnit * 0.9) ||
+      (first & 0xFFu) != static_cast<uint64_t>(LawKind::logits)) {
+    law.usable = false;
+  }
+  return law;
+}
+
 FORETOKEN_INLINE float logits_scale(float temperature) {
   const double scale = kLog2E / static_cast<double>(temperature);
   return scale < 1e30 ? static_cast<float>(scale) : 1e30f;

@@ -55,7 +55,7 @@ FORETOKEN_INLINE SelfCheckOutput self_check(const SelfCheckInput& in) {
                 (accepts_fraction(in.counter[2], target) ? 2u : 0u);
   out.prefix = bits_of(prefix);
   out.fraction = bits_of(block_fraction(prefix, target));
-  out.gain = bits_of(residual_gain(in.key >> 20 | 1, in.other >> 20 | 1, draft));
+  out.gain = bits_of(gain_in_weights(draft, in.key >> 20 | 1, in.other >> 20 | 1));
   return out;
 }
 

@@ -7,6 +7,7 @@
 namespace foretoken {
 
 constexpr int32_t kMaxNodes = 256;  // with the root
+constexpr int32_t kMaxDrafts = kMaxNodes - 1;
 constexpr int32_t kNoNode = -1;
 
 FORETOKEN_HD constexpr int64_t words_of(int64_t nodes) { return (nodes + 63) / 64; }  // of ancestor bits
@@ -47,6 +48,34 @@ FORETOKEN_HD inline uint64_t ancestor_word(const TreeIndex& tree, int32_t node, 
     if (at / 64 == word) bits |= uint64_t{1} << (at % 64);
   }
   return bits;
+}
+
+FORETOKEN_HD inline int32_t children_of(const TreeIndex& tree, int32_t node) {
+  int32_t count = 0;
+  for (int32_t child = tree.first_child[node]; child != kNoNode; child = tree.next_sibling[child]) ++count;
+  return count;
+}
+
+FORETOKEN_HD inline bool has_even_leaves(const TreeIndex& tree) {
+  int32_t deepest = 0;
+  for (int32_t node = 0; node < tree.nodes; ++node) {
+    if (tree.depth[node] > deepest) deepest = tree.depth[node];
+  }
+  for (int32_t node = 0; node < tree.nodes; ++node) {
+    if (tree.first_child[node] == kNoNode && tree.depth[node] != deepest) return false;
+  }
+  return true;
+}
+
+// Leaves `path` (as path_to gives it) as the only children there are.
+FORETOKEN_HD inline void keep_path(TreeIndex& tree, const int16_t* path, int32_t depth) {
+  int32_t node = 0;
+  for (int32_t i = 0; i < depth; ++i) {
+    tree.first_child[node] = path[i];
+    node = path[i];
+    tree.next_sibling[node] = kNoNode;
+  }
+  tree.first_child[node] = kNoNode;
 }
 
 // The same word from that of the node's parent, where parents are visited first; the root's parent has 0.

@@ -154,11 +154,14 @@ class Purpose:
       close
 
       plain
+
+      gumbel
     """
     __members__: typing.ClassVar[dict[str, Purpose]]
     accept: typing.ClassVar[Purpose]
     close: typing.ClassVar[Purpose]
     draft: typing.ClassVar[Purpose]
+    gumbel: typing.ClassVar[Purpose]
     plain: typing.ClassVar[Purpose]
     @typing.overload
     def __eq__(self, other: Purpose) -> bool:
@@ -194,6 +197,79 @@ class Purpose:
     @property
     def value(self) -> int:
         ...
+class SampleMethod:
+    """
+    How a token is drawn from its law.
+
+    Members:
+
+      inverse
+
+      gumbel
+    """
+    __members__: typing.ClassVar[dict[str, SampleMethod]]
+    gumbel: typing.ClassVar[SampleMethod]
+    inverse: typing.ClassVar[SampleMethod]
+    @typing.overload
+    def __eq__(self, other: SampleMethod) -> bool:
+        ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: SampleMethod) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
+class SamplingTable:
+    """
+    Sampling law of a number of request slots. Slots start at temperature 1, no filters, seed 0.
+    """
+    def __init__(self, size: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def constrain(self, slot: typing.SupportsInt | typing.SupportsIndex, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex, presence_penalty: typing.SupportsFloat | typing.SupportsIndex, bias_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], bias: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], bad_words: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], min_new_tokens: typing.SupportsInt | typing.SupportsIndex, stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        """
+        Penalties, bias and bans of one slot.
+        """
+    def get(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, int, float, float, int]:
+        """
+        (temperature, top_k, top_p, min_p, seed) of one slot.
+        """
+    def set(self, slot: typing.SupportsInt | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, top_p: typing.SupportsFloat | typing.SupportsIndex, min_p: typing.SupportsFloat | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Write one slot, without constraints; raises ValueError or IndexError naming the argument.
+        """
+    @property
+    def needs_history(self) -> bool:
+        """
+        Whether a slot asks what has been committed: penalties, bad words, minimum length.
+        """
+    @property
+    def size(self) -> int:
+        ...
 class Rule:
     """
     How drafts are accepted.
@@ -202,14 +278,41 @@ class Rule:
 
       auto
 
-      token
+      rrs
 
-      block
+      traversal
+
+      target_only
+
+      spectr
+
+      gbv
+
+      coupled
+
+      lossy_typical
+
+      lossy_threshold
+
+      lossy_relaxed
+
+      lossy_entropy_window
+
+      lossy_synthetic
     """
     __members__: typing.ClassVar[dict[str, Rule]]
     auto: typing.ClassVar[Rule]
-    block: typing.ClassVar[Rule]
-    token: typing.ClassVar[Rule]
+    coupled: typing.ClassVar[Rule]
+    gbv: typing.ClassVar[Rule]
+    lossy_entropy_window: typing.ClassVar[Rule]
+    lossy_relaxed: typing.ClassVar[Rule]
+    lossy_synthetic: typing.ClassVar[Rule]
+    lossy_threshold: typing.ClassVar[Rule]
+    lossy_typical: typing.ClassVar[Rule]
+    rrs: typing.ClassVar[Rule]
+    spectr: typing.ClassVar[Rule]
+    target_only: typing.ClassVar[Rule]
+    traversal: typing.ClassVar[Rule]
     @typing.overload
     def __eq__(self, other: Rule) -> bool:
         ...
@@ -244,22 +347,64 @@ class Rule:
     @property
     def value(self) -> int:
         ...
-class SamplingTable:
+class Draw:
     """
-    Sampling law of a number of request slots. Slots start at temperature 1, no filters, seed 0.
+    How siblings came about.
+
+    Members:
+
+      deterministic
+
+      iid
+
+      without_replacement
+
+      iid_paths
     """
-    def __init__(self, size: typing.SupportsInt | typing.SupportsIndex) -> None:
+    __members__: typing.ClassVar[dict[str, Draw]]
+    deterministic: typing.ClassVar[Draw]
+    iid: typing.ClassVar[Draw]
+    iid_paths: typing.ClassVar[Draw]
+    without_replacement: typing.ClassVar[Draw]
+    @typing.overload
+    def __eq__(self, other: Draw) -> bool:
         ...
-    def get(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, int, float, float, int]:
-        """
-        (temperature, top_k, top_p, min_p, seed) of one slot.
-        """
-    def set(self, slot: typing.SupportsInt | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, top_p: typing.SupportsFloat | typing.SupportsIndex, min_p: typing.SupportsFloat | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        Write one slot; raises ValueError or IndexError naming the argument.
-        """
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool:
+        ...
+    def __getstate__(self) -> int:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __index__(self) -> int:
+        ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __int__(self) -> int:
+        ...
+    @typing.overload
+    def __ne__(self, other: Draw) -> bool:
+        ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def __str__(self) -> str:
+        ...
     @property
-    def size(self) -> int:
+    def name(self) -> str:
+        ...
+    @property
+    def value(self) -> int:
+        ...
+class Tolerance:
+    """
+    How far the lossy rules may go.
+    """
+    def __init__(self, typical_epsilon: typing.SupportsFloat | typing.SupportsIndex, typical_delta: typing.SupportsFloat | typing.SupportsIndex, threshold_single: typing.SupportsFloat | typing.SupportsIndex, threshold_sum: typing.SupportsFloat | typing.SupportsIndex, relaxed_top_k: typing.SupportsInt | typing.SupportsIndex, relaxed_delta: typing.SupportsFloat | typing.SupportsIndex, window_entropy: typing.SupportsFloat | typing.SupportsIndex, window_delta: typing.SupportsFloat | typing.SupportsIndex, rates: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]) -> None:
         ...
 def build_info() -> dict[str, typing.Any]:
     """
@@ -281,7 +426,7 @@ def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.
     """
-def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, purpose: Purpose, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any) -> None:
+def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any) -> None:
     """
     See foretoken.ops.sample.
     """
@@ -293,7 +438,7 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
     """
     See foretoken.ops.tree_index.
     """
-def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, draft_row: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any) -> None:
+def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any) -> None:
     """
     See foretoken.ops.verify.
     """

@@ -38,7 +38,9 @@ class Proposal:
     draft_probs: Tensor | None = None
     """``[B, M, V]``: the same as final probabilities."""
     draft_row: Tensor | None = None
-    """int32 ``[B, K]``: the law row of each draft, -1 for a point law; None: row i for draft i."""
+    """int32 ``[B, K + 1]``: the law row that the children of each node were drawn from (in a chain
+    draft i is the child of node i), -1 for a point law; None: row r for node r.
+    """
     draft_sampling: Sampling | SamplingTable | None = None
     """Law applied to ``draft_logits``; None: the request's own."""
 

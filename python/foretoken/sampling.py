@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from foretoken._core import SamplingTable, derive_seed
 
 __all__ = ["Sampling", "SamplingTable", "derive_seed", "fresh_seed"]
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
 
 
 def fresh_seed() -> int:
@@ -24,9 +24,10 @@ def fresh_seed() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn: temperature, then top-k, top-p and min-p, each renormalising what is left.
+    """How tokens are drawn: bias, penalties and bans on the logits, then temperature, top-k, top-p and min-p,
+    each renormalising what is left.
 
-    Every field is one value, or a sequence with one value per row of the batch.
+    Every number is one value, or a sequence with one value per row of the batch.
 
     Parameters
     ----------
@@ -38,6 +39,18 @@ class Sampling:
         Keep every token at or above the smallest threshold whose mass reaches ``top_p``; 1 is off.
     min_p
         Keep tokens with at least ``min_p`` times the probability of the likeliest; 0 is off.
+    repetition_penalty
+        Divides the positive logits, and multiplies the others, of every token in prompt or output ("CTRL: a
+        conditional transformer language model", Keskar et al. 2019, section 4.1); 1 is off.
+    frequency_penalty, presence_penalty
+        Subtracted from a logit once for each time the token was generated, and once if it was at all; the
+        prompt does not count. 0 is off.
+    logit_bias
+        ``{token: number}`` added to logits, before the penalties; -inf bans a token. Or one mapping per row.
+    bad_words
+        Sequences of token ids: the last of one is banned wherever the tokens before it have just come.
+    min_new_tokens, stop_ids
+        ``stop_ids`` cannot be emitted before ``min_new_tokens`` tokens have been generated.
     seed
         An integer seeds the batch: row 0 uses it as it is, row r a seed derived from it. A sequence
         is used as it is. None draws from torch's CPU generator each time the law is prepared.
@@ -54,6 +67,13 @@ class Sampling:
     top_p: float | Sequence[float] = 1.0
     min_p: float | Sequence[float] = 0.0
     seed: int | Sequence[int] | None = None
+    repetition_penalty: float | Sequence[float] = 1.0
+    frequency_penalty: float | Sequence[float] = 0.0
+    presence_penalty: float | Sequence[float] = 0.0
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = field(default_factory=dict)
+    bad_words: Sequence[Sequence[int]] = ()
+    min_new_tokens: int | Sequence[int] = 0
+    stop_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         # A wrong value is refused where it is written down, not where it is used.
@@ -74,7 +94,7 @@ class Sampling:
             seed = (
                 derive_seed(_seed_bits(base), row, 0)
                 if isinstance(base, int)
-                else _pick("seed", base, row, batch)
+                else _of_row("seed", base, row, batch)
             )
             self.write(table, row, row=row, batch=batch, seed=seed)
         return table
@@ -91,18 +111,49 @@ class Sampling:
             _pick("min_p", self.min_p, row, batch),
             _seed_bits(seed),
         )
+        if not self._constrained():
+            return
+        given = self.logit_bias
+        bias = given if isinstance(given, Mapping) else _of_row("logit_bias", given, row, batch)
+        table.constrain(
+            slot,
+            _pick("repetition_penalty", self.repetition_penalty, row, batch),
+            _pick("frequency_penalty", self.frequency_penalty, row, batch),
+            _pick("presence_penalty", self.presence_penalty, row, batch),
+            list(bias),
+            list(bias.values()),
+            [list(word) for word in self.bad_words],
+            _pick("min_new_tokens", self.min_new_tokens, row, batch),
+            list(self.stop_ids),
+        )
+
+    def _constrained(self) -> bool:
+        off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+        return not off or bool(self.logit_bias) or bool(self.bad_words) or self.min_new_tokens != 0
 
     def _rows(self) -> int:
-        fields = (self.temperature, self.top_k, self.top_p, self.min_p)
+        fields: tuple[object, ...] = (
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.logit_bias,
+            self.min_new_tokens,
+        )
         return max([len(field) for field in fields if isinstance(field, Sequence)], default=1)
 
 
-def _pick(name: str, field: Number | Sequence[Number], row: int, batch: int | None) -> Number:
-    if not isinstance(field, Sequence):
-        return field
-    if batch is not None and len(field) != batch:
-        raise ValueError(f"{name}: expected one value or {batch} of them, got {len(field)}")
-    return field[min(row, len(field) - 1)]
+def _pick(name: str, field: Value | Sequence[Value], row: int, batch: int | None) -> Value:
+    return _of_row(name, field, row, batch) if isinstance(field, Sequence) else field
+
+
+def _of_row(name: str, values: Sequence[Value], row: int, batch: int | None) -> Value:
+    if batch is not None and len(values) != batch:
+        raise ValueError(f"{name}: expected one value or {batch} of them, got {len(values)}")
+    return values[min(row, len(values) - 1)]
 
 
 def _seed_bits(seed: int) -> int:

@@ -467,7 +467,7 @@ class Session:
             num_drafts=self._rows[rows][5],
             draft_logits=None if law is None else law.draft_logits,
             draft_probs=None if law is None else law.draft_probs,
-            draft_row=None if law is None or law.draft_row is None else law.draft_row[:, : columns - 1],
+            draft_row=None if law is None or law.draft_row is None else law.draft_row[:, :columns],
             draft_sampling=None if law is None else law.draft_sampling,
             sampling=self._table,
             base=self._context.base,

@@ -113,7 +113,7 @@ def draft_laws(target: np.ndarray, dtype: torch.dtype) -> dict[str, dict]:
     mixed = 0.6 * target[:, :-1] + 0.4 * logits(3, rows, nodes - 1, vocab)
     weights = noise(4, rows, nodes - 1, vocab) ** 4 + 2.0**-20
     probs = tensor(weights / weights.sum(-1, keepdims=True))
-    order = torch.tensor([2, 0, -1, 1], dtype=torch.int32).expand(rows, nodes - 1)
+    order = torch.tensor([2, 0, -1, 1, -1], dtype=torch.int32).expand(rows, nodes)
     return {
         "logits": {"draft_logits": tensor(mixed, dtype)},
         "probs": {"draft_probs": probs},

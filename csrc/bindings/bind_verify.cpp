@@ -1,0 +1,287 @@
+// ops.verify.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/boundary.hpp"
+#include "bindings/op_checks.hpp"
+#include "bindings/sampling_table.hpp"
+#include "dispatch.hpp"
+#include "math/tree_index.hpp"
+
+namespace foretoken {
+
+namespace py = pybind11;
+
+namespace {
+
+using boundary::Dim;
+using boundary::Intake;
+using boundary::kIndexDTypes;
+using boundary::kRealDTypes;
+using boundary::Layout;
+
+// The tensors of a call, in the order of the native signature.
+struct Inputs {
+  py::handle target_logits, row_offsets, draft_tokens, parents, num_drafts;
+  py::handle draft_logits, draft_probs, topk_ids, topk_probs, draft_row, draft_records, vocab_map;
+  py::handle bitmask, history, prompt_lengths, base, slots;
+};
+
+struct Outputs {
+  py::handle tokens, num_emitted, num_accepted, path, path_rows, next_token, next_lengths, status;
+  py::handle logprobs, top_tokens, top_logprobs, raw_logprobs, raw_top_tokens, raw_top_logprobs;
+};
+
+struct Sizes {
+  int64_t batch = 0, nodes = 0, vocab = 0;
+};
+
+// A Tolerance with the numbers its pointer points to.
+struct ToleranceValues {
+  Tolerance numbers;
+  std::vector<float> rates;
+
+  Tolerance view() const {
+    Tolerance result = numbers;
+    result.rates = rates.data();
+    result.num_rates = static_cast<int64_t>(rates.size());
+    return result;
+  }
+};
+
+[[noreturn]] void refuse(const char* name, const char* expected, double got) {
+  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+ToleranceValues make_tolerance(float typical_epsilon, float typical_delta, float threshold_single,
+                               float threshold_sum, int32_t relaxed_top_k, float relaxed_delta,
+                               float window_entropy, float window_delta, std::vector<float> rates) {
+  const auto in_unit = [](const char* name, float value) {
+    if (!(value >= 0.0f && value <= 1.0f)) refuse(name, "a number in [0, 1]", static_cast<double>(value));
+  };
+  const auto not_negative = [](const char* name, float value) {
+    if (!(value >= 0.0f && value <= 1e6f)) refuse(name, "a number of 0 and more", static_cast<double>(value));
+  };
+  in_unit("typical_epsilon", typical_epsilon);
+  not_negative("typical_delta", typical_delta);
+  in_unit("threshold_single", threshold_single);
+  if (!(threshold_sum > 0.0f && threshold_sum <= 1.0f)) {
+    refuse("threshold_sum", "a number in (0, 1]", static_cast<double>(threshold_sum));
+  }
+  if (relaxed_top_k < 1) refuse("relaxed_top_k", "a positive count", relaxed_top_k);
+  not_negative("relaxed_delta", relaxed_delta);
+  not_negative("window_entropy", window_entropy);
+  not_negative("window_delta", window_delta);
+  for (float rate : rates) in_unit("rates", rate);
+  Tolerance numbers{typical_epsilon, typical_delta,  threshold_single, threshold_sum, relaxed_top_k,
+                    relaxed_delta,   window_entropy, window_delta,     nullptr,       0};
+  return {numbers, std::move(rates)};
+}
+
+void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size) {
+  const bool flattened = intake.rank_of(in.target_logits, "target_logits") == 2;
+  if (flattened == in.row_offsets.is_none()) {
+    throw py::value_error(
+        flattened ? "row_offsets: expected offsets [B + 1] with flattened target_logits [R, V], got None"
+                  : "row_offsets: expected None with target_logits [B, T, V], got offsets");
+  }
+  const Dim vocab = Dim::bind(size.vocab, "V", 1);
+  if (!flattened) {
+    args.target_logits =
+        intake.read(in.target_logits, "target_logits", kRealDTypes, {size.batch, size.nodes + 1, vocab});
+    check_vocab("target_logits", size.vocab);
+    args.bitmask = intake.read_or_null(in.bitmask, "bitmask", DType::int32,
+                                       {size.batch, size.nodes + 1, (size.vocab + 31) / 32}, Layout::any);
+    return;
+  }
+  int64_t rows = 0;
+  args.target_logits =
+      intake.read(in.target_logits, "target_logits", kRealDTypes, {Dim::bind(rows, "R"), vocab});
+  check_vocab("target_logits", size.vocab);
+  args.row_offsets = intake.read(in.row_offsets, "row_offsets", kIndexDTypes, {size.batch + 1}, Layout::any);
+  args.bitmask =
+      intake.read_or_null(in.bitmask, "bitmask", DType::int32, {rows, (size.vocab + 31) / 32}, Layout::any);
+}
+
+void refuse_second_law(const Inputs& in) {
+  if (in.topk_ids.is_none() != in.topk_probs.is_none()) {
+    throw py::value_error("draft_topk: expected ids and probabilities, got one of them");
+  }
+  const int laws = (in.draft_logits.is_none() ? 0 : 1) + (in.draft_probs.is_none() ? 0 : 1) +
+                   (in.topk_ids.is_none() ? 0 : 1);
+  if (laws > 1) {
+    throw py::value_error("draft law: expected one of draft_logits, draft_probs and draft_topk, got " +
+                          std::to_string(laws) + " of them");
+  }
+  if (!in.draft_records.is_none() && in.draft_logits.is_none()) {
+    throw py::value_error("draft_records: expected beside draft_logits, whose laws they are");
+  }
+}
+
+void read_laws(Intake& intake, const Inputs& in, VerifyArgs& args, const Sizes& size) {
+  refuse_second_law(in);
+  int64_t law_rows = 0, width = 0;
+  const Dim rows = Dim::bind(law_rows, "M", in.draft_row.is_none() ? size.nodes : 0);
+  const Dim columns = Dim::bind(width, "Vd", 1);
+  args.draft_logits =
+      intake.read_or_null(in.draft_logits, "draft_logits", kRealDTypes, {size.batch, rows, columns});
+  args.draft_probs =
+      intake.read_or_null(in.draft_probs, "draft_probs", kRealDTypes, {size.batch, rows, columns});
+  args.topk_ids = intake.read_or_null(in.topk_ids, "draft_topk ids", kIndexDTypes,
+                                      {size.batch, rows, columns}, Layout::any);
+  args.topk_probs = intake.read_or_null(in.topk_probs, "draft_topk probs", DType::float32,
+                                        {size.batch, law_rows, width}, Layout::any);
+  if (args.draft_logits || args.draft_probs) check_vocab("draft law", width);
+  args.draft_records = intake.read_or_null(in.draft_records, "draft_records", DType::int64,
+                                           {size.batch, law_rows, kRecordWords}, Layout::any);
+  int64_t mapped = 0;
+  const Dim map_size = args.draft_logits || args.draft_probs ? Dim::is(width) : Dim::bind(mapped, "Vd");
+  args.vocab_map = intake.read_or_null(in.vocab_map, "vocab_map", DType::int32, {map_size}, Layout::any);
+  args.draft_row =
+      intake.read_or_null(in.draft_row, "draft_row", DType::int32, {size.batch, size.nodes + 1}, Layout::any);
+}
+
+void write_logprobs(Intake& intake, const Outputs& out, VerifyArgs& args, int64_t batch, int64_t columns) {
+  const auto write = [&](VerifyArgs::Logprobs& to, py::handle chosen, py::handle tokens, py::handle top,
+                         const char* chosen_name, const char* tokens_name, const char* top_name) {
+    int64_t n = 0;
+    to.chosen = intake.write_or_null(chosen, chosen_name, DType::float32, {batch, columns}, Layout::any);
+    to.top_tokens = intake.write_or_null(tokens, tokens_name, args.draft_tokens.dtype,
+                                         {batch, columns, Dim::bind(n, "n")}, Layout::any);
+    if (tokens.is_none() != top.is_none()) {
+      throw py::value_error(std::string(top_name) + ": expected with " + tokens_name + ", and only with it");
+    }
+    to.top = intake.write_or_null(top, top_name, DType::float32, {batch, columns, n}, Layout::any);
+  };
+  write(args.processed, out.logprobs, out.top_tokens, out.top_logprobs, "out.logprobs", "out.top_tokens",
+        "out.top_logprobs");
+  write(args.raw, out.raw_logprobs, out.raw_top_tokens, out.raw_top_logprobs, "out.raw_logprobs",
+        "out.raw_top_tokens", "out.raw_top_logprobs");
+}
+
+void write_outputs(Intake& intake, const Outputs& out, VerifyArgs& args, const Sizes& size) {
+  const DType ids = args.draft_tokens.dtype;
+  int64_t columns = 0;
+  // A chain may be accepted whole; of a tree the caller says how deep paths may be.
+  const Dim depth = args.parents ? Dim::bind(columns, "D + 1", 1) : Dim::is(size.nodes + 1);
+  args.tokens = intake.write(out.tokens, "out.tokens", ids, {size.batch, depth}, Layout::any);
+  columns = args.tokens.shape[1];
+  args.num_emitted =
+      intake.write(out.num_emitted, "out.num_emitted", DType::int32, {size.batch}, Layout::any);
+  args.num_accepted =
+      intake.write(out.num_accepted, "out.num_accepted", DType::int32, {size.batch}, Layout::any);
+  args.path =
+      intake.write_or_null(out.path, "out.path", DType::int32, {size.batch, columns - 1}, Layout::any);
+  args.path_rows =
+      intake.write_or_null(out.path_rows, "out.path_rows", DType::int64, {size.batch, columns}, Layout::any);
+  args.next_token = intake.write(out.next_token, "out.next_token", ids, {size.batch}, Layout::any);
+  args.next_lengths =
+      intake.write(out.next_lengths, "out.next_lengths", DType::int64, {size.batch}, Layout::any);
+  args.status = intake.write(out.status, "out.status", DType::int32, {size.batch}, Layout::any);
+  write_logprobs(intake, out, args, size.batch, columns);
+}
+
+void check_rule(const VerifyArgs& args) {
+  if (args.rules) return;
+  if (args.rule == Rule::gbv && args.draw != Draw::iid_paths) {
+    throw py::value_error("rule: gbv expects draw iid_paths, got another draw");
+  }
+  if (args.rule == Rule::spectr && args.draw == Draw::without_replacement) {
+    throw py::value_error("rule: spectr expects siblings drawn iid, got draw without_replacement");
+  }
+}
+
+void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_tokens, py::handle parents,
+            py::handle num_drafts, py::handle draft_logits, py::handle draft_probs, py::handle topk_ids,
+            py::handle topk_probs, py::handle draft_row, py::handle draft_records, py::handle vocab_map,
+            py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle base,
+            py::handle slots, const SamplingTable& sampling, const SamplingTable& draft_sampling, Rule rule,
+            py::handle rules, Draw draw, int32_t num_paths, const ToleranceValues& tolerance,
+            py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle path,
+            py::handle path_rows, py::handle next_token, py::handle next_lengths, py::handle status,
+            py::handle logprobs, py::handle top_tokens, py::handle top_logprobs, py::handle raw_logprobs,
+            py::handle raw_top_tokens, py::handle raw_top_logprobs) {
+  const Inputs in{target_logits, row_offsets, draft_tokens,   parents,   num_drafts,    draft_logits,
+                  draft_probs,   topk_ids,    topk_probs,     draft_row, draft_records, vocab_map,
+                  bitmask,       history,     prompt_lengths, base,      slots};
+  const Outputs out{tokens,         num_emitted,     num_accepted, path,       path_rows,    next_token,
+                    next_lengths,   status,          logprobs,     top_tokens, top_logprobs, raw_logprobs,
+                    raw_top_tokens, raw_top_logprobs};
+  Intake intake("verify");
+  VerifyArgs args;
+  Sizes size;
+  args.draft_tokens = intake.read(in.draft_tokens, "draft_tokens", kIndexDTypes,
+                                  {Dim::bind(size.batch, "B"), Dim::bind(size.nodes, "N")}, Layout::any);
+  if (size.nodes > kMaxDrafts) {
+    throw py::value_error("draft_tokens: expected at most " + std::to_string(kMaxDrafts) +
+                          " drafts a row, got " + std::to_string(size.nodes));
+  }
+  args.parents =
+      intake.read_or_null(in.parents, "parents", kIndexDTypes, {size.batch, size.nodes}, Layout::any);
+  args.num_drafts = intake.read_or_null(in.num_drafts, "num_drafts", DType::int32, {size.batch}, Layout::any);
+  read_target(intake, in, args, size);
+  read_laws(intake, in, args, size);
+  args.base = intake.read(in.base, "base", DType::int64, {size.batch}, Layout::any);
+  args.slots = intake.read_or_null(in.slots, "slots", DType::int32, {size.batch}, Layout::any);
+  check_table("sampling", sampling, in.slots, size.batch);
+  check_table("draft_sampling", draft_sampling, in.slots, size.batch);
+  const bool needs_history = sampling.needs_history() || draft_sampling.needs_history();
+  read_history(intake, in.history, in.prompt_lengths, needs_history, sampling.size(), args.history);
+  args.rules = intake.read_or_null(rules, "rule", DType::uint8,
+                                   {Dim::at_least(in.slots.is_none() ? size.batch : 0)}, Layout::any);
+  args.sampling = sampling.view();
+  args.draft_sampling = draft_sampling.view();
+  args.rule = rule;
+  args.draw = draw;
+  args.num_paths = num_paths;
+  args.tolerance = tolerance.view();
+  check_rule(args);
+  write_outputs(intake, out, args, size);
+  const Device device = intake.device();
+  const Stream stream = intake.stream();
+  py::gil_scoped_release unlocked;
+  dispatch::verify(args, device, stream);
+}
+
+void bind_enums(py::module_& module) {
+  py::enum_<Rule>(module, "Rule", "How drafts are accepted.")
+      .value("auto", Rule::automatic)
+      .value("rrs", Rule::rrs)
+      .value("traversal", Rule::traversal)
+      .value("target_only", Rule::target_only)
+      .value("spectr", Rule::spectr)
+      .value("gbv", Rule::gbv)
+      .value("coupled", Rule::coupled)
+      .value("lossy_typical", Rule::lossy_typical)
+      .value("lossy_threshold", Rule::lossy_threshold)
+      .value("lossy_relaxed", Rule::lossy_relaxed)
+      .value("lossy_entropy_window", Rule::lossy_entropy_window)
+      .value("lossy_synthetic", Rule::lossy_synthetic);
+  py::enum_<Draw>(module, "Draw", "How siblings came about.")
+      .value("deterministic", Draw::deterministic)
+      .value("iid", Draw::iid)
+      .value("without_replacement", Draw::without_replacement)
+      .value("iid_paths", Draw::iid_paths);
+}
+
+}  // namespace
+
+void register_verify(py::module_& module) {
+  bind_enums(module);
+  py::class_<ToleranceValues>(module, "Tolerance", "How far the lossy rules may go.")
+      .def(py::init(&make_tolerance), py::arg("typical_epsilon"), py::arg("typical_delta"),
+           py::arg("threshold_single"), py::arg("threshold_sum"), py::arg("relaxed_top_k"),
+           py::arg("relaxed_delta"), py::arg("window_entropy"), py::arg("window_delta"), py::arg("rates"));
+  module.def("verify", &verify, py::arg("target_logits"), py::arg("row_offsets"), py::arg("draft_tokens"),
+             py::arg("parents"), py::arg("num_drafts"), py::arg("draft_logits"), py::arg("draft_probs"),
+             py::arg("topk_ids"), py::arg("topk_probs"), py::arg("draft_row"), py::arg("draft_records"),
+             py::arg("vocab_map"), py::arg("bitmask"), py::arg("history"), py::arg("prompt_lengths"),
+             py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"),
+             py::arg("rule"), py::arg("rules"), py::arg("draw"), py::arg("num_paths"), py::arg("tolerance"),
+             py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"), py::arg("path"),
+             py::arg("path_rows"), py::arg("next_token"), py::arg("next_lengths"), py::arg("status"),
+             py::arg("logprobs"), py::arg("top_tokens"), py::arg("top_logprobs"), py::arg("raw_logprobs"),
+             py::arg("raw_top_tokens"), py::arg("raw_top_logprobs"), "See foretoken.ops.verify.");
+}
+
+}  // namespace foretoken

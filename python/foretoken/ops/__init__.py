@@ -1,0 +1,30 @@
+"""The kernels: tensors in, tensors out, caller-owned buffers.
+
+Nothing here allocates when ``out=`` is given, and nothing checks in Python: shapes, dtypes,
+devices, strides and overlaps are checked in C++, and a fault is one exception that names the
+argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from foretoken.ops._sample import sample
+from foretoken.ops._tree import MAX_DRAFTS, TreeIndex, tree_index
+from foretoken.ops._verdict import Status, Tolerance, Verdict
+from foretoken.ops._verify import Draw, Rule, rule_codes, verify
+from foretoken.sampling import Sampling, SamplingTable
+
+__all__ = [
+    "MAX_DRAFTS",
+    "Draw",
+    "Rule",
+    "Sampling",
+    "SamplingTable",
+    "Status",
+    "Tolerance",
+    "TreeIndex",
+    "Verdict",
+    "rule_codes",
+    "sample",
+    "tree_index",
+    "verify",
+]
