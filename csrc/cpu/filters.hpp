@@ -7,13 +7,11 @@
 
 namespace foretoken::cpu {
 
-// What the first pass over a row leaves behind for the later ones, per tile.
-struct RowSummary {
-  explicit RowSummary(int64_t tiles)
-      : tile_max(static_cast<size_t>(tiles)), tile_sum(static_cast<size_t>(tiles)) {}
+constexpr int64_t kMaxTiles = tiles_of(kMaxVocab);
 
-  std::vector<float> tile_max;
-  std::vector<float> tile_sum;  // float32 sum of weights relative to the tile's own largest element
+// What the first pass over a row leaves behind for the later ones.
+struct RowSummary {
+  LogitsTile tiles[kMaxTiles];
 };
 
 bool filters_on(const Processing& processing, int64_t vocab);

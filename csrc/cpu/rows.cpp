@@ -51,9 +51,13 @@ class ResidualTiles {
 
  private:
   void read(int64_t index) {
-    target_ = target_tile_.of(kernels_, residual_.target, index, -kInfinity);
-    if (residual_.draft.data != nullptr) {
-      draft_ = draft_tile_.of(kernels_, residual_.draft, index, pad_of(draft_law_));
+    const Row &target = residual_.target, &draft = residual_.draft;
+    if (draft.data == nullptr || draft.dtype == target.dtype) {
+      target_ = target_tile_.ref(kernels_, target, index, -kInfinity);
+      if (draft.data != nullptr) draft_ = draft_tile_.ref(kernels_, draft, index, pad_of(draft_law_));
+    } else {
+      target_ = {target_tile_.of(kernels_, target, index, -kInfinity), DType::float32};
+      draft_ = {draft_tile_.of(kernels_, draft, index, pad_of(draft_law_)), DType::float32};
     }
   }
 
@@ -68,8 +72,7 @@ class ResidualTiles {
   const RowKernels& kernels_;
   const RowLaw& draft_law_;
   Tile target_tile_, draft_tile_;
-  const float* target_ = nullptr;
-  const float* draft_ = nullptr;
+  TileRef target_, draft_;
 };
 
 // body(tiles, index) for every tile of the residual, in runs that threads may share.
@@ -96,7 +99,7 @@ Top top_of(const Row& row) {
   int64_t best_tile = -1;
   bool any_nan = false;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const auto [high, has_nan] = kernels.max_of(tile.of(kernels, row, index, -kInfinity));
+    const auto [high, has_nan] = kernels.max_of(tile.ref(kernels, row, index, -kInfinity));
     any_nan |= has_nan;
     if (high > best) {  // strict: on ties the lower id stays
       best = high;
@@ -115,22 +118,29 @@ RowLaw unusable(const Row& row) {
   return law;
 }
 
+// Calls body(first tile, count, where its results go) for the whole tiles of a row at once, then for what is
+// left.
+template <class Body>
+void for_each_run(const Row& row, float pad, Body body) {
+  const int64_t whole = row.size / kTile;
+  if (whole > 0) body(TileRef{row.data, row.dtype}, whole, int64_t{0});
+  if (whole * kTile == row.size) return;
+  Tile rest;
+  body(rest.ref(row_kernels(), row, whole, pad), int64_t{1}, whole);
+}
+
 // First pass of a sampled row: what each tile holds, relative to its own largest element.
 // False if the row has no law.
 bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
   const RowKernels& kernels = row_kernels();
-  Tile tile;
+  for_each_run(row, -kInfinity, [&](TileRef first, int64_t count, int64_t at) {
+    kernels.summarise_logits(first, count, law.scale, summary.tiles + at);
+  });
   law.max = -kInfinity;
   bool regular = true;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float* x = tile.of(kernels, row, index, -kInfinity);
-    const auto [max, has_nan] = kernels.max_of(x);
-    const float anchor = max > -kInfinity ? max : 0.0f;  // a tile of nothing but -infinity has no weight
-    const float sum = kernels.sum_weights(x, anchor, law.scale, logits_floor(anchor, law.scale));
-    summary.tile_max[static_cast<size_t>(index)] = max;
-    summary.tile_sum[static_cast<size_t>(index)] = sum;
-    regular &= max < kInfinity && !has_nan;
-    law.max = std::max(law.max, max);
+    regular &= summary.tiles[index].regular;
+    law.max = std::max(law.max, summary.tiles[index].max);
   }
   return regular && law.max > -kInfinity;
 }
@@ -143,6 +153,12 @@ const float* Tile::of(const RowKernels& kernels, const Row& row, int64_t index, 
   if (row.dtype == DType::float32 && count == kTile) return static_cast<const float*>(row.data) + first;
   kernels.load(row.data, row.dtype, first, count, pad, buffer_);
   return buffer_;
+}
+
+TileRef Tile::ref(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
+  const int64_t first = index * kTile;
+  if (first + kTile > row.size) return {of(kernels, row, index, pad), DType::float32};
+  return {static_cast<const char*>(row.data) + first * bytes_of(row.dtype), row.dtype};
 }
 
 float Row::at(int64_t token) const {
@@ -158,7 +174,6 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
 RowLaw law_of_logits(const Row& row, const Processing& processing) {
   const RowKernels& kernels = row_kernels();
   RowLaw law;
-  Tile tile;
   if (processing.temperature == 0.0f) {
     law.kind = LawKind::point;
     const Top top = top_of(row);
@@ -168,19 +183,20 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
   }
   law.kind = LawKind::logits;
   law.scale = logits_scale(processing.temperature);
-  RowSummary summary(tiles_of(row.size));
+  RowSummary summary;
   if (!summarise(row, law, summary)) return unusable(row);
 
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
   if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
+  Tile tile;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float anchor = summary.tile_max[static_cast<size_t>(index)];
+    const float anchor = summary.tiles[index].max;
     if (anchor < law.cut) continue;
-    float sum = summary.tile_sum[static_cast<size_t>(index)];
+    float sum = summary.tiles[index].sum;
     if (law.cut > floor) {  // the first pass summed what the filters have removed since
       const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
-      sum = kernels.sum_weights(tile.of(kernels, row, index, -kInfinity), anchor, law.scale, cut);
+      sum = kernels.sum_weights(tile.ref(kernels, row, index, -kInfinity), anchor, law.scale, cut);
     }
     law.mass += mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
   }
@@ -189,25 +205,26 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
 
 RowLaw law_of_probs(const Row& row) {
   const RowKernels& kernels = row_kernels();
-  std::vector<float> sums(static_cast<size_t>(tiles_of(row.size)));
   RowLaw law;
   law.kind = LawKind::probs;
   law.cut = std::numeric_limits<float>::min();
-  Tile tile;
+  ProbsTile tiles[kMaxTiles];
+  for_each_run(row, 0.0f, [&](TileRef first, int64_t count, int64_t at) {
+    kernels.summarise_probs(first, count, law.cut, tiles + at);
+  });
   float low = 0.0f;
   bool has_nan = false;
-  for (size_t index = 0; index < sums.size(); ++index) {
-    const float* x = tile.of(kernels, row, static_cast<int64_t>(index), 0.0f);
-    const TileExtremes extremes = kernels.extremes(x);
-    law.max = std::max(law.max, extremes.max);
-    low = std::min(low, extremes.min);
-    has_nan |= extremes.has_nan;
-    sums[index] = kernels.sum_probs(x, law.cut);
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    law.max = std::max(law.max, tiles[index].max);
+    low = std::min(low, tiles[index].min);
+    has_nan |= tiles[index].has_nan;
   }
   // Below 2^-24 even a uniform row over the largest vocabulary does not add up to 1.
   if (has_nan || low < 0.0f || !(law.max > 0x1p-24f && law.max < 2.0f)) return unusable(row);
   law.scale = 1.0f / law.max;
-  for (float sum : sums) law.mass += mass_of_tile(sum, law.scale);
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    law.mass += mass_of_tile(tiles[index].sum, law.scale);
+  }
   const double total = static_cast<double>(law.mass) / kMassUnit * static_cast<double>(law.max);
   return total > 0.98 && total < 1.02 ? law : unusable(row);
 }

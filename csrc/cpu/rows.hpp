@@ -18,10 +18,13 @@ struct Row {
 
 constexpr int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
 
-// A tile of a row as float32, in place where the row already is float32 and the tile is whole.
+// A tile of a row, padded where the row ends.
 class Tile {
  public:
+  // As float32: in place where the row already is float32 and the tile is whole.
   const float* of(const RowKernels& kernels, const Row& row, int64_t index, float pad);
+  // In place wherever the tile is whole, as float32 where it is not.
+  TileRef ref(const RowKernels& kernels, const Row& row, int64_t index, float pad);
 
  private:
   alignas(64) float buffer_[kTile];
