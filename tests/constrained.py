@@ -85,6 +85,15 @@ KINDS = [
     Rules(min_new_tokens=9, stop_ids=[10, 11], bad_words=WORDS),
     Rules(1.25, 0.4, 0.6, {1: 1.5, 2: -np.inf, 44: 4.0}, WORDS, 3, [10, 11]),
 ]
+OUTSIDE = [-(2**31), -1, 45, 46, 2**31 - 1]
+WILD = Rules(
+    repetition=1.3,
+    frequency=0.4,
+    bias={5: 1.0, 45: 3.0, 46: 3.0, 2**31 - 1: 3.0},
+    bad_words=[[5, 45], [2**31 - 1], [46, 3], [7]],
+    min_new_tokens=20,
+    stop_ids=[10, 45, 46, 2**31 - 1],
+)
 FILTERS = [
     Filters(),
     Filters(temperature=0.8, top_k=9),
@@ -122,7 +131,6 @@ class Scene:
     end in what is drafted. What lies behind a text in the history is no token at all.
     """
 
-    slots_there = 19
     length = 24
 
     def __init__(
@@ -140,6 +148,7 @@ class Scene:
         pick = self.pick = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         self.size, self.nodes, self.vocab = size, nodes, vocab
+        self.slots_there = 2 * size - 1
         self.slots = torch.randperm(self.slots_there, generator=generator)[:size].to(torch.int32)
         self.rules = [kinds[(i + seed) % len(kinds)] for i in range(size)]
         self.filters = [filters[(i * 3 + seed) % len(filters)] for i in range(size)]
@@ -156,6 +165,12 @@ class Scene:
         self.tokens = torch.zeros(size, nodes, dtype=torch.int64)
         self.allowed: list[list[set[int]]] | None = None
         self.num_drafts = torch.full((size,), nodes, dtype=torch.int32)
+
+    def write_wild_ids(self) -> None:
+        """Ids that are none into every text."""
+        for text in self.texts:
+            for _ in range(3):
+                text[self.pick.randrange(len(text))] = self.pick.choice(OUTSIDE)
 
     # ---- what the library is given ----
 

@@ -49,8 +49,9 @@ int64_t target_rows(const VerifyArgs& args, int64_t b) {
 // The rule of a slot; kRules if its code is none.
 int rule_of(const VerifyArgs& args, int64_t slot) {
   if (!args.rules) return static_cast<int>(args.rule);
+  if (slot >= args.rules.shape[0]) return kRules;
   const uint8_t code = static_cast<const uint8_t*>(args.rules.data)[offset_of(args.rules, slot)];
-  return slot < args.rules.shape[0] && code < kRules ? code : kRules;
+  return code < kRules ? code : kRules;
 }
 
 void verify_row(const VerifyArgs& args, int64_t b, bool share_row) {
