@@ -23,7 +23,7 @@ struct PhiloxCoins {
   }
   int64_t choose(TreeRows& rows, int32_t node) const {
     const uint64_t position = base + static_cast<uint64_t>(rows.tree().depth[node]);
-    return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position);
+    return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position, TensorView{});
   }
 };
 

@@ -67,7 +67,8 @@ FORETOKEN_INLINE RowLaw read_record(const int64_t* record, int64_t stride, int64
   }
   // The negated comparisons refuse NaN as well; the largest element alone weighs kMassUnit.
   if (!(law.max < 3e38f && law.max > -3e38f) || !(law.scale > 0.0f && law.scale <= 1e30f) ||
-      !(law.cut <= law.max && law.cut >= logits_floor(law.max, law.scale)) || law.mass < static_cast<uint64_t>(kMassUnit * 0.9) ||
+      !(law.cut <= law.max && law.cut >= logits_floor(law.max, law.scale)) ||
+      law.mass < static_cast<uint64_t>(kMassUnit * 0.9) ||
       (first & 0xFFu) != static_cast<uint64_t>(LawKind::logits)) {
     law.usable = false;
   }
