@@ -35,6 +35,7 @@ bool TreeRows::tree_usable(int32_t drafts) {
   });
   const size_t nodes = static_cast<size_t>(drafts) + 1;
   target_.resize(nodes);
+  target_tiles_.resize(nodes);
   edited_.resize(nodes);
   draft_.resize(nodes);
   target_made_.resize(nodes, 0);
@@ -148,7 +149,8 @@ Row TreeRows::target_row(int32_t node) {
 const RowLaw& TreeRows::target_law(int32_t node) {
   const size_t index = static_cast<size_t>(node);
   if (!target_made_[index]) {
-    target_[index] = law_of_logits(target_row(node), processing_);
+    if (!greedy()) target_tiles_[index].resize(static_cast<size_t>(tiles_of(vocab_)));
+    target_[index] = law_of_logits(target_row(node), processing_, target_tiles_[index].data());
     target_made_[index] = 1;
   }
   return target_[index];
@@ -201,6 +203,20 @@ bool TreeRows::among_top(int32_t node, int32_t child, int32_t k) {
   return count_likelier(target_row(node), target_law(node), token(child)) < k;
 }
 
+Residual TreeRows::whole(int32_t node) {
+  const RowLaw& law = target_law(node);
+  return whole_of(target_row(node), law, target_tiles_[static_cast<size_t>(node)].data());
+}
+
+double TreeRows::residual(int32_t node, double gain) {
+  const Residual residual = residual_of(node, gain);
+  if (residual.draft.data == nullptr) return residual_fraction(residual);
+  residual_.node = node;
+  residual_.gain = gain;
+  residual_.tiles.resize(static_cast<size_t>(tiles_of(vocab_)));
+  return residual_fraction(residual, residual_.tiles.data());
+}
+
 Residual TreeRows::residual_of(int32_t node, double gain) {
   const DraftLaw& draft = draft_law(node);
   Residual residual = whole(node);
@@ -213,6 +229,8 @@ Residual TreeRows::residual_of(int32_t node, double gain) {
     residual.draft = draft.row;
     residual.draft_law = &draft.law;
     residual.gain = in_weights;
+    const bool known = residual_.node == node && residual_.gain == gain;
+    residual.tile_masses = known ? residual_.tiles.data() : nullptr;
     return residual;
   }
   for (size_t i = 0; i < draft.ids.size(); ++i) {

@@ -5,6 +5,7 @@
 
 #include "cpu/draft_laws.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/residual.hpp"
 #include "math/lossy_walk.hpp"
 
 namespace foretoken::cpu {
@@ -36,7 +37,7 @@ class TreeRows {
   bool dense(int32_t node) const { return !ignore_draft_laws_ && law_row(node) >= 0; }
   double target_prob(int32_t node, int32_t child);
   double draft_prob(int32_t node, int32_t child) { return draft_law(node).probability(token(child)); }
-  double residual(int32_t node, double gain) { return residual_fraction(residual_of(node, gain)); }
+  double residual(int32_t node, double gain);
   bool removed(int32_t node, int32_t count, int32_t child) const;
   double entropy(int32_t node) { return cpu::entropy(target_row(node), target_law(node)); }
   double relative_prob(int32_t node, int32_t child);
@@ -51,7 +52,7 @@ class TreeRows {
 
   // The closing token is drawn from this; with `closing` argmax or chosen there is nothing to draw.
   Residual closing_of(const TreeVerdict& verdict);
-  Residual whole(int32_t node) { return whole_of(target_row(node), target_law(node)); }
+  Residual whole(int32_t node);
 
  private:
   bool tree_usable(int32_t drafts);
@@ -72,6 +73,12 @@ class TreeRows {
   bool ignore_draft_laws_ = false;
   TreeIndex tree_;
   std::vector<RowLaw> target_;
+  std::vector<std::vector<uint64_t>> target_tiles_;  // how the mass of each target law is made up
+  struct {                                           // the same of the last residual that was asked for
+    int32_t node = kNoNode;
+    double gain = 0.0;
+    std::vector<uint64_t> tiles;
+  } residual_;
   std::vector<std::vector<float>> edited_;  // target rows that something edits
   std::vector<DraftLaw> draft_;
   std::vector<uint8_t> target_made_, draft_made_;
