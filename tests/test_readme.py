@@ -48,6 +48,7 @@ def test_the_page_on_trees_runs_and_shows_what_it_prints(capsys: pytest.CaptureF
     committed = (ROOT / "docs/tree.svg").read_text(encoding="utf-8")
     assert without_scores(names["picture"]) == without_scores(committed)
     assert names["arguments"]["num_drafts"].tolist() == [4, 2, -1]
+    assert names["verdict"].status.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/trees.md"])
