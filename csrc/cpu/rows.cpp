@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/filters.hpp"
+#include "cpu/parallel.hpp"
 
 namespace foretoken::cpu {
 
@@ -43,12 +44,17 @@ RowLaw unusable(const Row& row) {
   return law;
 }
 
-// Calls body(first tile, count, where its results go) for the whole tiles of a row at once, then for what is
-// left.
+// Calls body(first tile, count, where its results go) for the whole tiles of a row, one run for each thread,
+// then for what is left.
 template <class Body>
 void for_each_run(const Row& row, float pad, Body body) {
   const int64_t whole = row.size / kTile;
-  if (whole > 0) body(TileRef{row.data, row.dtype}, whole, int64_t{0});
+  const int64_t runs = std::min<int64_t>(threads_for(whole, kTile), whole);
+  parallel_for(runs, row.size, [&](int64_t run) {
+    const int64_t first = whole * run / runs, count = whole * (run + 1) / runs - first;
+    Tile tile;
+    body(tile.ref(row_kernels(), row, first, pad), count, first);
+  });
   if (whole * kTile == row.size) return;
   Tile rest;
   body(rest.ref(row_kernels(), row, whole, pad), int64_t{1}, whole);

@@ -19,7 +19,7 @@ class TreeRows {
 
   // Judged from the proposal alone, before any coin: then dropping it changes no law. Builds the tree; if it
   // returns false the request is to be decoded with no drafts, and the tree is the root alone. `share_row`:
-  // make all laws at once, on threads that a single request would leave idle.
+  // make several laws at once, on threads that a single request would leave idle.
   bool take_proposal(int32_t drafts, Rule rule, bool share_row);
 
   const TreeIndex& tree() const { return tree_; }
@@ -59,7 +59,8 @@ class TreeRows {
   bool shape_suits(Rule rule) const;
   bool all_or_none_dense() const;
   bool law_usable(int32_t node);
-  void make_laws();
+  void make_laws(int32_t first, bool with_drafts);
+  void make_target_law(int32_t node);
   const TensorView& laws() const;
   int64_t law_row(int32_t node) const;
   const DraftLaw& draft_law(int32_t node);
@@ -70,7 +71,7 @@ class TreeRows {
   int64_t batch_row_, vocab_;
   Processing processing_, draft_processing_;
   LogitEdits edits_, draft_edits_;
-  bool ignore_draft_laws_ = false;
+  bool ignore_draft_laws_ = false, share_row_ = false;
   TreeIndex tree_;
   std::vector<RowLaw> target_;
   std::vector<std::vector<uint64_t>> target_tiles_;  // how the mass of each target law is made up
