@@ -21,6 +21,7 @@ struct PhiloxCoins {
   bool fraction(int32_t node, double h) const {
     return accepts_fraction(random_coin(seed, base, static_cast<uint32_t>(node)), h);
   }
+  bool may_pass(int32_t node, double bound) const { return fraction(node, bound); }
   int64_t choose(TreeRows& rows, int32_t node) const {
     const uint64_t position = base + static_cast<uint64_t>(rows.tree().depth[node]);
     return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position);
