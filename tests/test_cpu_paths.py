@@ -117,6 +117,34 @@ def test_half_precision_is_read_exactly(dtype, paths):
         assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_precision_rows_of_any_sign_are_their_float32_rows(dtype, paths):
+    """Tiles in which everything is negative, nothing is, or nothing but -inf, read where they lie."""
+    noise = torch.randn(7, 2300, generator=torch.Generator().manual_seed(0)) * 4
+    rows = noise.clone()
+    rows[0] = -noise[0].abs() - 3.0
+    rows[1] = noise[1].abs()
+    rows[2, :1024] = -noise[2, :1024].abs()
+    rows[3, 1024:] = -torch.inf
+    rows[4] = torch.where(noise[4] < 0, noise[4], -0.0)
+    rows[5] = -70.0
+    rows[6] = -torch.inf
+    rows[6, 2200:] = noise[6, 2200:] - 30.0
+    logits = rows.to(dtype)
+    sampling = ft.Sampling(top_p=[1.0, 1.0, 1.0, 0.9, 0.9, 0.9, 1.0], seed=3).prepare(7)
+
+    def drawn(logits: torch.Tensor) -> list:
+        base = torch.full((7,), 9)
+        steps = range(8)
+        return [ft.ops.sample(logits, sampling=sampling, base=base, step=i, logprobs=True) for i in steps]
+
+    expected = drawn(logits.float())
+    for found in paths(lambda: drawn(logits)).values():
+        for mine, first in zip(found, expected, strict=True):
+            assert torch.equal(mine[0], first[0])
+            assert torch.equal(mine[1], first[1])
+
+
 # ---------------------------------------------------------------------------------------------- large rows
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -24,10 +26,17 @@ def spread(parents: list[int]) -> list[int]:
     return list(range(len(parents)))
 
 
-def sampled(draw: ft.tree.Draw) -> DraftTree:
+def sampled(draw: ft.ops.Draw) -> DraftTree:
     """1 -> 3 and 2 -> 4, drawn from four rows."""
     logits = torch.randn(5, V)
     return DraftTree.from_parents([4, 9, 2, 7], [0, 0, 1, 2], draw=draw, draft_logits=logits)
+
+
+def test_examples_in_docstrings_run() -> None:
+    module = sys.modules[DraftTree.__module__]
+    result = doctest.testmod(module)
+    assert result.attempted > 10
+    assert result.failed == 0
 
 
 # --- shape ---
@@ -495,6 +504,81 @@ def test_unfinished_paths_are_not_handed_over() -> None:
     tree.add(3)
     with pytest.raises(ValueError, match="expected 2 independent paths in tree 0, got 1"):
         tree.arguments()
+
+
+# --- through ops.verify ---
+
+
+def drawn(kind: str) -> list[DraftTree | None]:
+    """Trees of several sizes really drawn, a deterministic one among them, a padded row and an empty one."""
+    generator = torch.Generator().manual_seed(11)
+    trees: list[DraftTree | None] = [None, DraftTree()]
+    if kind == "iid_paths":
+        probs = torch.rand(3, V, generator=generator).softmax(-1)
+        for rows in ([0, 1], [0, 1, 2]):
+            laws = probs[rows].expand(3, -1, -1)
+            paths = torch.stack([probs[row].multinomial(3, True, generator=generator) for row in rows], 1)
+            trees.append(DraftTree.iid_paths(paths, draft_probs=laws))
+        return trees
+    for size in (1, 6, 13):
+        tree = DraftTree(draw=kind)
+        for node in range(size):
+            probs = torch.rand(V, generator=generator).softmax(-1)
+            if kind != "deterministic":
+                tree.set_law(node, probs=probs)
+            for token in probs.multinomial(2, kind == "iid", generator=generator):
+                tree.add(token, node)
+        trees.append(tree)
+    return [*trees, DraftTree.from_paths([[3, 4], [5]])]
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "iid", "without_replacement", "iid_paths"])
+@pytest.mark.parametrize("rule", ["auto", "rrs", "traversal", "target_only"])
+def test_a_batch_is_verified_as_its_trees_are_alone(kind: str, rule: str) -> None:
+    trees = drawn(kind)
+    width = max(len(tree) for tree in trees if tree is not None) + 1
+    target = 0.2 * torch.randn(len(trees), width, V)
+    for logits, tree in zip(target, trees, strict=True):
+        for token, parent in zip(tree.tokens, tree.parents, strict=True) if tree else ():
+            logits[parent, token] += 2.0  # enough to have some accepted
+    sampling = ft.Sampling(seed=list(range(len(trees)))).prepare(len(trees))
+    base = torch.arange(len(trees)) + 9
+    together = ft.ops.verify(target, **DraftTree.batch(trees), sampling=sampling, base=base, rule=rule)
+    assert not together.status.any()  # nothing of what the trees declare is unusable
+    accepted = 0
+    for b, tree in enumerate(trees):
+        path = [node for node in together.path[b].tolist() if node >= 0]
+        emitted = together.tokens[b][: int(together.num_emitted[b])].tolist()
+        if tree is None:
+            assert emitted == path == []
+            continue
+        alone = ft.ops.verify(
+            target[b : b + 1, : len(tree) + 1],
+            **tree.arguments(),
+            sampling=sampling,
+            base=base[b : b + 1],
+            slots=torch.tensor([b], dtype=torch.int32),
+            rule=rule,
+        )
+        assert emitted == alone.tokens[0][: int(alone.num_emitted[0])].tolist()
+        assert tuple(path) == (tree.path(path[-1]) if path else ())
+        assert emitted[:-1] == [tree.tokens[node - 1] for node in path]
+        assert "◆" in tree.draw_ascii(path=together.path[b], closing=together.next_token[b])
+        accepted += len(path)
+    assert accepted > 0
+
+
+def test_a_law_in_the_wrong_place_would_be_noticed() -> None:
+    """Rows that make the drafts impossible are seen, so the rows above were read where they belong."""
+    tree = DraftTree(draw="iid")
+    for node, token in ((0, 3), (1, 5)):
+        tree.set_law(node, probs=torch.eye(V)[token])
+        tree.add(token, node)
+    arguments = tree.arguments() | {"sampling": ft.Sampling(seed=1), "base": torch.tensor([4])}
+    target = torch.zeros(1, 3, V)
+    assert ft.ops.verify(target, **arguments).status.tolist() == [0]
+    arguments["draft_row"] = torch.tensor([[1, 0, -1]], dtype=torch.int32)
+    assert ft.ops.verify(target, **arguments).status.tolist() == [ft.Status.BAD_DRAFT]
 
 
 # --- pictures ---

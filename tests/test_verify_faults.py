@@ -192,9 +192,7 @@ def test_draft_rows_of_another_width(rule):
     """Bug row 59 (vllm 7252, llama.cpp 3812): padded vocabularies of one family differ in size."""
     batch = make(seed=20)
     plain = batch.verify(rule)
-    padded = torch.nn.functional.pad(
-        batch.draft, (0, 27), value=9.0
-    )
+    padded = torch.nn.functional.pad(batch.draft, (0, 27), value=9.0)
     assert_same_rows(batch.verify(rule, draft_logits=padded), slice(None), plain, slice(None))
     probs = torch.nn.functional.pad(batch.draft.softmax(-1), (0, 27))
     plain = batch.verify(rule, draft_logits=None, draft_probs=probs[..., :37].contiguous())

@@ -19,10 +19,10 @@ std::vector<float> elements_at_least(const Row& row, float bound, const RowSumma
   std::vector<float> kept;
   size_t count = 0;
   Tile tile;
-  for (size_t index = 0; index < summary.tile_max.size(); ++index) {
-    if (summary.tile_max[index] < bound) continue;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    if (summary.tiles[index].max < bound) continue;
     kept.resize(count + kTile);  // the kernel writes whole vectors
-    const float* x = tile.of(kernels, row, static_cast<int64_t>(index), -kInfinity);
+    const TileRef x = tile.ref(kernels, row, index, -kInfinity);
     count += static_cast<size_t>(kernels.at_least(x, bound, kept.data() + count));
   }
   kept.resize(count);
@@ -39,7 +39,8 @@ float kth_largest(std::vector<float>& values, int64_t k) {
 float lower_bound_of_kth(const Row& row, const RowSummary& summary, int64_t k) {
   const int64_t tiles = tiles_of(row.size);
   if (k <= tiles) {
-    std::vector<float> maxima = summary.tile_max;
+    std::vector<float> maxima;
+    for (int64_t index = 0; index < tiles; ++index) maxima.push_back(summary.tiles[index].max);
     return kth_largest(maxima, k);
   }
   if (k > tiles * kGroups) return -kInfinity;
@@ -47,7 +48,7 @@ float lower_bound_of_kth(const Row& row, const RowSummary& summary, int64_t k) {
   std::vector<float> maxima(static_cast<size_t>(tiles * kGroups));
   Tile tile;
   for (int64_t index = 0; index < tiles; ++index) {
-    kernels.group_max(tile.of(kernels, row, index, -kInfinity), maxima.data() + index * kGroups);
+    kernels.group_max(tile.ref(kernels, row, index, -kInfinity), maxima.data() + index * kGroups);
   }
   return kth_largest(maxima, k);
 }
@@ -64,8 +65,8 @@ std::vector<uint64_t> masses_of(const std::vector<float>& logits, const RowLaw& 
   std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(row.size) * kTile));
   Tile tile;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float* x = tile.of(kernels, row, index, -kInfinity);
-    kernels.masses(x, law, nullptr, law, 0.0f, masses.data() + index * kTile);
+    const TileRef x = tile.ref(kernels, row, index, -kInfinity);
+    kernels.masses(x, law, {}, law, 0.0f, masses.data() + index * kTile);
   }
   return masses;
 }
@@ -100,9 +101,9 @@ float top_p_cut(const Row& row, const RowLaw& law, float top_p, float kept_from,
   float bound = whole.cut;
   uint64_t total = 0;
   if (kept_from == -kInfinity) {
-    for (size_t tile = 0; tile < summary.tile_max.size(); ++tile) {
-      const float weight = weight_of_logit(summary.tile_max[tile], law.max, law.scale, whole.cut);
-      total += mass_of_tile(summary.tile_sum[tile], weight);
+    for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+      const LogitsTile& tile = summary.tiles[index];
+      total += mass_of_tile(tile.sum, weight_of_logit(tile.max, law.max, law.scale, whole.cut));
     }
     // All tokens lighter than (1 - top_p) * mass / V together weigh less than what may be left out, so none
     // of them is ever needed. Half of that: the masses of tiles and of elements are rounded differently.

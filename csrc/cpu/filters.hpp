@@ -7,13 +7,9 @@
 
 namespace foretoken::cpu {
 
-// What the first pass over a row leaves behind for the later ones, per tile.
+// What the first pass over a row leaves behind for the later ones.
 struct RowSummary {
-  explicit RowSummary(int64_t tiles)
-      : tile_max(static_cast<size_t>(tiles)), tile_sum(static_cast<size_t>(tiles)) {}
-
-  std::vector<float> tile_max;
-  std::vector<float> tile_sum;  // float32 sum of weights relative to the tile's own largest element
+  LogitsTile tiles[kMaxTiles];
 };
 
 bool filters_on(const Processing& processing, int64_t vocab);

@@ -10,36 +10,50 @@ namespace foretoken::cpu {
 
 constexpr int kGroups = 16;  // maxima per tile, each over 64 elements: they bound the k-th largest
 
+// kTile elements side by side: a whole tile of a row, where it lies.
+struct TileRef {
+  const void* elements = nullptr;
+  DType dtype = DType::float32;
+};
+
 struct TileMax {
   float max;  // NaN passed over; -infinity if there is nothing else
   bool has_nan;
 };
 
-struct TileExtremes {
+struct LogitsTile {
+  float max;     // largest element; anything if not regular
+  float sum;     // float32 sum of weights relative to it, 0 if it is -infinity
+  bool regular;  // neither NaN nor +infinity in it
+};
+
+struct ProbsTile {
   float max, min;  // NaN passed over
+  float sum;       // of the elements at or above the cut
   bool has_nan;
 };
 
+// What a kernel sums it sums in the pinned order: four quarters folded, three folds of neighbours, five folds
+// of halves. The two tiles of a residual have one dtype; draft.elements == nullptr: the target's law itself.
 struct RowKernels {
   const char* name;
   // tile[0..count) = row[first..first + count) as float32, the rest = pad.
   void (*load)(const void* row, DType dtype, int64_t first, int64_t count, float pad, float* tile);
-  TileMax (*max_of)(const float* tile);
-  TileExtremes (*extremes)(const float* tile);
-  void (*group_max)(const float* tile, float* groups);
-  // Sums in the pinned order: four quarters folded, three folds of neighbours, five folds of halves.
-  // What they make of a NaN is undefined: its payload may reach the exponent.
-  float (*sum_weights)(const float* tile, float anchor, float scale, float cut);
-  float (*sum_probs)(const float* tile, float cut);
-  float (*sum_residual)(const float* target, const RowLaw& target_law, const float* draft,
-                        const RowLaw& draft_law, float gain);
-  // Integer masses of a tile, summed or one by one; draft == nullptr: of the target's law itself.
-  uint64_t (*sum_masses)(const float* target, const RowLaw& target_law, const float* draft,
-                         const RowLaw& draft_law, float gain);
-  void (*masses)(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
-                 float gain, uint64_t* out);
+  TileMax (*max_of)(TileRef tile);
+  void (*group_max)(TileRef tile, float* groups);
+  // First pass over a row: `count` tiles that follow one another.
+  void (*summarise_logits)(TileRef first, int64_t count, float scale, LogitsTile* out);
+  void (*summarise_probs)(TileRef first, int64_t count, float cut, ProbsTile* out);
+  float (*sum_weights)(TileRef tile, float anchor, float scale, float cut);
+  float (*sum_residual)(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,
+                        float gain);
+  // Integer masses of a tile, summed or one by one.
+  uint64_t (*sum_masses)(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,
+                         float gain);
+  void (*masses)(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law, float gain,
+                 uint64_t* out);
   // Copies the elements >= bound to out (room for a whole tile needed), returns how many.
-  int64_t (*at_least)(const float* tile, float bound, float* out);
+  int64_t (*at_least)(TileRef tile, float bound, float* out);
 };
 
 const RowKernels& row_kernels();                        // best path of this machine, or FORETOKEN_CPU

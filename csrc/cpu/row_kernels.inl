@@ -7,6 +7,68 @@ namespace {
 
 constexpr int kQuarter = kTile / 4;
 constexpr int kLanes = Floats::kLanes;
+constexpr int kPair = 2 * kLanes;
+constexpr float kInfinity = __builtin_inff();
+
+// How elements lie in memory. A pair of vectors holds the next kPair elements, in whichever arrangement is
+// the cheapest to unpack; `fold` adds neighbours, and its result is in their order whatever the arrangement.
+struct Float32Elements {
+  using Type = float;
+  static constexpr bool kSumShowsNan = kScalingKeepsNan;
+  static Floats neighbours(const float* p) { return Floats::load(p); }
+  static void pair(const float* p, Floats& a, Floats& b) {
+    a = Floats::load(p);
+    b = Floats::load(p + kLanes);
+  }
+  static Floats fold(Floats a, Floats b) { return add_neighbours(a, b); }
+};
+
+struct Bfloat16Elements {
+  using Type = uint16_t;
+  static constexpr bool kSumShowsNan = true;  // its payload has no low bits to reach the exponent with
+  static constexpr uint16_t kInfinityBits = 0x7F80;
+  static float value(uint16_t bits) { return float_of_bfloat(bits); }
+  static Floats neighbours(const uint16_t* p) { return load_bfloat(p); }
+  static void pair(const uint16_t* p, Floats& a, Floats& b) { load_bfloat_pairs(p, a, b); }
+  static Floats fold(Floats a, Floats b) { return add(a, b); }
+};
+
+struct Float16Elements {
+  using Type = uint16_t;
+  static constexpr bool kSumShowsNan = true;
+  static constexpr uint16_t kInfinityBits = 0x7C00;
+  static float value(uint16_t bits) { return float_of_half(bits); }
+  static Floats neighbours(const uint16_t* p) { return load_half(p); }
+  static void pair(const uint16_t* p, Floats& a, Floats& b) {
+    a = load_half(p);
+    b = load_half(p + kLanes);
+  }
+  static Floats fold(Floats a, Floats b) { return add_neighbours(a, b); }
+};
+
+template <class Body>
+inline auto with_elements(DType dtype, Body body) {
+  if (dtype == DType::bfloat16) return body(Bfloat16Elements{});
+  if (dtype == DType::float16) return body(Float16Elements{});
+  return body(Float32Elements{});
+}
+
+template <class Elements>
+inline const typename Elements::Type* elements_of(TileRef tile) {
+  return static_cast<const typename Elements::Type*>(tile.elements);
+}
+
+// The machine fetches ahead within a page, and a float32 tile is one: the tiles behind this one are asked for
+// here, kPair elements at a time, while there is work to do on the tile itself.
+template <int kTilesAhead, int kLevel, class Type>
+inline void fetch_ahead(const Type* tile, int e) {
+  constexpr uintptr_t kLine = 64;
+  const uintptr_t from =
+      reinterpret_cast<uintptr_t>(tile) + static_cast<uintptr_t>(kTilesAhead * kTile + e) * sizeof(Type);
+  for (uintptr_t at = 0; at < kPair * sizeof(Type); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, kLevel);
+  }
+}
 
 void load(const void* row, DType dtype, int64_t first, int64_t count, float pad, float* tile) {
   int64_t i = 0;
@@ -24,169 +86,316 @@ void load(const void* row, DType dtype, int64_t first, int64_t count, float pad,
   for (; i < kTile; ++i) tile[i] = pad;
 }
 
-TileMax max_of(const float* tile) {
-  Floats high[4];
-  NanSeen nan[2];
-  for (int c = 0; c < 4; ++c) high[c] = Floats::all(-__builtin_inff());
-  for (int e = 0; e < kTile; e += 4 * kLanes) {
-    Floats x[4];
-    for (int c = 0; c < 4; ++c) x[c] = Floats::load(tile + e + c * kLanes);
-    for (int c = 0; c < 4; ++c) high[c] = greater_of(x[c], high[c]);
-    nan[0].add(x[0], x[1]);
-    nan[1].add(x[2], x[3]);
-  }
-  float lane[kLanes];
-  greater_of(greater_of(high[0], high[1]), greater_of(high[2], high[3])).store(lane);
-  float max = lane[0];
-  for (int i = 1; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
-  return {max, nan[0].any() || nan[1].any()};
-}
-
-TileExtremes extremes(const float* tile) {
-  Floats low = Floats::all(__builtin_inff());
-  for (int e = 0; e < kTile; e += kLanes) low = lesser_of(Floats::load(tile + e), low);
-  float lane[kLanes];
-  low.store(lane);
-  float min = lane[0];
-  for (int i = 1; i < kLanes; ++i) min = lane[i] < min ? lane[i] : min;
-  const TileMax high = max_of(tile);
-  return {high.max, min, high.has_nan};
-}
-
-void group_max(const float* tile, float* groups) {
-  constexpr int kMembers = kTile / kGroups;
-  for (int group = 0; group < kGroups; ++group) {
-    Floats high = Floats::load(tile + group * kMembers);
-    for (int e = kLanes; e < kMembers; e += kLanes) {
-      high = greater_of(Floats::load(tile + group * kMembers + e), high);
+TileMax max_of(TileRef ref) {
+  return with_elements(ref.dtype, [=](auto elements) -> TileMax {
+    using Elements = decltype(elements);
+    const auto* tile = elements_of<Elements>(ref);
+    Floats high[4];
+    NanSeen nan[2];
+    for (int c = 0; c < 4; ++c) high[c] = Floats::all(-kInfinity);
+    for (int e = 0; e < kTile; e += 2 * kPair) {
+      Floats x[4];
+      Elements::pair(tile + e, x[0], x[1]);
+      Elements::pair(tile + e + kPair, x[2], x[3]);
+      for (int c = 0; c < 4; ++c) high[c] = greater_of(x[c], high[c]);
+      nan[0].add(x[0], x[1]);
+      nan[1].add(x[2], x[3]);
+      fetch_ahead<1, 3>(tile, e);
+      fetch_ahead<1, 3>(tile, e + kPair);
     }
-    float lane[kLanes];
-    high.store(lane);
-    float max = lane[0];
-    for (int i = 1; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
-    groups[group] = max;
-  }
+    const float max = largest_lane(greater_of(greater_of(high[0], high[1]), greater_of(high[2], high[3])));
+    return {max, nan[0].any() || nan[1].any()};
+  });
 }
 
-// The pinned order. `value(e)` holds elements e .. e + lanes of the tile; a CUDA warp that loads eight
+void group_max(TileRef ref, float* groups) {
+  with_elements(ref.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    constexpr int kMembers = kTile / kGroups;
+    for (int group = 0; group < kGroups; ++group) {
+      const auto* members = elements_of<Elements>(ref) + group * kMembers;
+      Floats high = Floats::all(-kInfinity);
+      for (int e = 0; e < kMembers; e += kPair) {
+        Floats a, b;
+        Elements::pair(members + e, a, b);
+        high = greater_of(a, greater_of(b, high));
+      }
+      groups[group] = largest_lane(high);
+    }
+  });
+}
+
+// The pinned order. `value(e, a, b)` gives elements e .. e + kPair of the tile; a CUDA warp that loads eight
 // neighbours per thread performs the same tree with three folds in registers and five shuffles.
-template <int kFolds, class Value>
+template <class Elements, int kFolds, class Value>
 inline __attribute__((always_inline)) Floats fold_neighbours(const Value& value, int k) {
-  if constexpr (kFolds == 0) {
-    const Floats first = add(value(k), value(k + kQuarter));
-    return add(first, add(value(k + 2 * kQuarter), value(k + 3 * kQuarter)));
+  if constexpr (kFolds == 1) {
+    Floats a[4], b[4];
+    for (int quarter = 0; quarter < 4; ++quarter) value(k + quarter * kQuarter, a[quarter], b[quarter]);
+    return Elements::fold(add(add(a[0], a[1]), add(a[2], a[3])), add(add(b[0], b[1]), add(b[2], b[3])));
   } else {
-    constexpr int kStep = kLanes << (kFolds - 1);
-    const Floats low = fold_neighbours<kFolds - 1>(value, k);
-    return add_neighbours(low, fold_neighbours<kFolds - 1>(value, k + kStep));
+    const Floats low = fold_neighbours<Elements, kFolds - 1>(value, k);
+    return add_neighbours(low, fold_neighbours<Elements, kFolds - 1>(value, k + (kLanes << (kFolds - 1))));
   }
 }
 
-template <class Value>
+template <class Elements, class Value>
 inline float sum_tile(const Value& value) {
   constexpr int kVectors = kQuarter / 8 / kLanes;
   Floats sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = fold_neighbours<3>(value, v * 8 * kLanes);
+  for (int v = 0; v < kVectors; ++v) sum[v] = fold_neighbours<Elements, 3>(value, v * 8 * kLanes);
   for (int width = kVectors / 2; width >= 1; width /= 2) {
     for (int v = 0; v < width; ++v) sum[v] = add(sum[v], sum[v + width]);
   }
   return add_halves(sum[0]);
 }
 
-// exp2_scaled of math/exp_log.hpp and weight_of_logit of math/row_law.hpp, lane by lane.
+// exp2_scaled of math/exp_log.hpp and weight_of_logit of math/row_law.hpp, lane by lane; times 2^44 for
+// masses: a power of two on every coefficient, which changes no bit but the exponent's.
+template <bool kMasses>
 struct LogitWeights {
   Floats max, scale, cut;
   LogitWeights(float max_, float scale_, float cut_)
       : max(Floats::all(max_)), scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
 
   inline Floats operator()(Floats x) const {
+    constexpr float kUnit = kMasses ? static_cast<float>(kMassUnit) : 1.0f;
     const Floats round = Floats::all(12582912.0f);
     const Floats distance = subtract(x, max);
     const Floats shifted = multiply_add(distance, scale, round);
-    const Floats fraction = multiply_add(distance, scale, subtract(round, shifted));
-    Floats power = Floats::all(0x1.5bba14p-10f);
-    power = multiply_add(power, fraction, Floats::all(0x1.3cea88p-7f));
-    power = multiply_add(power, fraction, Floats::all(0x1.c6b752p-5f));
-    power = multiply_add(power, fraction, Floats::all(0x1.ebf9bcp-3f));
-    power = multiply_add(power, fraction, Floats::all(0x1.62e42ap-1f));
-    power = multiply_add(power, fraction, Floats::all(1.0f));
-    return scale_unless_below(x, cut, power, shifted);
+    const Floats whole = subtract(shifted, round);
+    const Floats fraction = multiply_subtract(distance, scale, whole);
+    Floats power = Floats::all(0x1.5bba14p-10f * kUnit);
+    power = multiply_add(power, fraction, Floats::all(0x1.3cea88p-7f * kUnit));
+    power = multiply_add(power, fraction, Floats::all(0x1.c6b752p-5f * kUnit));
+    power = multiply_add(power, fraction, Floats::all(0x1.ebf9bcp-3f * kUnit));
+    power = multiply_add(power, fraction, Floats::all(0x1.62e42ap-1f * kUnit));
+    power = multiply_add(power, fraction, Floats::all(kUnit));
+    return scale_unless_below(x, cut, power, shifted, whole);
   }
 };
 
+template <bool kMasses>
 struct ProbWeights {
   Floats scale, cut;
   ProbWeights(float scale_, float cut_) : scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
-  inline Floats operator()(Floats x) const { return unless_below(x, cut, multiply(x, scale)); }
+  inline Floats operator()(Floats x) const {
+    const Floats weight = unless_below(x, cut, multiply(x, scale));
+    return kMasses ? multiply(weight, Floats::all(static_cast<float>(kMassUnit))) : weight;
+  }
 };
 
-float sum_weights(const float* tile, float anchor, float scale, float cut) {
-  const LogitWeights weights(anchor, scale, cut);
-  return sum_tile([&](int e) { return weights(Floats::load(tile + e)); });
-}
+// The largest element of a tile, pair by pair.
+template <class Elements>
+class Anchor;
 
-float sum_probs(const float* tile, float cut) {
-  const Floats bound = Floats::all(cut);
-  return sum_tile([&](int e) {
-    const Floats x = Floats::load(tile + e);
-    return unless_below(x, bound, x);
-  });
-}
-
-// Calls body with the weight of the residual's elements, whatever kind of law the draft has.
-template <class Body>
-inline auto with_residual(const float* target, const RowLaw& target_law, const float* draft,
-                          const RowLaw& draft_law, float gain, Body body) {
-  const LogitWeights of_target(target_law.max, target_law.scale, target_law.cut);
-  const Floats minus_gain = Floats::all(-gain), zero = Floats::all(0.0f);
-  if (draft == nullptr) return body([&](int e) { return of_target(Floats::load(target + e)); });
-  if (draft_law.kind == LawKind::probs) {
-    const ProbWeights of_draft(draft_law.scale, draft_law.cut);
-    return body([&](int e) {
-      const Floats weight = of_target(Floats::load(target + e));
-      return greater_of(multiply_add(minus_gain, of_draft(Floats::load(draft + e)), weight), zero);
-    });
+template <>
+class Anchor<Float32Elements> {
+ public:
+  void add(const float* pair) {
+    const Floats a = Floats::load(pair), b = Floats::load(pair + kLanes);
+    high_[0] = greater_of(a, high_[0]);
+    high_[1] = greater_of(b, high_[1]);
+    if constexpr (!Float32Elements::kSumShowsNan) nan_.add(a, b);
   }
-  const LogitWeights of_draft(draft_law.max, draft_law.scale, draft_law.cut);
-  return body([&](int e) {
-    const Floats weight = of_target(Floats::load(target + e));
-    return greater_of(multiply_add(minus_gain, of_draft(Floats::load(draft + e)), weight), zero);
+  TileMax of(const float*) const { return {largest_lane(greater_of(high_[0], high_[1])), nan_.any()}; }
+
+ private:
+  Floats high_[2] = {Floats::all(-kInfinity), Floats::all(-kInfinity)};
+  NanSeen nan_;
+};
+
+template <class Elements>
+class Anchor {
+ public:
+  void add(const uint16_t* pair) {
+    static_assert(Patterns::kLanes == kPair);
+    greatest_ = greater_signed(greatest_, Patterns::load(pair));
+  }
+  TileMax of(const uint16_t* tile) const {
+    const uint16_t bits = greatest_signed(greatest_);
+    if (bits < 0x8000) return {Elements::value(bits), bits > Elements::kInfinityBits};
+    Patterns least = Patterns::load(tile);  // all negative: the largest is the one of the smallest pattern
+    for (int e = kPair; e < kTile; e += kPair) least = lesser_unsigned(least, Patterns::load(tile + e));
+    return {Elements::value(least_unsigned(least)), false};
+  }
+
+ private:
+  Patterns greatest_ = Patterns::all(0x8000);
+};
+
+template <class Elements, class Meanwhile>
+inline float sum_weights_of(const typename Elements::Type* tile, float anchor, float scale, float cut,
+                            const Meanwhile& meanwhile) {
+  const LogitWeights<false> weights(anchor, scale, cut);
+  return sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
+    meanwhile(e % kQuarter * 4 + e / kQuarter * kPair);  // goes through a tile from its start to its end
+    Elements::pair(tile + e, a, b);
+    a = weights(a);
+    b = weights(b);
   });
 }
 
-float sum_residual(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
+// The largest element of a tile is found while the tile before it is summed: it would otherwise be waited
+// for.
+template <class Elements>
+inline void summarise(const typename Elements::Type* tile, int64_t count, float scale, LogitsTile* out) {
+  Anchor<Elements> first;
+  for (int e = 0; e < kTile; e += kPair) first.add(tile + e);
+  TileMax high = first.of(tile);
+  for (int64_t index = 0; index < count; ++index, tile += kTile) {
+    const auto* next = index + 1 < count ? tile + kTile : tile;
+    Anchor<Elements> coming;
+    const float anchor = high.max > -kInfinity ? high.max : 0.0f;  // nothing but -infinity has no weight
+    const float sum = sum_weights_of<Elements>(tile, anchor, scale, logits_floor(anchor, scale), [&](int e) {
+      fetch_ahead<3, 2>(tile, e);
+      coming.add(next + e);
+    });
+    out[index] = {high.max, sum, !high.has_nan && high.max < kInfinity && sum < kInfinity};
+    high = coming.of(next);
+  }
+}
+
+void summarise_logits(TileRef first, int64_t count, float scale, LogitsTile* out) {
+  with_elements(first.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    summarise<Elements>(elements_of<Elements>(first), count, scale, out);
+  });
+}
+
+float sum_weights(TileRef tile, float anchor, float scale, float cut) {
+  return with_elements(tile.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    const auto* first = elements_of<Elements>(tile);
+    return sum_weights_of<Elements>(first, anchor, scale, cut, [=](int e) { fetch_ahead<1, 3>(first, e); });
+  });
+}
+
+void summarise_probs(TileRef first, int64_t count, float cut, ProbsTile* out) {
+  with_elements(first.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    for (int64_t index = 0; index < count; ++index) {
+      const auto* tile = elements_of<Elements>(first) + index * kTile;
+      const TileMax high = max_of({tile, first.dtype});
+      const Floats bound = Floats::all(cut);
+      Floats low = Floats::all(kInfinity);
+      const float sum = sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
+        Elements::pair(tile + e, a, b);
+        low = lesser_of(a, lesser_of(b, low));
+        a = unless_below(a, bound, a);
+        b = unless_below(b, bound, b);
+      });
+      float lane[kLanes];
+      low.store(lane);
+      float min = lane[0];
+      for (int i = 1; i < kLanes; ++i) min = lane[i] < min ? lane[i] : min;
+      out[index] = {high.max, min, sum, high.has_nan};
+    }
+  });
+}
+
+// Calls body with what gives the residual's weights (times 2^44 if they are to be masses) at an element of
+// the tiles, pair by pair, whatever kind of law the draft has.
+template <class Elements, bool kMasses, class Body>
+inline auto with_residual(TileRef target_ref, const RowLaw& target_law, TileRef draft_ref,
+                          const RowLaw& draft_law, float gain, Body body) {
+  const LogitWeights<kMasses> of_target(target_law.max, target_law.scale, target_law.cut);
+  const auto *target = elements_of<Elements>(target_ref), *draft = elements_of<Elements>(draft_ref);
+  const auto target_alone = [&](int e, Floats& a, Floats& b) {
+    fetch_ahead<1, 3>(target, e);
+    Elements::pair(target + e, a, b);
+    a = of_target(a);
+    b = of_target(b);
+  };
+  if (draft == nullptr) return body(target_alone);
+  const Floats minus_gain = Floats::all(-gain), zero = Floats::all(0.0f);
+  const auto with_draft = [&](const auto& of_draft) {
+    return body([&](int e, Floats& a, Floats& b) {
+      target_alone(e, a, b);
+      fetch_ahead<1, 3>(draft, e);
+      Floats c, d;
+      Elements::pair(draft + e, c, d);
+      a = greater_of(multiply_add(minus_gain, of_draft(c), a), zero);
+      b = greater_of(multiply_add(minus_gain, of_draft(d), b), zero);
+    });
+  };
+  if (draft_law.kind == LawKind::probs)
+    return with_draft(ProbWeights<kMasses>(draft_law.scale, draft_law.cut));
+  return with_draft(LogitWeights<kMasses>(draft_law.max, draft_law.scale, draft_law.cut));
+}
+
+float sum_residual(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,
                    float gain) {
-  return with_residual(target, target_law, draft, draft_law, gain,
-                       [](auto weight) { return sum_tile(weight); });
-}
-
-uint64_t sum_masses(const float* target, const RowLaw& target_law, const float* draft,
-                    const RowLaw& draft_law, float gain) {
-  return with_residual(target, target_law, draft, draft_law, gain, [](auto weight) {
-    MassSum sum;
-    for (int e = 0; e < kTile; e += kLanes) sum.add(weight(e));
-    return sum.total();
+  return with_elements(target.dtype, [&](auto elements) {
+    using Elements = decltype(elements);
+    return with_residual<Elements, false>(target, target_law, draft, draft_law, gain,
+                                          [](const auto& weight) { return sum_tile<Elements>(weight); });
   });
 }
 
-void masses(const float* target, const RowLaw& target_law, const float* draft, const RowLaw& draft_law,
-            float gain, uint64_t* out) {
-  with_residual(target, target_law, draft, draft_law, gain, [=](auto weight) {
-    for (int e = 0; e < kTile; e += kLanes) store_masses(weight(e), out + e);
+uint64_t sum_masses(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,
+                    float gain) {
+  return with_elements(target.dtype, [&](auto elements) {
+    using Elements = decltype(elements);
+    return with_residual<Elements, true>(target, target_law, draft, draft_law, gain, [](const auto& weight) {
+      MassSum sum;
+      for (int e = 0; e < kTile; e += kPair) {
+        Floats a, b;
+        weight(e, a, b);
+        sum.add(a);
+        sum.add(b);
+      }
+      return sum.total();
+    });
   });
 }
 
-int64_t at_least(const float* tile, float bound, float* out) {
-  int64_t kept = 0;
-  for (int e = 0; e < kTile; e += kLanes) kept += keep_at_least(Floats::load(tile + e), bound, out + kept);
-  return kept;
+// The tile as float32, whose pairs are neighbours.
+TileRef in_order(TileRef tile, float* buffer) {
+  if (tile.dtype == DType::float32 || tile.elements == nullptr) return tile;
+  with_elements(tile.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    for (int e = 0; e < kTile; e += kLanes)
+      Elements::neighbours(elements_of<Elements>(tile) + e).store(buffer + e);
+  });
+  return {buffer, DType::float32};
+}
+
+void masses(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law, float gain,
+            uint64_t* out) {
+  float target_buffer[kTile], draft_buffer[kTile];
+  target = in_order(target, target_buffer);
+  draft = in_order(draft, draft_buffer);
+  with_residual<Float32Elements, true>(target, target_law, draft, draft_law, gain, [=](const auto& weight) {
+    for (int e = 0; e < kTile; e += kPair) {
+      Floats a, b;
+      weight(e, a, b);
+      store_masses(a, out + e);
+      store_masses(b, out + e + kLanes);
+    }
+  });
+}
+
+int64_t at_least(TileRef ref, float bound, float* out) {
+  return with_elements(ref.dtype, [=](auto elements) {
+    using Elements = decltype(elements);
+    const auto* tile = elements_of<Elements>(ref);
+    int64_t kept = 0;
+    for (int e = 0; e < kTile; e += kPair) {
+      Floats a, b;
+      Elements::pair(tile + e, a, b);
+      kept += keep_at_least(a, bound, out + kept);
+      kept += keep_at_least(b, bound, out + kept);
+    }
+    return kept;
+  });
 }
 
 }  // namespace
 
 extern const RowKernels FORETOKEN_KERNELS;
 const RowKernels FORETOKEN_KERNELS = {
-    FORETOKEN_KERNELS_NAME, load,       max_of, extremes, group_max, sum_weights, sum_probs,
+    FORETOKEN_KERNELS_NAME, load,       max_of, group_max, summarise_logits, summarise_probs, sum_weights,
     sum_residual,           sum_masses, masses, at_least};
 
 }  // namespace foretoken::cpu

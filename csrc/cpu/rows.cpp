@@ -12,77 +12,6 @@ namespace foretoken::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kTilesPerRun = 16;  // of a row that several threads share
-
-float pad_of(const RowLaw& law) { return law.kind == LawKind::probs ? 0.0f : -kInfinity; }
-
-// The two tiles that a residual reads side by side.
-class ResidualTiles {
- public:
-  explicit ResidualTiles(const Residual& residual)
-      : residual_(residual),
-        kernels_(row_kernels()),
-        draft_law_(residual.draft.data != nullptr ? *residual.draft_law : *residual.target_law) {}
-
-  float sum(int64_t index) {
-    read(index);
-    return kernels_.sum_residual(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
-  }
-
-  uint64_t mass(int64_t index) {
-    if (first_edit(index) == first_edit(index + 1)) {
-      read(index);
-      return kernels_.sum_masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
-    }
-    uint64_t masses[kTile];
-    return fill(index, masses);
-  }
-
-  uint64_t fill(int64_t index, uint64_t* masses) {
-    read(index);
-    kernels_.masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain, masses);
-    for (size_t i = first_edit(index); i < first_edit(index + 1); ++i) {
-      masses[residual_.edits[i].token - index * kTile] = residual_.edits[i].mass;
-    }
-    uint64_t total = 0;
-    for (int e = 0; e < kTile; ++e) total += masses[e];
-    return total;
-  }
-
- private:
-  void read(int64_t index) {
-    target_ = target_tile_.of(kernels_, residual_.target, index, -kInfinity);
-    if (residual_.draft.data != nullptr) {
-      draft_ = draft_tile_.of(kernels_, residual_.draft, index, pad_of(draft_law_));
-    }
-  }
-
-  size_t first_edit(int64_t index) const {
-    const auto before = [](const Residual::Edit& edit, int64_t token) { return edit.token < token; };
-    const auto& edits = residual_.edits;
-    return static_cast<size_t>(std::lower_bound(edits.begin(), edits.end(), index * kTile, before) -
-                               edits.begin());
-  }
-
-  const Residual& residual_;
-  const RowKernels& kernels_;
-  const RowLaw& draft_law_;
-  Tile target_tile_, draft_tile_;
-  const float* target_ = nullptr;
-  const float* draft_ = nullptr;
-};
-
-// body(tiles, index) for every tile of the residual, in runs that threads may share.
-template <class Body>
-void for_each_tile(const Residual& residual, Body body) {
-  const int64_t tiles = tiles_of(residual.target.size);
-  const int64_t runs = (tiles + kTilesPerRun - 1) / kTilesPerRun;
-  parallel_for(runs, kTilesPerRun * kTile, [&](int64_t run) {
-    ResidualTiles reader(residual);
-    const int64_t last = std::min(tiles, (run + 1) * kTilesPerRun);
-    for (int64_t index = run * kTilesPerRun; index < last; ++index) body(reader, index);
-  });
-}
 
 struct Top {
   int64_t token;  // lowest id among the largest elements, NaN passed over; 0 if there is none
@@ -96,7 +25,7 @@ Top top_of(const Row& row) {
   int64_t best_tile = -1;
   bool any_nan = false;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const auto [high, has_nan] = kernels.max_of(tile.of(kernels, row, index, -kInfinity));
+    const auto [high, has_nan] = kernels.max_of(tile.ref(kernels, row, index, -kInfinity));
     any_nan |= has_nan;
     if (high > best) {  // strict: on ties the lower id stays
       best = high;
@@ -115,22 +44,34 @@ RowLaw unusable(const Row& row) {
   return law;
 }
 
+// Calls body(first tile, count, where its results go) for the whole tiles of a row, one run for each thread,
+// then for what is left.
+template <class Body>
+void for_each_run(const Row& row, float pad, Body body) {
+  const int64_t whole = row.size / kTile;
+  const int64_t runs = std::min<int64_t>(threads_for(whole, kTile), whole);
+  parallel_for(runs, row.size, [&](int64_t run) {
+    const int64_t first = whole * run / runs, count = whole * (run + 1) / runs - first;
+    Tile tile;
+    body(tile.ref(row_kernels(), row, first, pad), count, first);
+  });
+  if (whole * kTile == row.size) return;
+  Tile rest;
+  body(rest.ref(row_kernels(), row, whole, pad), int64_t{1}, whole);
+}
+
 // First pass of a sampled row: what each tile holds, relative to its own largest element.
 // False if the row has no law.
 bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
   const RowKernels& kernels = row_kernels();
-  Tile tile;
+  for_each_run(row, -kInfinity, [&](TileRef first, int64_t count, int64_t at) {
+    kernels.summarise_logits(first, count, law.scale, summary.tiles + at);
+  });
   law.max = -kInfinity;
   bool regular = true;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float* x = tile.of(kernels, row, index, -kInfinity);
-    const auto [max, has_nan] = kernels.max_of(x);
-    const float anchor = max > -kInfinity ? max : 0.0f;  // a tile of nothing but -infinity has no weight
-    const float sum = kernels.sum_weights(x, anchor, law.scale, logits_floor(anchor, law.scale));
-    summary.tile_max[static_cast<size_t>(index)] = max;
-    summary.tile_sum[static_cast<size_t>(index)] = sum;
-    regular &= max < kInfinity && !has_nan;
-    law.max = std::max(law.max, max);
+    regular &= summary.tiles[index].regular;
+    law.max = std::max(law.max, summary.tiles[index].max);
   }
   return regular && law.max > -kInfinity;
 }
@@ -145,6 +86,12 @@ const float* Tile::of(const RowKernels& kernels, const Row& row, int64_t index, 
   return buffer_;
 }
 
+TileRef Tile::ref(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
+  const int64_t first = index * kTile;
+  if (first + kTile > row.size) return {of(kernels, row, index, pad), DType::float32};
+  return {static_cast<const char*>(row.data) + first * bytes_of(row.dtype), row.dtype};
+}
+
 float Row::at(int64_t token) const {
   if (dtype == DType::float32) return static_cast<const float*>(data)[token];
   const uint32_t bits = static_cast<const uint16_t*>(data)[token];
@@ -155,10 +102,9 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
   return {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
 }
 
-RowLaw law_of_logits(const Row& row, const Processing& processing) {
+RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses) {
   const RowKernels& kernels = row_kernels();
   RowLaw law;
-  Tile tile;
   if (processing.temperature == 0.0f) {
     law.kind = LawKind::point;
     const Top top = top_of(row);
@@ -168,46 +114,52 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
   }
   law.kind = LawKind::logits;
   law.scale = logits_scale(processing.temperature);
-  RowSummary summary(tiles_of(row.size));
+  RowSummary summary;
   if (!summarise(row, law, summary)) return unusable(row);
 
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
   if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
+  Tile tile;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    const float anchor = summary.tile_max[static_cast<size_t>(index)];
-    if (anchor < law.cut) continue;
-    float sum = summary.tile_sum[static_cast<size_t>(index)];
-    if (law.cut > floor) {  // the first pass summed what the filters have removed since
-      const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
-      sum = kernels.sum_weights(tile.of(kernels, row, index, -kInfinity), anchor, law.scale, cut);
+    const float anchor = summary.tiles[index].max;
+    uint64_t mass = 0;
+    if (anchor >= law.cut) {
+      float sum = summary.tiles[index].sum;
+      if (law.cut > floor) {  // the first pass summed what the filters have removed since
+        const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
+        sum = kernels.sum_weights(tile.ref(kernels, row, index, -kInfinity), anchor, law.scale, cut);
+      }
+      mass = mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
     }
-    law.mass += mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
+    law.mass += mass;
+    if (tile_masses != nullptr) tile_masses[index] = mass;
   }
   return law;
 }
 
 RowLaw law_of_probs(const Row& row) {
   const RowKernels& kernels = row_kernels();
-  std::vector<float> sums(static_cast<size_t>(tiles_of(row.size)));
   RowLaw law;
   law.kind = LawKind::probs;
   law.cut = std::numeric_limits<float>::min();
-  Tile tile;
+  ProbsTile tiles[kMaxTiles];
+  for_each_run(row, 0.0f, [&](TileRef first, int64_t count, int64_t at) {
+    kernels.summarise_probs(first, count, law.cut, tiles + at);
+  });
   float low = 0.0f;
   bool has_nan = false;
-  for (size_t index = 0; index < sums.size(); ++index) {
-    const float* x = tile.of(kernels, row, static_cast<int64_t>(index), 0.0f);
-    const TileExtremes extremes = kernels.extremes(x);
-    law.max = std::max(law.max, extremes.max);
-    low = std::min(low, extremes.min);
-    has_nan |= extremes.has_nan;
-    sums[index] = kernels.sum_probs(x, law.cut);
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    law.max = std::max(law.max, tiles[index].max);
+    low = std::min(low, tiles[index].min);
+    has_nan |= tiles[index].has_nan;
   }
   // Below 2^-24 even a uniform row over the largest vocabulary does not add up to 1.
   if (has_nan || low < 0.0f || !(law.max > 0x1p-24f && law.max < 2.0f)) return unusable(row);
   law.scale = 1.0f / law.max;
-  for (float sum : sums) law.mass += mass_of_tile(sum, law.scale);
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    law.mass += mass_of_tile(tiles[index].sum, law.scale);
+  }
   const double total = static_cast<double>(law.mass) / kMassUnit * static_cast<double>(law.max);
   return total > 0.98 && total < 1.02 ? law : unusable(row);
 }
@@ -275,74 +227,6 @@ void likeliest(const Row& row, const RowLaw& law, int64_t n, int64_t* tokens, fl
     const bool there = i < static_cast<int64_t>(best.size());
     tokens[i] = there ? best[static_cast<size_t>(i)].second : -1;
     logprobs[i] = there ? log_probability(row, law, tokens[i]) : -kInfinity;
-  }
-}
-
-Residual whole_of(const Row& row, const RowLaw& law) {
-  Residual residual;
-  residual.target = row;
-  residual.target_law = &law;
-  return residual;
-}
-
-void Residual::exclude(int64_t token) { subtract(token, 3e38f, 1.0f); }
-
-void Residual::subtract(int64_t token, float gain_, float weight) {
-  const float of_target = weight_in(*target_law, target.at(token));
-  const float left = fused(-gain_, weight, of_target);
-  edits.push_back({token, mass_of(left > 0.0f ? left : 0.0f), mass_of(of_target)});
-}
-
-void Residual::sort_edits() {
-  std::stable_sort(edits.begin(), edits.end(),
-                   [](const Edit& a, const Edit& b) { return a.token < b.token; });
-  const auto same = [](const Edit& a, const Edit& b) { return a.token == b.token; };
-  edits.erase(std::unique(edits.begin(), edits.end(), same), edits.end());
-}
-
-double residual_fraction(const Residual& residual) {
-  const uint64_t whole = residual.target_law->mass;
-  if (residual.draft.data == nullptr) {
-    uint64_t removed = 0;
-    for (const Residual::Edit& edit : residual.edits) removed += edit.before - edit.mass;
-    return removed < whole ? static_cast<double>(whole - removed) / static_cast<double>(whole) : 0.0;
-  }
-  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
-  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
-    masses[static_cast<size_t>(index)] = mass_of_tile(tiles.sum(index), 1.0f);
-  });
-  uint64_t mass = 0;
-  for (uint64_t of_tile : masses) mass += of_tile;
-  return static_cast<double>(mass) / static_cast<double>(whole);
-}
-
-int64_t draw(const Residual& residual, uint64_t bits) {
-  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
-  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
-    masses[static_cast<size_t>(index)] = tiles.mass(index);
-  });
-  uint64_t total = 0;
-  for (uint64_t of_tile : masses) total += of_tile;
-  if (total == 0) return -1;
-  uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
-  size_t index = 0;
-  while (left >= masses[index]) left -= masses[index++];
-  uint64_t elements[kTile];
-  ResidualTiles(residual).fill(static_cast<int64_t>(index), elements);
-  int64_t element = 0;
-  while (left >= elements[element]) left -= elements[element++];
-  return static_cast<int64_t>(index) * kTile + element;
-}
-
-int64_t draw(const Row& row, const RowLaw& law, uint64_t bits) { return draw(whole_of(row, law), bits); }
-
-void all_masses(const Residual& residual, uint64_t* out) {
-  ResidualTiles tiles(residual);
-  uint64_t masses[kTile];
-  for (int64_t index = 0; index < tiles_of(residual.target.size); ++index) {
-    tiles.fill(index, masses);
-    const int64_t first = index * kTile, count = std::min<int64_t>(kTile, residual.target.size - first);
-    std::copy(masses, masses + count, out + first);
   }
 }
 

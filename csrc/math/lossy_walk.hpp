@@ -68,7 +68,7 @@ FORETOKEN_HD inline TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex&
       }
       const double target = left_of_target(rows, node, state, child);
       if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-      reject(rows, node, state, child, 1.0, without_replacement);
+      reject(rows, node, state, child, 1.0, without_replacement, tree.next_sibling[child] != kNoNode);
     }
     if (child == kNoNode) return stop_at(rows, node, state);
     node = child;

@@ -67,6 +67,21 @@ FORETOKEN_HD inline bool has_even_leaves(const TreeIndex& tree) {
   return true;
 }
 
+// No child leads less deep than a younger sibling.
+FORETOKEN_HD inline bool is_deepest_first(const TreeIndex& tree) {
+  int16_t height[kMaxNodes];
+  for (int32_t node = 0; node < tree.nodes; ++node) height[node] = 0;
+  for (int32_t node = tree.nodes - 1; node >= 1; --node) {
+    const int32_t parent = tree.parent[node];
+    if (height[parent] < height[node] + 1) height[parent] = static_cast<int16_t>(height[node] + 1);
+  }
+  for (int32_t node = 1; node < tree.nodes; ++node) {
+    const int32_t younger = tree.next_sibling[node];
+    if (younger != kNoNode && height[node] < height[younger]) return false;
+  }
+  return true;
+}
+
 // Leaves `path` (as path_to gives it) as the only children there are.
 FORETOKEN_HD inline void keep_path(TreeIndex& tree, const int16_t* path, int32_t depth) {
   int32_t node = 0;

@@ -8,6 +8,8 @@
 //              double residual(row, gain)              mass of [target - gain * draft]+; dense rows only
 //              bool removed(row, count, node)          one of the first `count` children has the same token
 //   Decisions  bool token(node, target_prob, draft_prob);  bool fraction(node, h)
+//              bool may_pass(node, bound)              false only if fraction(node, h) is, whatever h <=
+//              bound
 //
 // Rejecting a child replaces the target law p by norm([p - q]+). Done again and again this stays of one
 // shape, p_k = [p - gain * q]+ / rest, so the state of a node is four numbers whatever the vocabulary:
@@ -58,10 +60,11 @@ FORETOKEN_HD inline double left_of_draft(Rows& rows, int32_t row, const NodeStat
 }
 
 // Removes a rejected child. `weight` is what the target's law was multiplied by when it was compared with the
-// draft's: 1 for the sibling walk, P for traversal. Returns the mass of [weight * p' - q']+.
+// draft's: 1 for the sibling walk, P for traversal. Returns the mass of [weight * p' - q']+; finding it means
+// reading two rows, so where nobody will ask for it (`wanted`) it is left as it was.
 template <class Rows>
 FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int32_t child, double weight,
-                                  bool without_replacement) {
+                                  bool without_replacement, bool wanted) {
   const double before = state.rest;
   const int32_t elders = state.rejected++;
   if (!rows.dense(row)) {
@@ -69,7 +72,7 @@ FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int
     if (state.rest < 0.0) state.rest = 0.0;
   } else if (weight > 0.0 && state.left > 0.0) {
     state.gain += state.rest / (weight * state.left);
-    state.rest = rows.residual(row, state.gain);
+    if (wanted) state.rest = rows.residual(row, state.gain);
     if (without_replacement) state.left -= rows.draft_prob(row, child);
   } else {
     state.rest = 0.0;
@@ -142,7 +145,8 @@ FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree,
       for (; child != kNoNode; child = tree.next_sibling[child]) {
         const double target = left_of_target(rows, node, state, child);
         if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-        reject(rows, node, state, child, 1.0, siblings == Siblings::without_replacement);
+        reject(rows, node, state, child, 1.0, siblings == Siblings::without_replacement,
+               tree.next_sibling[child] != kNoNode);
       }
     }
     if (child == kNoNode) return stop_at(rows, node, state);
@@ -174,9 +178,17 @@ FORETOKEN_HD inline TreeVerdict walk_traversal(Rows& rows, const TreeIndex& tree
     if (node == 0 || decide.fraction(node, states[node].prefix)) return stop_at(rows, node, states[node]);
     const int32_t parent = tree.parent[node];
     NodeState& state = states[parent];
-    const double residual = reject(rows, parent, state, node, state.prefix, without_replacement);
-    if (parent != 0) state.prefix = block_fraction(state.prefix, residual);
     next[parent] = tree.next_sibling[node];
+    // Behind the last child the parent itself is decided on, by what is left of its row. Often the coin
+    // already says how: a prefix of 1 stays 1, and no prefix grows (but for rounding, far below a
+    // thousandth).
+    const bool last = next[parent] == kNoNode;
+    const bool passes = last && (parent == 0 || state.prefix == 1.0);
+    const bool fails = last && !passes && !decide.may_pass(parent, 1.001 * state.prefix);
+    const double residual =
+        reject(rows, parent, state, node, state.prefix, without_replacement, !passes && !fails);
+    if (fails) state.prefix = 0.0;
+    if (!fails && !passes && parent != 0) state.prefix = block_fraction(state.prefix, residual);
     node = parent;
   }
 }

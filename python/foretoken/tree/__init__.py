@@ -1,6 +1,6 @@
 """Draft trees: tokens, parents, the law they were drawn from, and the draw."""
 
 from foretoken.tree.draft_tree import DraftTree
-from foretoken.tree.law import Draw, Law
+from foretoken.tree.law import Law
 
-__all__ = ["DraftTree", "Draw", "Law"]
+__all__ = ["DraftTree", "Law"]

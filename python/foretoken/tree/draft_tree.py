@@ -8,9 +8,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from foretoken.ops import Draw
 from foretoken.tree import drawing
 from foretoken.tree.batch import batch_arguments
-from foretoken.tree.law import Draw, check_size, dims, integer, integers, only_one, path_scores
+from foretoken.tree.law import check_size, dims, integer, integers, only_one, path_scores
 from foretoken.tree.nodes import TreeNodes
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, SupportsIndex
 
 from torch import Tensor
 
-Draw = Literal["deterministic", "iid", "without_replacement"] | tuple[Literal["iid_paths"], int]
-"""How siblings came about. They are tried in ascending node number, the order they were drawn in."""
+from foretoken.ops import Draw
+
 Law = Literal["point", "dense", "topk"]
 """What drafts were drawn from: nothing random, a row over the vocabulary, or k ids with probabilities."""
 

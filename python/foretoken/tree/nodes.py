@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foretoken import ops
-from foretoken.tree.law import Draw, Law, LawRows, checked_draw, dims, integer, only_one
+from foretoken.ops import Draw
+from foretoken.tree.law import Law, LawRows, checked_draw, dims, integer, only_one
 
 _MAX_ID = 2**31
 
