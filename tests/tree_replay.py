@@ -132,7 +132,13 @@ def replay(
 
 
 def auto(problem: TreeProblem) -> str:
-    """Traversal, but for trees with leaves of different depth that were drawn without replacement."""
-    nodes = range(len(problem.parents) + 1)
-    depths = {depth_of(problem.parents, node) for node in nodes if node not in problem.parents}
-    return "rrs" if not problem.replaces and len(depths) > 1 else "traversal"
+    """Traversal, but where a child leads less deep than a younger sibling."""
+
+    def height(node: int) -> int:
+        return max((1 + height(child) for child in problem.children(node)), default=0)
+
+    for node in range(len(problem.parents) + 1):
+        heights = [height(child) for child in problem.children(node)]
+        if heights != sorted(heights, reverse=True):
+            return "rrs"
+    return "traversal"
