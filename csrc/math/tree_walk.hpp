@@ -6,6 +6,7 @@
 //              double target_prob(row, node)           of the token of `node`, a child of `row`
 //              double draft_prob(row, node)            the same under the children's law; dense rows only
 //              double residual(row, gain)              mass of [target - gain * draft]+; dense rows only
+//              double left(row, count)                 draft mass without the first `count` children
 //              bool removed(row, count, node)          one of the first `count` children has the same token
 //   Decisions  bool token(node, target_prob, draft_prob);  bool fraction(node, h)
 //              bool may_pass(node, bound)              false only if fraction(node, h) is, whatever h <=
@@ -61,10 +62,11 @@ FORETOKEN_HD inline double left_of_draft(Rows& rows, int32_t row, const NodeStat
 
 // Removes a rejected child. `weight` is what the target's law was multiplied by when it was compared with the
 // draft's: 1 for the sibling walk, P for traversal. Returns the mass of [weight * p' - q']+; finding it means
-// reading two rows, so where nobody will ask for it (`wanted`) it is left as it was.
+// reading two rows, so where nobody will ask for it (`wanted`) it is left as it was. `replaces_left`: a
+// sibling is still to come that was drawn without this one.
 template <class Rows>
 FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int32_t child, double weight,
-                                  bool without_replacement, bool wanted) {
+                                  bool wanted, bool replaces_left) {
   const double before = state.rest;
   const int32_t elders = state.rejected++;
   if (!rows.dense(row)) {
@@ -73,7 +75,7 @@ FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int
   } else if (weight > 0.0 && state.left > 0.0) {
     state.gain += state.rest / (weight * state.left);
     if (wanted) state.rest = rows.residual(row, state.gain);
-    if (without_replacement) state.left -= rows.draft_prob(row, child);
+    if (replaces_left) state.left = rows.left(row, state.rejected);
   } else {
     state.rest = 0.0;
   }
@@ -145,8 +147,8 @@ FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree,
       for (; child != kNoNode; child = tree.next_sibling[child]) {
         const double target = left_of_target(rows, node, state, child);
         if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-        reject(rows, node, state, child, 1.0, siblings == Siblings::without_replacement,
-               tree.next_sibling[child] != kNoNode);
+        const bool more = tree.next_sibling[child] != kNoNode;
+        reject(rows, node, state, child, 1.0, more, more && siblings == Siblings::without_replacement);
       }
     }
     if (child == kNoNode) return stop_at(rows, node, state);
@@ -184,7 +186,8 @@ FORETOKEN_HD inline int32_t climb(Rows& rows, const TreeIndex& tree, int32_t top
     const bool passes = last && (parent == top || state.prefix == 1.0);
     const bool fails = last && !passes && !decide.may_pass(parent, 1.001 * state.prefix);
     const bool wanted = !passes && !fails;
-    const double residual = reject(rows, parent, state, node, state.prefix, without_replacement, wanted);
+    const double residual =
+        reject(rows, parent, state, node, state.prefix, wanted, !last && without_replacement);
     if (fails) state.prefix = 0.0;
     if (wanted && parent != top) state.prefix = block_fraction(state.prefix, residual);
     node = parent;
@@ -232,8 +235,8 @@ FORETOKEN_HD inline TreeVerdict walk_mixed(Rows& rows, const TreeIndex& tree, bo
       }
       const double target = left_of_target(rows, node, state, child);
       if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-      const bool wanted = tree.next_sibling[child] != kNoNode;
-      reject(rows, node, state, child, 1.0, without_replacement, wanted);
+      const bool more = tree.next_sibling[child] != kNoNode;
+      reject(rows, node, state, child, 1.0, more, more && without_replacement);
     }
     if (child == kNoNode) return stop_at(rows, node, state);
     node = child;
