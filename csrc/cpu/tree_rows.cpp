@@ -72,12 +72,14 @@ bool TreeRows::shape_suits(Rule rule) const {
   return true;
 }
 
-// Every child must be possible under the law it is said to come from.
+// Every child must be possible under the law it is said to come from, and no more than certain: a record may
+// be that of another row.
 bool TreeRows::law_usable(int32_t node) {
   if (law_row(node) >= laws().shape[1] || !draft_law(node).law.usable) return false;
   int32_t elders = 0;
   for (int32_t child = tree_.first_child[node]; child != kNoNode; child = tree_.next_sibling[child]) {
-    if (!(draft_prob(node, child) > 0.0)) return false;
+    const double prob = draft_prob(node, child);
+    if (!(prob > 0.0 && prob < 1.001)) return false;
     if (args_.draw == Draw::without_replacement && removed(node, elders, child)) return false;
     ++elders;
   }
