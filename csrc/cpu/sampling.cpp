@@ -54,7 +54,7 @@ Drawn sample_row(const SampleArgs& args, int64_t b, int64_t slot, const LogitEdi
   const uint32_t step = static_cast<uint32_t>(args.step);
   const int64_t token =
       args.method == SampleMethod::gumbel
-          ? gumbel_draw(row, law, seed, base + step)
+          ? gumbel_draw(row, law, seed, base + step, args.vocab_map)
           : draw(whole_of(row, law, tile_masses), random_bits(seed, base, args.purpose, step));
   return {token, log_probability(row, law, token), 0};
 }

@@ -72,12 +72,14 @@ bool TreeRows::shape_suits(Rule rule) const {
   return true;
 }
 
-// Every child must be possible under the law it is said to come from.
+// Every child must be possible under the law it is said to come from, and no more than certain: a record may
+// be that of another row.
 bool TreeRows::law_usable(int32_t node) {
   if (law_row(node) >= laws().shape[1] || !draft_law(node).law.usable) return false;
   int32_t elders = 0;
   for (int32_t child = tree_.first_child[node]; child != kNoNode; child = tree_.next_sibling[child]) {
-    if (!(draft_prob(node, child) > 0.0)) return false;
+    const double prob = draft_prob(node, child);
+    if (!(prob > 0.0 && prob < 1.001)) return false;
     if (args_.draw == Draw::without_replacement && removed(node, elders, child)) return false;
     ++elders;
   }
@@ -216,6 +218,13 @@ bool TreeRows::removed(int32_t node, int32_t count, int32_t child) const {
   return false;
 }
 
+std::vector<int64_t> TreeRows::first_tokens(int32_t node, int32_t count) const {
+  std::vector<int64_t> tokens;
+  int32_t child = tree_.first_child[node];
+  for (int32_t i = 0; i < count; ++i, child = tree_.next_sibling[child]) tokens.push_back(token(child));
+  return tokens;
+}
+
 double TreeRows::relative_prob(int32_t node, int32_t child) {
   const RowLaw& law = target_law(node);
   if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
@@ -267,10 +276,7 @@ Residual TreeRows::closing_of(const TreeVerdict& verdict) {
   if (verdict.closing == Closing::bonus) return whole(verdict.node);
   if (dense(verdict.node)) return residual_of(verdict.node, verdict.state.gain);
   Residual residual = whole(verdict.node);
-  int32_t child = tree_.first_child[verdict.node];
-  for (int32_t i = 0; i < verdict.state.rejected; ++i, child = tree_.next_sibling[child]) {
-    residual.exclude(token(child));
-  }
+  for (int64_t token : first_tokens(verdict.node, verdict.state.rejected)) residual.exclude(token);
   residual.sort_edits();
   return residual;
 }
