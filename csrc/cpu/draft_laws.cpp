@@ -119,6 +119,17 @@ double DraftLaw::probability(int64_t token) const {
   return probability_in(law, element(token));
 }
 
+double DraftLaw::share_without(const std::vector<int64_t>& tokens) const {
+  const auto taken = [&](int64_t id) { return std::find(tokens.begin(), tokens.end(), id) != tokens.end(); };
+  if (law.kind == LawKind::point) return taken(law.top) ? 0.0 : 1.0;
+  if (row.data != nullptr) return cpu::share_without(row, law, tokens);
+  double left = 0.0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (!taken(ids[i])) left += static_cast<double>(weight_in(law, probs[i]));
+  }
+  return left * kMassUnit / static_cast<double>(law.mass);
+}
+
 DraftLaw draft_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, const Processing& processing,
                       const LogitEdits& edits, const std::vector<int64_t>& path, int64_t vocab) {
   if (args.topk_ids) return list_law_at(args, b, law_row, vocab);

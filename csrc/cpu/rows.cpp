@@ -1,6 +1,7 @@
 #include "cpu/rows.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -200,6 +201,43 @@ float log_probability(const Row& row, const RowLaw& law, int64_t token) {
   const double exponent =
       (static_cast<double>(element) - static_cast<double>(law.max)) * static_cast<double>(law.scale) * kLn2;
   return static_cast<float>(exponent - log_positive(static_cast<double>(law.mass) / kMassUnit));
+}
+
+double share_without(const Row& row, const RowLaw& law, const std::vector<int64_t>& tokens) {
+  const bool probs = law.kind == LawKind::probs;
+  const float nothing = probs ? 0.0f : -kInfinity;
+  const RowKernels& kernels = row_kernels();
+  alignas(64) float x[kTile];
+  const TileRef tile{x, DType::float32};
+  const auto read = [&](int64_t index) {
+    const int64_t first = index * kTile;
+    kernels.load(row.data, row.dtype, first, std::min<int64_t>(kTile, row.size - first), nothing, x);
+    for (int64_t token : tokens) {
+      if (token / kTile == index) x[token % kTile] = nothing;
+    }
+    return kernels.max_of(tile).max;
+  };
+  const int64_t tiles = tiles_of(row.size);
+  std::vector<float> tile_max(static_cast<size_t>(tiles));
+  for (int64_t index = 0; index < tiles; ++index) tile_max[static_cast<size_t>(index)] = read(index);
+  const float max = *std::max_element(tile_max.begin(), tile_max.end());
+  if (!(max >= law.cut)) return 0.0;
+  uint64_t mass = 0;  // in units of the likeliest token that is left
+  for (int64_t index = 0; index < tiles; ++index) {
+    const float anchor = tile_max[static_cast<size_t>(index)];
+    if (anchor < law.cut) continue;
+    read(index);
+    if (probs) {
+      ProbsTile found;
+      kernels.summarise_probs(tile, 1, law.cut, &found);
+      mass += mass_of_tile(found.sum, 1.0f / max);
+    } else {
+      const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
+      mass += mass_of_tile(kernels.sum_weights(tile, anchor, law.scale, cut),
+                           weight_of_logit(anchor, max, law.scale, law.cut));
+    }
+  }
+  return static_cast<double>(mass) * static_cast<double>(weight_in(law, max)) / static_cast<double>(law.mass);
 }
 
 double entropy(const Row& row, const RowLaw& law) {

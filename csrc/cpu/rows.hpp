@@ -1,6 +1,8 @@
 // Whole rows on the CPU: from a row of logits to its law, and from laws to tokens.
 #pragma once
 
+#include <vector>
+
 #include "cpu/row_kernels.hpp"
 #include "ops/sampling.hpp"
 
@@ -52,6 +54,10 @@ int64_t argmax(const Row& row);
 
 // log of a token's probability under the law; -infinity if it has none.
 float log_probability(const Row& row, const RowLaw& law, int64_t token);
+
+// The share of a law's mass that is not on the given tokens. Counted anew rather than subtracted: after a
+// token that was all but certain, little is left, and drafts are drawn from that.
+double share_without(const Row& row, const RowLaw& law, const std::vector<int64_t>& tokens);
 
 // Entropy of a law, in nats.
 double entropy(const Row& row, const RowLaw& law);

@@ -218,6 +218,13 @@ bool TreeRows::removed(int32_t node, int32_t count, int32_t child) const {
   return false;
 }
 
+std::vector<int64_t> TreeRows::first_tokens(int32_t node, int32_t count) const {
+  std::vector<int64_t> tokens;
+  int32_t child = tree_.first_child[node];
+  for (int32_t i = 0; i < count; ++i, child = tree_.next_sibling[child]) tokens.push_back(token(child));
+  return tokens;
+}
+
 double TreeRows::relative_prob(int32_t node, int32_t child) {
   const RowLaw& law = target_law(node);
   if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
@@ -269,10 +276,7 @@ Residual TreeRows::closing_of(const TreeVerdict& verdict) {
   if (verdict.closing == Closing::bonus) return whole(verdict.node);
   if (dense(verdict.node)) return residual_of(verdict.node, verdict.state.gain);
   Residual residual = whole(verdict.node);
-  int32_t child = tree_.first_child[verdict.node];
-  for (int32_t i = 0; i < verdict.state.rejected; ++i, child = tree_.next_sibling[child]) {
-    residual.exclude(token(child));
-  }
+  for (int64_t token : first_tokens(verdict.node, verdict.state.rejected)) residual.exclude(token);
   residual.sort_edits();
   return residual;
 }

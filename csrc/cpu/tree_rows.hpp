@@ -38,6 +38,9 @@ class TreeRows {
   double target_prob(int32_t node, int32_t child);
   double draft_prob(int32_t node, int32_t child) { return draft_law(node).probability(token(child)); }
   double residual(int32_t node, double gain);
+  double left(int32_t node, int32_t count) {
+    return draft_law(node).share_without(first_tokens(node, count));
+  }
   bool removed(int32_t node, int32_t count, int32_t child) const;
   double entropy(int32_t node) { return cpu::entropy(target_row(node), target_law(node)); }
   double relative_prob(int32_t node, int32_t child);
@@ -66,6 +69,7 @@ class TreeRows {
   const DraftLaw& draft_law(int32_t node);
   Residual residual_of(int32_t node, double gain);
   std::vector<int64_t> path_tokens(int32_t node) const;
+  std::vector<int64_t> first_tokens(int32_t node, int32_t count) const;
 
   const VerifyArgs& args_;
   int64_t batch_row_, vocab_;
