@@ -265,11 +265,19 @@ void summarise_logits(TileRef first, int64_t count, float scale, LogitsTile* out
   });
 }
 
-float sum_weights(TileRef tile, float anchor, float scale, float cut) {
-  return with_elements(tile.dtype, [=](auto elements) {
+float sum_weights(TileRef ref, float anchor, float scale, float cut) {
+  return with_elements(ref.dtype, [=](auto elements) {
     using Elements = decltype(elements);
-    const auto* first = elements_of<Elements>(tile);
-    return sum_weights_of<Elements>(first, anchor, scale, cut, [=](int e) { fetch_ahead<1, 3>(first, e); });
+    const auto* tile = elements_of<Elements>(ref);
+    const LogitWeights<false> weights(anchor, scale, cut);
+    return sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
+      fetch_ahead<1, 3>(tile, e);
+      Elements::pair(tile + e, a, b);
+      const bool any =
+          any_at_least(greater_of(a, b), cut);  // mostly not: what is asked for here is a few tokens
+      a = any ? weights(a) : Floats::all(0.0f);
+      b = any ? weights(b) : Floats::all(0.0f);
+    });
   });
 }
 
@@ -402,6 +410,7 @@ float plain_read(const float* elements, int64_t count) {
   int64_t i = 0;
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
     for (int c = 0; c < kVectors; ++c) high[c] = greater_of(Floats::load(elements + i + c * kLanes), high[c]);
+    for (int c = 0; c < kVectors; c += 2) fetch_ahead<1, 3>(elements + i, c * kLanes);
   }
   for (int c = 1; c < kVectors; ++c) high[0] = greater_of(high[c], high[0]);
   float largest = largest_lane(high[0]);
