@@ -107,7 +107,22 @@ struct Mass {
   uint64_t of(float logit) const { return mass_of(weight_of_logit(logit, law.max, law.scale, law.cut)); }
 };
 
-constexpr int64_t kFew = 96;  // that a sort is cheaper than anything else
+constexpr int64_t kFew = 96;  // few enough to be sorted
+
+// Largest first: each goes where the number of larger ones says, so there is no branch to be guessed wrong.
+void sort_few(Logits& list) {
+  float sorted[kFew];
+  int32_t place[kFew] = {};
+  const float* x = list.begin();
+  for (int64_t i = 0; i < list.size(); ++i) {
+    int32_t before = 0;
+    for (int64_t j = 0; j < i; ++j) place[j] += x[i] > x[j] ? 1 : 0;
+    for (int64_t j = 0; j < i; ++j) before += x[i] > x[j] ? 0 : 1;
+    place[i] = before;
+  }
+  for (int64_t i = 0; i < list.size(); ++i) sorted[place[i]] = x[i];
+  std::copy(sorted, sorted + list.size(), list.begin());
+}
 
 // The same of a list that is sorted, and reaches it.
 template <class Measure>
@@ -142,7 +157,11 @@ float largest_reaching(Logits& list, float low, float high, uint64_t need, const
       if (part.size() == list.size()) return most;
     }
   }
-  std::sort(list.begin(), list.end(), std::greater<>());
+  if (list.size() <= kFew) {
+    sort_few(list);
+  } else {  // all within the last place of the largest
+    std::sort(list.begin(), list.end(), std::greater<>());
+  }
   return reached_in_order(list.begin(), need, measure);
 }
 
@@ -159,10 +178,11 @@ void append_of_row(const Row& row, const RowSummary& summary, float low, float h
   out.pad();
 }
 
-// The k-th largest maximum of disjoint groups cannot exceed the k-th largest element: whole tiles are the
-// groups where there are enough of them, 64 elements each otherwise.
-float lower_bound_of_kth(const Row& row, float floor, float max, float scale, const RowSummary& summary,
-                         int64_t k, Scratch& scratch) {
+// A number, at least the floor, that k elements reach if there are so many above the floor, and not many more
+// do: k of the maxima of disjoint groups reach it. Whole tiles are the groups where there are enough of them,
+// 64 elements each otherwise.
+float lower_bound_of_kth(const Row& row, const RowLaw& law, float floor, const RowSummary& summary, int64_t k,
+                         Scratch& scratch) {
   constexpr int kSteps = 14;
   const RowKernels& kernels = row_kernels();
   const int64_t tiles = tiles_of(row.size);
@@ -180,14 +200,18 @@ float lower_bound_of_kth(const Row& row, float floor, float max, float scale, co
     }
   }
   all.pad();
-  // Any number that k of them reach will do, so long as not many more do; most often it is within some nats.
-  float low = floor, high = max;
+  float low = floor, high = law.max;
+  const float near = law.max - distance_of_weight(0x1p20, law.scale);  // most often it is within so many nats
   for (int step = 0; step < kSteps; ++step) {
-    const float near = max - distance_of_weight(0x1p20, scale);
     const float middle = step == 0 && near > floor ? near : low + (high - low) * 0.5f;
     above.assign(all, middle, kInfinity);
-    (above.size() >= k ? low : high) = middle;
-    if (above.size() >= k && above.size() <= k + k / 4) break;
+    if (above.size() < k) {
+      high = middle;
+    } else {
+      low = middle;
+      std::swap(all, above);
+      if (all.size() <= k + k / 4) break;
+    }
   }
   return low;
 }
@@ -197,7 +221,7 @@ float lower_bound_of_kth(const Row& row, float floor, float max, float scale, co
 // does not even have k elements.
 float top_k_cut(const Row& row, const RowLaw& law, float floor, RowSummary& summary, int64_t k,
                 Scratch& scratch) {
-  const float bound = lower_bound_of_kth(row, floor, law.max, law.scale, summary, k, scratch);
+  const float bound = lower_bound_of_kth(row, law, floor, summary, k, scratch);
   Logits &kept = scratch.kept, &candidates = scratch.candidates;
   kept.clear();
   append_of_row(row, summary, bound, kInfinity, kept, summary.first);
@@ -211,7 +235,7 @@ float top_k_cut(const Row& row, const RowLaw& law, float floor, RowSummary& summ
   if (candidates.size() > kFew) {
     return largest_reaching(candidates, bound, law.max, static_cast<uint64_t>(k), Count{}, scratch.part);
   }
-  std::sort(candidates.begin(), candidates.end(), std::greater<>());
+  sort_few(candidates);
   scratch.sorted = true;
   return candidates.begin()[k - 1];
 }
