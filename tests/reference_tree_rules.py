@@ -101,7 +101,7 @@ def k_seq_divisor(target_row: Row, draft_row: Row, count: int) -> float:
     low, high = 1.0, float(count)
     if excess(low) <= 0.0:
         return low
-    for _ in range(200):
+    for _ in range(60):  # halvings: the last bit of a double
         middle = 0.5 * (low + high)
         low, high = (middle, high) if excess(middle) > 0.0 else (low, middle)
     return high

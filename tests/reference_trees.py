@@ -8,6 +8,7 @@ closes), and, here, the joint law of the tokens that a reader sees.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -20,6 +21,7 @@ from reference_draws import (
     Parents,
     Tokens,
     TreeProblem,
+    children_of,
     deepest,
     draw_law,
     problem_of,
@@ -36,8 +38,35 @@ __all__ = [
     "plain_law",
     "round_law",
     "total_variation",
+    "traversal_suits",
     "verdict_law",
 ]
+
+
+def fits_in(parents: Parents, younger: int, elder: int) -> bool:
+    """Whether the subtree of ``younger`` is that of ``elder`` after some last siblings are cut off there."""
+    here, there = children_of(parents, younger), children_of(parents, elder)
+    return len(here) <= len(there) and all(
+        fits_in(parents, mine, other) for mine, other in zip(here, there, strict=False)
+    )
+
+
+def traversal_suits(parents: Parents, draw: Draw) -> bool:
+    """Whether traversal never accepts fewer drafts on average than recursive rejection, whatever the laws.
+
+    Below the root, siblings drawn independently must come in an order in which each subtree fits in the one
+    before, and a node may have one child if children are drawn without replacement. The root's children are
+    free: there both rules accept alike. ``docs/rules/expected-length.md`` has the proof.
+    """
+    if draw == "deterministic":
+        return True
+    for node in range(1, len(parents) + 1):
+        siblings = children_of(parents, node)
+        if draw == "without_replacement" and len(siblings) > 1:
+            return False
+        if not all(fits_in(parents, after, before) for before, after in itertools.pairwise(siblings)):
+            return False
+    return True
 
 
 def verdict_law(rule: str, problem: TreeProblem, **options: object) -> VerdictLaw:

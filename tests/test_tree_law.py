@@ -287,3 +287,26 @@ def test_a_chain_by_traversal_is_the_block_rule(precision):
         found, expected = shipped(problem, "traversal", precision), verdict_law("block", problem)
         for key in {*found, *expected}:
             assert found.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), abs=LIMIT[precision] * 10)
+
+
+@pytest.mark.parametrize("precision", LIMIT)
+@pytest.mark.parametrize("rule", RULES["without_replacement"])
+@pytest.mark.parametrize("likely", [14.0, 20.0, 26.0])
+def test_the_rest_of_a_peaked_law_keeps_its_digits(likely, rule, precision):
+    """Without replacement: what a drafter that is all but certain leaves for its second choice."""
+    target = np.array([[-8.0, 0.3, 1.0, -0.5]] * 21)
+    draft = np.array([[likely, 0.6, -0.2, 0.1]] * 21)
+    law, _ = _core.testing.joint_law(
+        target.tolist(),
+        draft.tolist(),
+        [0, 0, 2],
+        [],
+        getattr(Rule, rule),
+        Draw.without_replacement,
+        1,
+        PLAIN,
+        PLAIN,
+        precision,
+    )
+    expected = plain_joint(law_of(target, PLAIN), 4, 2)
+    assert error(np.asarray(law), expected, precision) <= LIMIT[precision]

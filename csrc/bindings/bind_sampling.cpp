@@ -19,9 +19,11 @@ using boundary::kIndexDTypes;
 using boundary::kRealDTypes;
 using boundary::Layout;
 
+constexpr int64_t kMaxStep = (1 << 24) - 1;
+
 void sample(py::handle logits, const SamplingTable& sampling, py::handle base, py::handle slots,
             py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle path,
-            py::handle vocab_map, int64_t vocab_size, Purpose purpose, SampleMethod method, int32_t step,
+            py::handle vocab_map, int64_t vocab_size, Purpose purpose, SampleMethod method, int64_t step,
             py::handle tokens, py::handle logprobs, py::handle status, py::handle records) {
   Intake intake("sample");
   SampleArgs args;
@@ -48,7 +50,12 @@ void sample(py::handle logits, const SamplingTable& sampling, py::handle base, p
   args.records = intake.write_or_null(records, "records", DType::int64, {batch, kRecordWords}, Layout::any);
   args.purpose = purpose;
   args.method = method;
-  args.step = step;
+  // What the counter has room for; a step beyond it would be another purpose's number.
+  if (step < 0 || step > kMaxStep) {
+    throw py::value_error("step: expected 0 to " + std::to_string(kMaxStep) + ", got " +
+                          std::to_string(step));
+  }
+  args.step = static_cast<int32_t>(step);
   const Device device = intake.device();
   const Stream stream = intake.stream();
   args.sampling = sampling.view(device, stream);

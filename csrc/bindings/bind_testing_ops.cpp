@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/enumerate.hpp"
+#include "cpu/residual.hpp"
 #include "cpu/row_kernels.hpp"
 #include "math/philox.hpp"
 
@@ -99,6 +100,32 @@ py::tuple row_law(const std::vector<float>& row, const FilterTuple& filters, boo
   return py::make_tuple(law.max, law.scale, law.cut, law.mass, law.top, law.usable);
 }
 
+// Draws from a float32 row, from [row - gain * draft]+ (gain in weights) if there is a draft row, or without
+// one token: all integer masses, and the token of each 64 random bits as a draw finds it that knows its
+// tiles.
+py::tuple draw_tokens(const std::vector<float>& row, const std::vector<float>& draft, float gain,
+                      int64_t excluded, const FilterTuple& filters, const std::vector<uint64_t>& bits) {
+  const int64_t size = static_cast<int64_t>(row.size());
+  std::vector<uint64_t> tiles(static_cast<size_t>(cpu::tiles_of(size)));
+  const cpu::Row view{row.data(), DType::float32, size};
+  const RowLaw law = cpu::law_of_logits(view, processing_from(filters), tiles.data());
+  cpu::Residual residual = cpu::whole_of(view, law, tiles.data());
+  RowLaw draft_law;
+  if (!draft.empty()) {
+    residual.draft = {draft.data(), DType::float32, size};
+    draft_law = cpu::law_of_logits(residual.draft, processing_from(filters));
+    residual.draft_law = &draft_law;
+    residual.gain = gain;
+    cpu::residual_fraction(residual, tiles.data());
+  }
+  if (excluded >= 0) residual.exclude(excluded);
+  py::array_t<uint64_t> masses(static_cast<py::ssize_t>(size));
+  cpu::all_masses(residual, masses.mutable_data());
+  std::vector<int64_t> tokens;
+  for (uint64_t random : bits) tokens.push_back(cpu::draw(residual, random));
+  return py::make_tuple(masses, tokens);
+}
+
 }  // namespace
 
 void register_testing_ops(py::module_& testing) {
@@ -119,6 +146,8 @@ void register_testing_ops(py::module_& testing) {
   testing.def("exp2_scaled", &exp2_scaled_array, py::arg("distances"), py::arg("scale"));
   testing.def("log_positive", &log_array, py::arg("values"));
   testing.def("row_law", &row_law, py::arg("row"), py::arg("filters"), py::arg("probs") = false);
+  testing.def("draw_tokens", &draw_tokens, py::arg("row"), py::arg("draft"), py::arg("gain"),
+              py::arg("excluded"), py::arg("filters"), py::arg("bits"));
   testing.def("verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"),
               py::arg("draft_tokens"), py::arg("parents"), py::arg("rule"), py::arg("draw"),
               py::arg("num_paths"), py::arg("sampling"), py::arg("draft_sampling"),

@@ -14,8 +14,12 @@ namespace {
   throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
 }
 
+[[noreturn]] void refuse(const char* name, const char* expected, int64_t got) {
+  throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
 int32_t checked_id(const char* name, int64_t id) {
-  if (id < 0 || id > INT32_MAX) refuse(name, "token ids of 0 and more", static_cast<double>(id));
+  if (id < 0 || id > INT32_MAX) refuse(name, "token ids in [0, 2^31)", id);
   return static_cast<int32_t>(id);
 }
 
@@ -28,7 +32,7 @@ void check_penalties(const ConstraintValues& values) {
   }
   if (!(std::fabs(values.presence) <= 1e6)) refuse("presence_penalty", "a finite number", values.presence);
   if (values.min_new_tokens < 0 || values.min_new_tokens > INT32_MAX) {
-    refuse("min_new_tokens", "0 or a positive count", static_cast<double>(values.min_new_tokens));
+    refuse("min_new_tokens", "0 or a positive count", values.min_new_tokens);
   }
 }
 
@@ -83,13 +87,13 @@ void SamplingTable::constrain(int64_t slot, const ConstraintValues& values) {
   for (size_t i = 0; i < values.bias_ids.size(); ++i) {
     const double bias = values.bias[i];
     if (!(bias < 1e30)) refuse("logit_bias", "finite numbers or -inf", bias);
-    const int32_t id = checked_id("logit_bias", values.bias_ids[i]);
-    if (std::find(lists.bias_ids.begin(), lists.bias_ids.end(), id) != lists.bias_ids.end()) {
-      refuse("logit_bias", "each token once", static_cast<double>(id));
-    }
-    lists.bias_ids.push_back(id);
+    lists.bias_ids.push_back(checked_id("logit_bias", values.bias_ids[i]));
     lists.bias.push_back(static_cast<float>(bias));
   }
+  std::vector<int32_t> sorted = lists.bias_ids;
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end()) refuse("logit_bias", "each token once", int64_t{*twice});
   for (const auto& word : values.bad_words) {
     if (word.empty())
       throw std::invalid_argument("bad_words: expected sequences of at least one token, got an empty one");
@@ -111,8 +115,7 @@ void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double 
   if (temperature != 0.0 && !(temperature >= 1e-6 && temperature <= 1e6)) {
     refuse("temperature", "0 (greedy) or 1e-6 to 1e6", temperature);
   }
-  if (top_k < 0 || top_k > INT32_MAX)
-    refuse("top_k", "0 (off) or a positive count", static_cast<double>(top_k));
+  if (top_k < 0 || top_k > INT32_MAX) refuse("top_k", "0 (off) or a positive count", top_k);
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a number in (0, 1]", top_p);
   if (!(min_p >= 0.0 && min_p < 1.0)) refuse("min_p", "a number in [0, 1)", min_p);
   temperature_[index] = static_cast<float>(temperature);

@@ -18,15 +18,22 @@ bool padding_is_empty(const Row& row, const TensorView& map, int64_t vocab) {
   return true;
 }
 
-// Puts the elements of a row in the order of the target's ids; what nothing maps to has `absent`.
-void reorder(DraftLaw& law, const TensorView& map, int64_t vocab, float absent) {
+// Puts the elements of a row in the order of the target's ids; what nothing maps to has `absent`. False: two
+// columns have mass for one id, so that a token's probability is neither's.
+bool reorder(DraftLaw& law, const TensorView& map, int64_t vocab, float absent) {
   std::vector<float> ordered(static_cast<size_t>(vocab), absent);
+  bool injective = true;
   for (int64_t element = 0; element < law.row.size; ++element) {
     const int64_t id = read_index(map, element);
-    if (id >= 0 && id < vocab) ordered[static_cast<size_t>(id)] = law.row.at(element);
+    const float value = law.row.at(element);
+    if (id < 0 || id >= vocab || value == absent) continue;
+    float& place = ordered[static_cast<size_t>(id)];
+    injective &= place == absent;
+    place = value;
   }
   law.storage = std::move(ordered);
   law.row = {law.storage.data(), DType::float32, vocab};
+  return injective;
 }
 
 RowLaw recorded_law(const VerifyArgs& args, int64_t b, int64_t law_row, int64_t size) {
@@ -47,9 +54,8 @@ DraftLaw logits_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, const
   result.law = args.draft_records ? recorded_law(args, b, law_row, result.row.size)
                                   : law_of_logits(result.row, processing);
   if (args.vocab_map) {
-    const int64_t top = result.law.top;
-    if (top >= 0) result.law.top = read_index(args.vocab_map, top);
-    reorder(result, args.vocab_map, vocab, kNothing);
+    if (result.law.top >= 0) result.law.top = read_index(args.vocab_map, result.law.top);
+    result.law.usable &= reorder(result, args.vocab_map, vocab, kNothing);
   }
   return result;
 }
@@ -57,14 +63,14 @@ DraftLaw logits_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, const
 DraftLaw probs_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, int64_t vocab) {
   DraftLaw result;
   result.row = row_at(args.draft_probs, offset_of(args.draft_probs, b, law_row));
-  const bool padded = padding_is_empty(result.row, args.vocab_map, vocab);
+  bool sound = padding_is_empty(result.row, args.vocab_map, vocab);
   if (args.vocab_map) {
-    reorder(result, args.vocab_map, vocab, 0.0f);
+    sound &= reorder(result, args.vocab_map, vocab, 0.0f);
   } else {
     result.row.size = std::min(result.row.size, vocab);
   }
   result.law = law_of_probs(result.row);
-  result.law.usable &= padded;
+  result.law.usable &= sound;
   return result;
 }
 
@@ -79,7 +85,9 @@ DraftLaw list_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, int64_t
     if (args.vocab_map) id = id < args.vocab_map.shape[0] ? read_index(args.vocab_map, id) : -1;
     const int64_t offset = offset_of(args.topk_probs, b, law_row, i);
     const float prob = static_cast<const float*>(args.topk_probs.data)[offset];
-    result.law.usable &= id >= 0 && id < vocab && prob >= 0.0f && prob < 2.0f;
+    const bool known = id >= 0 && id < vocab;
+    if (!known && prob == 0.0f) continue;  // padding, as in a row of probabilities
+    result.law.usable &= known && prob >= 0.0f && prob < 2.0f;
     result.ids.push_back(id);
     result.probs.push_back(prob);
     result.law.max = std::max(result.law.max, prob);
@@ -109,6 +117,17 @@ float DraftLaw::element(int64_t token) const {
 double DraftLaw::probability(int64_t token) const {
   if (law.kind == LawKind::point) return token == law.top ? 1.0 : 0.0;
   return probability_in(law, element(token));
+}
+
+double DraftLaw::share_without(const std::vector<int64_t>& tokens) const {
+  const auto taken = [&](int64_t id) { return std::find(tokens.begin(), tokens.end(), id) != tokens.end(); };
+  if (law.kind == LawKind::point) return taken(law.top) ? 0.0 : 1.0;
+  if (row.data != nullptr) return cpu::share_without(row, law, tokens);
+  double left = 0.0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (!taken(ids[i])) left += static_cast<double>(weight_in(law, probs[i]));
+  }
+  return left * kMassUnit / static_cast<double>(law.mass);
 }
 
 DraftLaw draft_law_at(const VerifyArgs& args, int64_t b, int64_t law_row, const Processing& processing,

@@ -22,6 +22,7 @@ struct DraftLaw {
 
   float element(int64_t token) const;  // what the law's weight is taken of
   double probability(int64_t token) const;
+  double share_without(const std::vector<int64_t>& tokens) const;
 };
 
 // The law in row `law_row` of the declared tensors, over `vocab` target ids; `path`: tokens drafted to the

@@ -17,6 +17,7 @@ class Script {
     return decide(draft_prob > target_prob ? target_prob / draft_prob : target_prob > 0.0 ? 1.0 : 0.0);
   }
   bool fraction(int32_t, double h) { return decide(h); }
+  bool may_pass(int32_t, double) const { return true; }
 
   template <class Rows>
   int64_t choose(Rows& rows, int32_t node) {

@@ -85,6 +85,14 @@ double ExactRows::draft_prob(int32_t node, int32_t child) const {
   return draft_[static_cast<size_t>(node)][static_cast<size_t>(token(child))];
 }
 
+double ExactRows::left(int32_t node, int32_t count) const {
+  std::vector<double> law = draft_[static_cast<size_t>(node)];
+  int32_t child = tree_.first_child[node];
+  for (int32_t i = 0; i < count; ++i, child = tree_.next_sibling[child])
+    law[static_cast<size_t>(token(child))] = 0.0;
+  return total_of(law);
+}
+
 bool ExactRows::removed(int32_t node, int32_t count, int32_t child) const {
   int32_t elder = tree_.first_child[node];
   for (int32_t i = 0; i < count; ++i, elder = tree_.next_sibling[elder]) {

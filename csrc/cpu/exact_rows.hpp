@@ -27,6 +27,7 @@ class ExactRows {
   double target_prob(int32_t node, int32_t child) const;
   double draft_prob(int32_t node, int32_t child) const;
   double residual(int32_t node, double gain) const { return total_of(residual_weights(node, gain)); }
+  double left(int32_t node, int32_t count) const;
   bool removed(int32_t node, int32_t count, int32_t child) const;
   double entropy(int32_t node) const;
   double relative_prob(int32_t node, int32_t child) const;

@@ -7,8 +7,6 @@
 
 namespace foretoken::cpu {
 
-constexpr int64_t kMaxTiles = tiles_of(kMaxVocab);
-
 // What the first pass over a row leaves behind for the later ones.
 struct RowSummary {
   LogitsTile tiles[kMaxTiles];

@@ -83,16 +83,15 @@ class Joint {
   }
 
   double probability_of(int64_t token, const std::vector<double>& law, int32_t node) const {
-    double left = 1.0;
+    std::vector<double> rest = law;
     if (joint_.options.draw == Draw::without_replacement) {
       for (int32_t elder = tree_.first_child[tree_.parent[node]]; elder != node;
            elder = tree_.next_sibling[elder]) {
-        const int64_t drawn = tokens_[static_cast<size_t>(elder - 1)];
-        if (drawn == token) return 0.0;
-        left -= law[static_cast<size_t>(drawn)];
+        rest[static_cast<size_t>(tokens_[static_cast<size_t>(elder - 1)])] = 0.0;
       }
     }
-    return left > 1e-12 ? law[static_cast<size_t>(token)] / left : 0.0;
+    const double left = total_of(rest);
+    return left > 0.0 ? rest[static_cast<size_t>(token)] / left : 0.0;
   }
 
   // Ascending nodes: parents and elder siblings have been drawn before.

@@ -11,15 +11,18 @@ namespace foretoken::cpu {
 
 // Elements below which a second thread is not woken: a wake-up costs some 5 us, an element 0.2 ns, and on a
 // busy machine the second thread may be late by a scheduler's quantum.
-constexpr int64_t kParallelElements = int64_t{1} << 18;
+constexpr int64_t kParallelElements = int64_t{1} << 17;
+
+inline int max_threads() {
+#if defined(_OPENMP)
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 inline int threads_for(int64_t items, int64_t elements_per_item) {
-#if defined(_OPENMP)
-  if (items > 1 && items * elements_per_item >= kParallelElements && !omp_in_parallel()) {
-    return omp_get_max_threads();
-  }
-#endif
-  return 1;
+  return items > 1 && items * elements_per_item >= kParallelElements ? max_threads() : 1;
 }
 
 template <class Body>

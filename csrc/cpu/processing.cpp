@@ -136,7 +136,8 @@ void LogitEdits::edit(const Row& row, const std::vector<int64_t>& path, const in
   }
   if (map_) {
     for (int64_t element = 0; element < row.size; ++element) {
-      if (read_index(map_, element) < 0) out[static_cast<size_t>(element)] = kMasked;
+      const int64_t id = read_index(map_, element);
+      if (id < 0 || id >= vocab_) out[static_cast<size_t>(element)] = kMasked;
     }
   }
 }

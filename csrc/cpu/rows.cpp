@@ -1,6 +1,7 @@
 #include "cpu/rows.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -12,80 +13,6 @@ namespace foretoken::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kTilesPerRun = 16;  // of a row that several threads share
-
-float pad_of(const RowLaw& law) { return law.kind == LawKind::probs ? 0.0f : -kInfinity; }
-
-// The two tiles that a residual reads side by side.
-class ResidualTiles {
- public:
-  explicit ResidualTiles(const Residual& residual)
-      : residual_(residual),
-        kernels_(row_kernels()),
-        draft_law_(residual.draft.data != nullptr ? *residual.draft_law : *residual.target_law) {}
-
-  float sum(int64_t index) {
-    read(index);
-    return kernels_.sum_residual(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
-  }
-
-  uint64_t mass(int64_t index) {
-    if (first_edit(index) == first_edit(index + 1)) {
-      read(index);
-      return kernels_.sum_masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain);
-    }
-    uint64_t masses[kTile];
-    return fill(index, masses);
-  }
-
-  uint64_t fill(int64_t index, uint64_t* masses) {
-    read(index);
-    kernels_.masses(target_, *residual_.target_law, draft_, draft_law_, residual_.gain, masses);
-    for (size_t i = first_edit(index); i < first_edit(index + 1); ++i) {
-      masses[residual_.edits[i].token - index * kTile] = residual_.edits[i].mass;
-    }
-    uint64_t total = 0;
-    for (int e = 0; e < kTile; ++e) total += masses[e];
-    return total;
-  }
-
- private:
-  void read(int64_t index) {
-    const Row &target = residual_.target, &draft = residual_.draft;
-    if (draft.data == nullptr || draft.dtype == target.dtype) {
-      target_ = target_tile_.ref(kernels_, target, index, -kInfinity);
-      if (draft.data != nullptr) draft_ = draft_tile_.ref(kernels_, draft, index, pad_of(draft_law_));
-    } else {
-      target_ = {target_tile_.of(kernels_, target, index, -kInfinity), DType::float32};
-      draft_ = {draft_tile_.of(kernels_, draft, index, pad_of(draft_law_)), DType::float32};
-    }
-  }
-
-  size_t first_edit(int64_t index) const {
-    const auto before = [](const Residual::Edit& edit, int64_t token) { return edit.token < token; };
-    const auto& edits = residual_.edits;
-    return static_cast<size_t>(std::lower_bound(edits.begin(), edits.end(), index * kTile, before) -
-                               edits.begin());
-  }
-
-  const Residual& residual_;
-  const RowKernels& kernels_;
-  const RowLaw& draft_law_;
-  Tile target_tile_, draft_tile_;
-  TileRef target_, draft_;
-};
-
-// body(tiles, index) for every tile of the residual, in runs that threads may share.
-template <class Body>
-void for_each_tile(const Residual& residual, Body body) {
-  const int64_t tiles = tiles_of(residual.target.size);
-  const int64_t runs = (tiles + kTilesPerRun - 1) / kTilesPerRun;
-  parallel_for(runs, kTilesPerRun * kTile, [&](int64_t run) {
-    ResidualTiles reader(residual);
-    const int64_t last = std::min(tiles, (run + 1) * kTilesPerRun);
-    for (int64_t index = run * kTilesPerRun; index < last; ++index) body(reader, index);
-  });
-}
 
 struct Top {
   int64_t token;  // lowest id among the largest elements, NaN passed over; 0 if there is none
@@ -118,12 +45,17 @@ RowLaw unusable(const Row& row) {
   return law;
 }
 
-// Calls body(first tile, count, where its results go) for the whole tiles of a row at once, then for what is
-// left.
+// Calls body(first tile, count, where its results go) for the whole tiles of a row, one run for each thread,
+// then for what is left.
 template <class Body>
 void for_each_run(const Row& row, float pad, Body body) {
   const int64_t whole = row.size / kTile;
-  if (whole > 0) body(TileRef{row.data, row.dtype}, whole, int64_t{0});
+  const int64_t runs = std::min<int64_t>(threads_for(whole, kTile), whole);
+  parallel_for(runs, row.size, [&](int64_t run) {
+    const int64_t first = whole * run / runs, count = whole * (run + 1) / runs - first;
+    Tile tile;
+    body(tile.ref(row_kernels(), row, first, pad), count, first);
+  });
   if (whole * kTile == row.size) return;
   Tile rest;
   body(rest.ref(row_kernels(), row, whole, pad), int64_t{1}, whole);
@@ -171,7 +103,7 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
   return {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
 }
 
-RowLaw law_of_logits(const Row& row, const Processing& processing) {
+RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses) {
   const RowKernels& kernels = row_kernels();
   RowLaw law;
   if (processing.temperature == 0.0f) {
@@ -192,13 +124,17 @@ RowLaw law_of_logits(const Row& row, const Processing& processing) {
   Tile tile;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float anchor = summary.tiles[index].max;
-    if (anchor < law.cut) continue;
-    float sum = summary.tiles[index].sum;
-    if (law.cut > floor) {  // the first pass summed what the filters have removed since
-      const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
-      sum = kernels.sum_weights(tile.ref(kernels, row, index, -kInfinity), anchor, law.scale, cut);
+    uint64_t mass = 0;
+    if (anchor >= law.cut) {
+      float sum = summary.tiles[index].sum;
+      if (law.cut > floor) {  // the first pass summed what the filters have removed since
+        const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
+        sum = kernels.sum_weights(tile.ref(kernels, row, index, -kInfinity), anchor, law.scale, cut);
+      }
+      mass = mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
     }
-    law.mass += mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
+    law.mass += mass;
+    if (tile_masses != nullptr) tile_masses[index] = mass;
   }
   return law;
 }
@@ -239,6 +175,43 @@ float log_probability(const Row& row, const RowLaw& law, int64_t token) {
   const double exponent =
       (static_cast<double>(element) - static_cast<double>(law.max)) * static_cast<double>(law.scale) * kLn2;
   return static_cast<float>(exponent - log_positive(static_cast<double>(law.mass) / kMassUnit));
+}
+
+double share_without(const Row& row, const RowLaw& law, const std::vector<int64_t>& tokens) {
+  const bool probs = law.kind == LawKind::probs;
+  const float nothing = probs ? 0.0f : -kInfinity;
+  const RowKernels& kernels = row_kernels();
+  alignas(64) float x[kTile];
+  const TileRef tile{x, DType::float32};
+  const auto read = [&](int64_t index) {
+    const int64_t first = index * kTile;
+    kernels.load(row.data, row.dtype, first, std::min<int64_t>(kTile, row.size - first), nothing, x);
+    for (int64_t token : tokens) {
+      if (token / kTile == index) x[token % kTile] = nothing;
+    }
+    return kernels.max_of(tile).max;
+  };
+  const int64_t tiles = tiles_of(row.size);
+  std::vector<float> tile_max(static_cast<size_t>(tiles));
+  for (int64_t index = 0; index < tiles; ++index) tile_max[static_cast<size_t>(index)] = read(index);
+  const float max = *std::max_element(tile_max.begin(), tile_max.end());
+  if (!(max >= law.cut)) return 0.0;
+  uint64_t mass = 0;  // in units of the likeliest token that is left
+  for (int64_t index = 0; index < tiles; ++index) {
+    const float anchor = tile_max[static_cast<size_t>(index)];
+    if (anchor < law.cut) continue;
+    read(index);
+    if (probs) {
+      ProbsTile found;
+      kernels.summarise_probs(tile, 1, law.cut, &found);
+      mass += mass_of_tile(found.sum, 1.0f / max);
+    } else {
+      const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
+      mass += mass_of_tile(kernels.sum_weights(tile, anchor, law.scale, cut),
+                           weight_of_logit(anchor, max, law.scale, law.cut));
+    }
+  }
+  return static_cast<double>(mass) * static_cast<double>(weight_in(law, max)) / static_cast<double>(law.mass);
 }
 
 double entropy(const Row& row, const RowLaw& law) {
@@ -292,74 +265,6 @@ void likeliest(const Row& row, const RowLaw& law, int64_t n, int64_t* tokens, fl
     const bool there = i < static_cast<int64_t>(best.size());
     tokens[i] = there ? best[static_cast<size_t>(i)].second : -1;
     logprobs[i] = there ? log_probability(row, law, tokens[i]) : -kInfinity;
-  }
-}
-
-Residual whole_of(const Row& row, const RowLaw& law) {
-  Residual residual;
-  residual.target = row;
-  residual.target_law = &law;
-  return residual;
-}
-
-void Residual::exclude(int64_t token) { subtract(token, 3e38f, 1.0f); }
-
-void Residual::subtract(int64_t token, float gain_, float weight) {
-  const float of_target = weight_in(*target_law, target.at(token));
-  const float left = fused(-gain_, weight, of_target);
-  edits.push_back({token, mass_of(left > 0.0f ? left : 0.0f), mass_of(of_target)});
-}
-
-void Residual::sort_edits() {
-  std::stable_sort(edits.begin(), edits.end(),
-                   [](const Edit& a, const Edit& b) { return a.token < b.token; });
-  const auto same = [](const Edit& a, const Edit& b) { return a.token == b.token; };
-  edits.erase(std::unique(edits.begin(), edits.end(), same), edits.end());
-}
-
-double residual_fraction(const Residual& residual) {
-  const uint64_t whole = residual.target_law->mass;
-  if (residual.draft.data == nullptr) {
-    uint64_t removed = 0;
-    for (const Residual::Edit& edit : residual.edits) removed += edit.before - edit.mass;
-    return removed < whole ? static_cast<double>(whole - removed) / static_cast<double>(whole) : 0.0;
-  }
-  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
-  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
-    masses[static_cast<size_t>(index)] = mass_of_tile(tiles.sum(index), 1.0f);
-  });
-  uint64_t mass = 0;
-  for (uint64_t of_tile : masses) mass += of_tile;
-  return static_cast<double>(mass) / static_cast<double>(whole);
-}
-
-int64_t draw(const Residual& residual, uint64_t bits) {
-  std::vector<uint64_t> masses(static_cast<size_t>(tiles_of(residual.target.size)));
-  for_each_tile(residual, [&](ResidualTiles& tiles, int64_t index) {
-    masses[static_cast<size_t>(index)] = tiles.mass(index);
-  });
-  uint64_t total = 0;
-  for (uint64_t of_tile : masses) total += of_tile;
-  if (total == 0) return -1;
-  uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
-  size_t index = 0;
-  while (left >= masses[index]) left -= masses[index++];
-  uint64_t elements[kTile];
-  ResidualTiles(residual).fill(static_cast<int64_t>(index), elements);
-  int64_t element = 0;
-  while (left >= elements[element]) left -= elements[element++];
-  return static_cast<int64_t>(index) * kTile + element;
-}
-
-int64_t draw(const Row& row, const RowLaw& law, uint64_t bits) { return draw(whole_of(row, law), bits); }
-
-void all_masses(const Residual& residual, uint64_t* out) {
-  ResidualTiles tiles(residual);
-  uint64_t masses[kTile];
-  for (int64_t index = 0; index < tiles_of(residual.target.size); ++index) {
-    tiles.fill(index, masses);
-    const int64_t first = index * kTile, count = std::min<int64_t>(kTile, residual.target.size - first);
-    std::copy(masses, masses + count, out + first);
   }
 }
 

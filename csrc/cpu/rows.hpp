@@ -17,6 +17,7 @@ struct Row {
 };
 
 constexpr int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+constexpr int64_t kMaxTiles = tiles_of(kMaxVocab);
 
 // A tile of a row, padded where the row ends.
 class Tile {
@@ -42,7 +43,8 @@ Processing processing_of(const SamplingView& sampling, int64_t slot);
 
 // Temperature, top-k (keeps ties), top-p (every token at or above the smallest threshold whose mass reaches
 // it), min-p (relative to the largest), in transformers' order. Temperature 0 is the point law of the argmax.
-RowLaw law_of_logits(const Row& row, const Processing& processing);
+// `tile_masses`, if given: of a law that is usable and no point, how its mass is made up.
+RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses = nullptr);
 
 // Probabilities are final; they are normalised by their own sum, which must be within 2 % of 1.
 RowLaw law_of_probs(const Row& row);
@@ -53,6 +55,10 @@ int64_t argmax(const Row& row);
 // log of a token's probability under the law; -infinity if it has none.
 float log_probability(const Row& row, const RowLaw& law, int64_t token);
 
+// The share of a law's mass that is not on the given tokens. Counted anew rather than subtracted: after a
+// token that was all but certain, little is left, and drafts are drawn from that.
+double share_without(const Row& row, const RowLaw& law, const std::vector<int64_t>& tokens);
+
 // Entropy of a law, in nats.
 double entropy(const Row& row, const RowLaw& law);
 
@@ -62,39 +68,5 @@ int64_t count_likelier(const Row& row, const RowLaw& law, int64_t token);
 // The n likeliest tokens of a law, best first, the lowest id first on ties; ids behind the last possible are
 // -1.
 void likeliest(const Row& row, const RowLaw& law, int64_t n, int64_t* tokens, float* logprobs);
-
-// What is left of the target's row for a closing token: the target itself, [target - gain * draft]+ with a
-// draft row, or the target with the masses of some tokens changed.
-struct Residual {
-  Row target;
-  const RowLaw* target_law = nullptr;
-  Row draft;  // data == nullptr: none
-  const RowLaw* draft_law = nullptr;
-  float gain = 0.0f;  // in weights
-  struct Edit {
-    int64_t token;
-    uint64_t mass;    // of the token now
-    uint64_t before;  // and in the target's law
-  };
-  std::vector<Edit> edits;  // ascending tokens, once sort_edits() ran; without a draft row only
-
-  void exclude(int64_t token);
-  void subtract(int64_t token, float gain, float weight);  // [weight of the target - gain * weight]+
-  void sort_edits();                                       // drops all but the first of each token
-};
-
-Residual whole_of(const Row& row, const RowLaw& law);
-
-// Mass of the residual over the target's mass.
-double residual_fraction(const Residual& residual);
-
-// A token drawn by 64 random bits on integer masses; -1 if the residual has no mass at all.
-int64_t draw(const Residual& residual, uint64_t bits);
-
-// The same from the law itself.
-int64_t draw(const Row& row, const RowLaw& law, uint64_t bits);
-
-// All integer masses of a (small) residual, for the tests that enumerate instead of drawing.
-void all_masses(const Residual& residual, uint64_t* masses);
 
 }  // namespace foretoken::cpu

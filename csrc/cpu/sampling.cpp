@@ -6,6 +6,7 @@
 #include "cpu/gumbel.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/processing.hpp"
+#include "cpu/residual.hpp"
 
 namespace foretoken::cpu {
 
@@ -44,15 +45,17 @@ Drawn sample_row(const SampleArgs& args, int64_t b, int64_t slot, const LogitEdi
     edits.edit(row, path_of(args, b), bits, mask ? mask.strides[1] : 0, edited);
     row = {edited.data(), DType::float32, row.size};
   }
-  const RowLaw law = law_of_logits(row, processing_of(args.sampling, slot));
+  uint64_t tile_masses[kMaxTiles];
+  const RowLaw law = law_of_logits(row, processing_of(args.sampling, slot), tile_masses);
   note_law(args, b, law);
   if (!law.usable) return {law.top, -kInfinity, kLawLost};
   if (law.kind == LawKind::point) return {law.top, 0.0f, 0};
   const uint64_t seed = args.sampling.seed[slot], base = static_cast<uint64_t>(read_index(args.base, b));
   const uint32_t step = static_cast<uint32_t>(args.step);
-  const int64_t token = args.method == SampleMethod::gumbel
-                            ? gumbel_draw(row, law, seed, base + step)
-                            : draw(row, law, random_bits(seed, base, args.purpose, step));
+  const int64_t token =
+      args.method == SampleMethod::gumbel
+          ? gumbel_draw(row, law, seed, base + step, args.vocab_map)
+          : draw(whole_of(row, law, tile_masses), random_bits(seed, base, args.purpose, step));
   return {token, log_probability(row, law, token), 0};
 }
 

@@ -35,6 +35,7 @@ bool TreeRows::tree_usable(int32_t drafts) {
   });
   const size_t nodes = static_cast<size_t>(drafts) + 1;
   target_.resize(nodes);
+  target_tiles_.resize(nodes);
   edited_.resize(nodes);
   draft_.resize(nodes);
   target_made_.resize(nodes, 0);
@@ -49,7 +50,8 @@ bool TreeRows::take_proposal(int32_t drafts, Rule rule, bool share_row) {
   bool usable = tree_usable(drafts) && shape_suits(rule);
   const bool reads_laws = rule != Rule::target_only && rule != Rule::coupled;
   if (!reads_laws) ignore_draft_laws();
-  if (usable && share_row) make_laws();
+  share_row_ = share_row;
+  if (usable && share_row) make_laws(0, true);
   for (int32_t node = 0; usable && node <= drafts; ++node) {
     if (tree_.first_child[node] != kNoNode && dense(node)) usable = law_usable(node);
   }
@@ -70,25 +72,41 @@ bool TreeRows::shape_suits(Rule rule) const {
   return true;
 }
 
-// Every child must be possible under the law it is said to come from.
+// Every child must be possible under the law it is said to come from, and no more than certain: a record may
+// be that of another row.
 bool TreeRows::law_usable(int32_t node) {
   if (law_row(node) >= laws().shape[1] || !draft_law(node).law.usable) return false;
   int32_t elders = 0;
   for (int32_t child = tree_.first_child[node]; child != kNoNode; child = tree_.next_sibling[child]) {
-    if (!(draft_prob(node, child) > 0.0)) return false;
+    const double prob = draft_prob(node, child);
+    if (!(prob > 0.0 && prob < 1.001)) return false;
     if (args_.draw == Draw::without_replacement && removed(node, elders, child)) return false;
     ++elders;
   }
   return true;
 }
 
-void TreeRows::make_laws() {
-  parallel_for(2 * int64_t{tree_.nodes}, vocab_, [&](int64_t item) {
-    const int32_t node = static_cast<int32_t>(item / 2);
-    if (item % 2 == 0) {
-      target_law(node);
-    } else if (tree_.first_child[node] != kNoNode && dense(node) && law_row(node) < laws().shape[1]) {
-      draft_law(node);
+// A chain is walked from its root, so of its rows only the next few are made: enough to give every thread the
+// same number of them, the drafts' among them, and something to do at all.
+void TreeRows::make_laws(int32_t first, bool with_drafts) {
+  std::vector<int32_t> drafts;
+  for (int32_t node = 0; with_drafts && node < tree_.nodes; ++node) {
+    const bool read = tree_.first_child[node] != kNoNode && dense(node);
+    if (read && law_row(node) < laws().shape[1]) drafts.push_back(node);
+  }
+  const int64_t before = static_cast<int64_t>(drafts.size());
+  int64_t rows = tree_.nodes - first;
+  if (!args_.parents) {
+    const int64_t threads = max_threads();
+    const int64_t least = std::max(before + 1, (kParallelElements + vocab_ - 1) / vocab_);
+    rows = std::min(rows, (least + threads - 1) / threads * threads - before);
+    if (threads_for(before + rows, vocab_) == 1) rows = 1;
+  }
+  parallel_for(before + rows, vocab_, [&](int64_t item) {
+    if (item < before) {
+      draft_law(drafts[static_cast<size_t>(item)]);
+    } else {
+      make_target_law(first + static_cast<int32_t>(item - before));
     }
   });
 }
@@ -145,11 +163,20 @@ Row TreeRows::target_row(int32_t node) {
   return {edited.data(), DType::float32, vocab_};
 }
 
+void TreeRows::make_target_law(int32_t node) {
+  const size_t index = static_cast<size_t>(node);
+  if (target_made_[index]) return;
+  if (!greedy()) target_tiles_[index].resize(static_cast<size_t>(tiles_of(vocab_)));
+  target_[index] = law_of_logits(target_row(node), processing_, target_tiles_[index].data());
+  target_made_[index] = 1;
+}
+
 const RowLaw& TreeRows::target_law(int32_t node) {
   const size_t index = static_cast<size_t>(node);
-  if (!target_made_[index]) {
-    target_[index] = law_of_logits(target_row(node), processing_);
-    target_made_[index] = 1;
+  if (!target_made_[index] && share_row_) {
+    make_laws(node, false);
+  } else {
+    make_target_law(node);
   }
   return target_[index];
 }
@@ -191,6 +218,13 @@ bool TreeRows::removed(int32_t node, int32_t count, int32_t child) const {
   return false;
 }
 
+std::vector<int64_t> TreeRows::first_tokens(int32_t node, int32_t count) const {
+  std::vector<int64_t> tokens;
+  int32_t child = tree_.first_child[node];
+  for (int32_t i = 0; i < count; ++i, child = tree_.next_sibling[child]) tokens.push_back(token(child));
+  return tokens;
+}
+
 double TreeRows::relative_prob(int32_t node, int32_t child) {
   const RowLaw& law = target_law(node);
   if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
@@ -199,6 +233,20 @@ double TreeRows::relative_prob(int32_t node, int32_t child) {
 
 bool TreeRows::among_top(int32_t node, int32_t child, int32_t k) {
   return count_likelier(target_row(node), target_law(node), token(child)) < k;
+}
+
+Residual TreeRows::whole(int32_t node) {
+  const RowLaw& law = target_law(node);
+  return whole_of(target_row(node), law, target_tiles_[static_cast<size_t>(node)].data());
+}
+
+double TreeRows::residual(int32_t node, double gain) {
+  const Residual residual = residual_of(node, gain);
+  if (residual.draft.data == nullptr) return residual_fraction(residual);
+  residual_.node = node;
+  residual_.gain = gain;
+  residual_.tiles.resize(static_cast<size_t>(tiles_of(vocab_)));
+  return residual_fraction(residual, residual_.tiles.data());
 }
 
 Residual TreeRows::residual_of(int32_t node, double gain) {
@@ -213,6 +261,8 @@ Residual TreeRows::residual_of(int32_t node, double gain) {
     residual.draft = draft.row;
     residual.draft_law = &draft.law;
     residual.gain = in_weights;
+    const bool known = residual_.node == node && residual_.gain == gain;
+    residual.tile_masses = known ? residual_.tiles.data() : nullptr;
     return residual;
   }
   for (size_t i = 0; i < draft.ids.size(); ++i) {
@@ -226,10 +276,7 @@ Residual TreeRows::closing_of(const TreeVerdict& verdict) {
   if (verdict.closing == Closing::bonus) return whole(verdict.node);
   if (dense(verdict.node)) return residual_of(verdict.node, verdict.state.gain);
   Residual residual = whole(verdict.node);
-  int32_t child = tree_.first_child[verdict.node];
-  for (int32_t i = 0; i < verdict.state.rejected; ++i, child = tree_.next_sibling[child]) {
-    residual.exclude(token(child));
-  }
+  for (int64_t token : first_tokens(verdict.node, verdict.state.rejected)) residual.exclude(token);
   residual.sort_edits();
   return residual;
 }

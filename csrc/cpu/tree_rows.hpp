@@ -5,6 +5,7 @@
 
 #include "cpu/draft_laws.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/residual.hpp"
 #include "math/lossy_walk.hpp"
 
 namespace foretoken::cpu {
@@ -18,7 +19,7 @@ class TreeRows {
 
   // Judged from the proposal alone, before any coin: then dropping it changes no law. Builds the tree; if it
   // returns false the request is to be decoded with no drafts, and the tree is the root alone. `share_row`:
-  // make all laws at once, on threads that a single request would leave idle.
+  // make several laws at once, on threads that a single request would leave idle.
   bool take_proposal(int32_t drafts, Rule rule, bool share_row);
 
   const TreeIndex& tree() const { return tree_; }
@@ -36,7 +37,10 @@ class TreeRows {
   bool dense(int32_t node) const { return !ignore_draft_laws_ && law_row(node) >= 0; }
   double target_prob(int32_t node, int32_t child);
   double draft_prob(int32_t node, int32_t child) { return draft_law(node).probability(token(child)); }
-  double residual(int32_t node, double gain) { return residual_fraction(residual_of(node, gain)); }
+  double residual(int32_t node, double gain);
+  double left(int32_t node, int32_t count) {
+    return draft_law(node).share_without(first_tokens(node, count));
+  }
   bool removed(int32_t node, int32_t count, int32_t child) const;
   double entropy(int32_t node) { return cpu::entropy(target_row(node), target_law(node)); }
   double relative_prob(int32_t node, int32_t child);
@@ -51,27 +55,35 @@ class TreeRows {
 
   // The closing token is drawn from this; with `closing` argmax or chosen there is nothing to draw.
   Residual closing_of(const TreeVerdict& verdict);
-  Residual whole(int32_t node) { return whole_of(target_row(node), target_law(node)); }
+  Residual whole(int32_t node);
 
  private:
   bool tree_usable(int32_t drafts);
   bool shape_suits(Rule rule) const;
   bool all_or_none_dense() const;
   bool law_usable(int32_t node);
-  void make_laws();
+  void make_laws(int32_t first, bool with_drafts);
+  void make_target_law(int32_t node);
   const TensorView& laws() const;
   int64_t law_row(int32_t node) const;
   const DraftLaw& draft_law(int32_t node);
   Residual residual_of(int32_t node, double gain);
   std::vector<int64_t> path_tokens(int32_t node) const;
+  std::vector<int64_t> first_tokens(int32_t node, int32_t count) const;
 
   const VerifyArgs& args_;
   int64_t batch_row_, vocab_;
   Processing processing_, draft_processing_;
   LogitEdits edits_, draft_edits_;
-  bool ignore_draft_laws_ = false;
+  bool ignore_draft_laws_ = false, share_row_ = false;
   TreeIndex tree_;
   std::vector<RowLaw> target_;
+  std::vector<std::vector<uint64_t>> target_tiles_;  // how the mass of each target law is made up
+  struct {                                           // the same of the last residual that was asked for
+    int32_t node = kNoNode;
+    double gain = 0.0;
+    std::vector<uint64_t> tiles;
+  } residual_;
   std::vector<std::vector<float>> edited_;  // target rows that something edits
   std::vector<DraftLaw> draft_;
   std::vector<uint8_t> target_made_, draft_made_;

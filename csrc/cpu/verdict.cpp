@@ -14,7 +14,9 @@ void write_numbers(const VerifyArgs& args, int64_t b, int32_t accepted, int32_t 
   write_index(args.num_emitted, emitted, b);
   write_index(args.num_accepted, accepted, b);
   write_index(args.next_token, closing, b);
-  write_index(args.next_lengths, read_index(args.base, b) - 1 + emitted, b);
+  // Unsigned, where any base of a damaged row has a result.
+  const uint64_t base = static_cast<uint64_t>(read_index(args.base, b));
+  write_index(args.next_lengths, static_cast<int64_t>(base - 1 + static_cast<uint64_t>(emitted)), b);
   write_index(args.status, status, b);
 }
 

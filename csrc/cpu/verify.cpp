@@ -21,9 +21,10 @@ struct PhiloxCoins {
   bool fraction(int32_t node, double h) const {
     return accepts_fraction(random_coin(seed, base, static_cast<uint32_t>(node)), h);
   }
+  bool may_pass(int32_t node, double bound) const { return fraction(node, bound); }
   int64_t choose(TreeRows& rows, int32_t node) const {
     const uint64_t position = base + static_cast<uint64_t>(rows.tree().depth[node]);
-    return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position);
+    return gumbel_draw(rows.target_row(node), rows.target_law(node), seed, position, TensorView{});
   }
 };
 
@@ -49,8 +50,9 @@ int64_t target_rows(const VerifyArgs& args, int64_t b) {
 // The rule of a slot; kRules if its code is none.
 int rule_of(const VerifyArgs& args, int64_t slot) {
   if (!args.rules) return static_cast<int>(args.rule);
+  if (slot >= args.rules.shape[0]) return kRules;
   const uint8_t code = static_cast<const uint8_t*>(args.rules.data)[offset_of(args.rules, slot)];
-  return slot < args.rules.shape[0] && code < kRules ? code : kRules;
+  return code < kRules ? code : kRules;
 }
 
 void verify_row(const VerifyArgs& args, int64_t b, bool share_row) {

@@ -14,18 +14,6 @@ struct WalkOptions {
   Tolerance tolerance;
 };
 
-// The rule that `automatic` stands for. With point laws alone no walk keeps more than the siblings' one, and
-// it reads the fewest rows. Traversal is the best for sampled drafts, except that it can lose to recursive
-// rejection where a shallow child comes before a deep sibling: kept, it ends a path that would have gone on.
-// (No other case among all trees of up to 5 drafts and thousands of larger ones; tests/test_tree_law.py.)
-template <class Rows>
-Rule chosen_rule(const Rows& rows, const TreeIndex& tree, const WalkOptions& options) {
-  const bool point = !rows.any_dense();
-  if (options.rule != Rule::automatic) return point && options.rule == Rule::gbv ? Rule::rrs : options.rule;
-  if (point) return Rule::rrs;
-  return is_deepest_first(tree) ? Rule::traversal : Rule::rrs;
-}
-
 // exp(-nats), the same on every device.
 inline double exp_minus(double nats) {
   return nats < 80.0 ? static_cast<double>(exp2_scaled(static_cast<float>(-nats), static_cast<float>(kLog2E)))
@@ -71,12 +59,21 @@ TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options, 
   if (options.rule >= Rule::lossy_typical) return walk_lossy(rows, tree, options, decide);
   if (options.rule == Rule::coupled) return walk_coupled(rows, tree, decide);
   if (options.rule == Rule::target_only) rows.ignore_draft_laws();
-  switch (chosen_rule(rows, tree, options)) {
-    case Rule::gbv: rows.keep_first_path(options.num_paths); [[fallthrough]];
+  // With point laws alone no walk keeps more than the siblings' one, and it reads the fewest rows.
+  const bool drawn = rows.any_dense();
+  switch (options.rule) {
     case Rule::traversal: return walk_traversal(rows, tree, without_replacement, states, decide);
     case Rule::spectr: return walk_siblings(rows, tree, Siblings::transport, decide);
-    default: return walk_siblings(rows, tree, siblings, decide);
+    case Rule::gbv:
+      if (!drawn) break;
+      rows.keep_first_path(options.num_paths);
+      return walk_traversal(rows, tree, without_replacement, states, decide);
+    case Rule::automatic:
+      if (drawn) return walk_mixed(rows, tree, without_replacement, states, decide);
+      break;
+    default: break;
   }
+  return walk_siblings(rows, tree, siblings, decide);
 }
 
 }  // namespace foretoken::cpu

@@ -68,7 +68,8 @@ FORETOKEN_HD inline TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex&
       }
       const double target = left_of_target(rows, node, state, child);
       if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-      reject(rows, node, state, child, 1.0, without_replacement);
+      const bool more = tree.next_sibling[child] != kNoNode;
+      reject(rows, node, state, child, 1.0, more, more && without_replacement);
     }
     if (child == kNoNode) return stop_at(rows, node, state);
     node = child;

@@ -27,6 +27,16 @@ struct RowLaw {
   uint64_t mass = 0;   // sum of the weights at or above cut, in units of 2^-44
 };
 
+FORETOKEN_INLINE float logits_scale(float temperature) {
+  const double scale = kLog2E / static_cast<double>(temperature);
+  return scale < 1e30 ? static_cast<float>(scale) : 1e30f;
+}
+
+// Below this a weight would leave the normal float32 range; such a token has far less than 2^-44 of the top.
+FORETOKEN_INLINE float logits_floor(float max, float scale) {
+  return static_cast<float>(static_cast<double>(max) - 125.0 / static_cast<double>(scale));
+}
+
 // A law as four words, so that whoever drew from it can hand over the very bits. Word 0: kind in byte 0,
 // usable in byte 1, max above; word 1: scale, cut above; word 2: mass; word 3: top.
 constexpr int kRecordWords = 4;
@@ -48,29 +58,21 @@ FORETOKEN_INLINE RowLaw read_record(const int64_t* record, int64_t stride, int64
   law.scale = float_of(static_cast<uint32_t>(second));
   law.cut = float_of(static_cast<uint32_t>(second >> 32));
   law.mass = static_cast<uint64_t>(record[2 * stride]);
-  law.top = record[3 * stride];
   law.kind = (first & 0xFFu) == static_cast<uint64_t>(LawKind::point) ? LawKind::point : LawKind::logits;
   if (law.kind == LawKind::point) {
-    law.usable = law.usable && law.top >= 0 && law.top < size;
+    const int64_t top = record[3 * stride];  // an element's number, which nobody is to see unchecked
+    law.usable = law.usable && top >= 0 && top < size;
+    law.top = law.usable ? top : -1;
     return law;
   }
   // The negated comparisons refuse NaN as well; the largest element alone weighs kMassUnit.
   if (!(law.max < 3e38f && law.max > -3e38f) || !(law.scale > 0.0f && law.scale <= 1e30f) ||
-      !(law.cut <= law.max) || law.mass < static_cast<uint64_t>(kMassUnit * 0.9) ||
+      !(law.cut <= law.max && law.cut >= logits_floor(law.max, law.scale)) ||
+      law.mass < static_cast<uint64_t>(kMassUnit * 0.9) ||
       (first & 0xFFu) != static_cast<uint64_t>(LawKind::logits)) {
     law.usable = false;
   }
   return law;
-}
-
-FORETOKEN_INLINE float logits_scale(float temperature) {
-  const double scale = kLog2E / static_cast<double>(temperature);
-  return scale < 1e30 ? static_cast<float>(scale) : 1e30f;
-}
-
-// Below this a weight would leave the normal float32 range; such a token has far less than 2^-44 of the top.
-FORETOKEN_INLINE float logits_floor(float max, float scale) {
-  return static_cast<float>(static_cast<double>(max) - 125.0 / static_cast<double>(scale));
 }
 
 // A NaN is not below the cut: it comes through, and makes the sum of its tile a NaN.

@@ -67,19 +67,40 @@ FORETOKEN_HD inline bool has_even_leaves(const TreeIndex& tree) {
   return true;
 }
 
-// No child leads less deep than a younger sibling.
-FORETOKEN_HD inline bool is_deepest_first(const TreeIndex& tree) {
-  int16_t height[kMaxNodes];
-  for (int32_t node = 0; node < tree.nodes; ++node) height[node] = 0;
-  for (int32_t node = tree.nodes - 1; node >= 1; --node) {
-    const int32_t parent = tree.parent[node];
-    if (height[parent] < height[node] + 1) height[parent] = static_cast<int16_t>(height[node] + 1);
+// Whether the tree below `younger` is what remains of that below `elder` when last siblings are cut off, here
+// and there. Both are walked side by side, without a stack.
+FORETOKEN_HD inline bool fits_into(const TreeIndex& tree, int32_t elder, int32_t younger) {
+  int32_t a = elder, b = younger;
+  while (true) {
+    if (tree.first_child[b] != kNoNode) {
+      a = tree.first_child[a];
+      b = tree.first_child[b];
+    } else {
+      while (b != younger && tree.next_sibling[b] == kNoNode) {
+        a = tree.parent[a];
+        b = tree.parent[b];
+      }
+      if (b == younger) return true;
+      a = tree.next_sibling[a];
+      b = tree.next_sibling[b];
+    }
+    if (a == kNoNode) return false;
   }
-  for (int32_t node = 1; node < tree.nodes; ++node) {
-    const int32_t younger = tree.next_sibling[node];
-    if (younger != kNoNode && height[node] < height[younger]) return false;
+}
+
+// suits[n]: verifying what hangs below node n from the leaves up accepts no less than recursive rejection
+// would, for every pair of laws. Independent siblings: each has to fit into the one before it (proven in
+// docs/rules/expected-length.md). Without replacement: no node may have two children (smaller losses are
+// known for every other shape).
+FORETOKEN_HD inline void find_suiting(const TreeIndex& tree, bool without_replacement, bool* suits) {
+  for (int32_t node = tree.nodes - 1; node >= 0; --node) {
+    suits[node] = true;
+    for (int32_t child = tree.first_child[node]; child != kNoNode; child = tree.next_sibling[child]) {
+      const int32_t younger = tree.next_sibling[child];
+      const bool fits = younger == kNoNode || (!without_replacement && fits_into(tree, child, younger));
+      suits[node] = suits[node] && suits[child] && fits;
+    }
   }
-  return true;
 }
 
 // Leaves `path` (as path_to gives it) as the only children there are.

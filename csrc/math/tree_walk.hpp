@@ -6,8 +6,11 @@
 //              double target_prob(row, node)           of the token of `node`, a child of `row`
 //              double draft_prob(row, node)            the same under the children's law; dense rows only
 //              double residual(row, gain)              mass of [target - gain * draft]+; dense rows only
+//              double left(row, count)                 draft mass without the first `count` children
 //              bool removed(row, count, node)          one of the first `count` children has the same token
 //   Decisions  bool token(node, target_prob, draft_prob);  bool fraction(node, h)
+//              bool may_pass(node, bound)              false only if fraction(node, h) is, whatever h <=
+//              bound
 //
 // Rejecting a child replaces the target law p by norm([p - q]+). Done again and again this stays of one
 // shape, p_k = [p - gain * q]+ / rest, so the state of a node is four numbers whatever the vocabulary:
@@ -58,10 +61,12 @@ FORETOKEN_HD inline double left_of_draft(Rows& rows, int32_t row, const NodeStat
 }
 
 // Removes a rejected child. `weight` is what the target's law was multiplied by when it was compared with the
-// draft's: 1 for the sibling walk, P for traversal. Returns the mass of [weight * p' - q']+.
+// draft's: 1 for the sibling walk, P for traversal. Returns the mass of [weight * p' - q']+; finding it means
+// reading two rows, so where nobody will ask for it (`wanted`) it is left as it was. `replaces_left`: a
+// sibling is still to come that was drawn without this one.
 template <class Rows>
 FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int32_t child, double weight,
-                                  bool without_replacement) {
+                                  bool wanted, bool replaces_left) {
   const double before = state.rest;
   const int32_t elders = state.rejected++;
   if (!rows.dense(row)) {
@@ -69,8 +74,8 @@ FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int
     if (state.rest < 0.0) state.rest = 0.0;
   } else if (weight > 0.0 && state.left > 0.0) {
     state.gain += state.rest / (weight * state.left);
-    state.rest = rows.residual(row, state.gain);
-    if (without_replacement) state.left -= rows.draft_prob(row, child);
+    if (wanted) state.rest = rows.residual(row, state.gain);
+    if (replaces_left) state.left = rows.left(row, state.rejected);
   } else {
     state.rest = 0.0;
   }
@@ -142,7 +147,8 @@ FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree,
       for (; child != kNoNode; child = tree.next_sibling[child]) {
         const double target = left_of_target(rows, node, state, child);
         if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
-        reject(rows, node, state, child, 1.0, siblings == Siblings::without_replacement);
+        const bool more = tree.next_sibling[child] != kNoNode;
+        reject(rows, node, state, child, 1.0, more, more && siblings == Siblings::without_replacement);
       }
     }
     if (child == kNoNode) return stop_at(rows, node, state);
@@ -150,34 +156,90 @@ FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree,
   }
 }
 
-// From the leaves up: "Traversal verification for speculative tree decoding" (Weng et al. 2025, algorithm 1).
+// From the leaves up, in the tree that hangs from `top`'s child `child`; `states[top]` says what `top` has
+// lost so far. The last accepted node, or `top` if nothing below was: then its state has lost the child.
+template <class Rows, class Decisions>
+FORETOKEN_HD inline int32_t climb(Rows& rows, const TreeIndex& tree, int32_t top, int32_t child,
+                                  bool without_replacement, NodeState* states, int16_t* next,
+                                  Decisions& decide) {
+  int32_t node = top;
+  next[top] = static_cast<int16_t>(child);
+  do {
+    // A row without a law verifies nothing: its node ends the path, and what comes before does not notice.
+    while (next[node] != kNoNode && rows.usable(node)) {
+      const int32_t below = next[node];
+      NodeState& state = states[node];
+      const double target = left_of_target(rows, node, state, below);
+      states[below] = NodeState{};
+      states[below].prefix = extend_prefix(state.prefix, target, left_of_draft(rows, node, state, below));
+      next[below] = tree.first_child[below];
+      node = below;
+    }
+    if (decide.fraction(node, states[node].prefix)) return node;
+    const int32_t parent = tree.parent[node];
+    NodeState& state = states[parent];
+    next[parent] = tree.next_sibling[node];
+    // Behind the last child the parent itself is decided on, by what is left of its row. Often the coin
+    // already says how: a prefix of 1 stays 1, and no prefix grows (but for rounding, far below a
+    // thousandth).
+    const bool last = next[parent] == kNoNode;
+    const bool passes = last && (parent == top || state.prefix == 1.0);
+    const bool fails = last && !passes && !decide.may_pass(parent, 1.001 * state.prefix);
+    const bool wanted = !passes && !fails;
+    const double residual =
+        reject(rows, parent, state, node, state.prefix, wanted, !last && without_replacement);
+    if (fails) state.prefix = 0.0;
+    if (wanted && parent != top) state.prefix = block_fraction(state.prefix, residual);
+    node = parent;
+  } while (node != top);
+  return top;
+}
+
+// "Traversal verification for speculative tree decoding" (Weng et al. 2025, algorithm 1): from the leaves up.
 // On a chain this is block verification (Sun et al. 2024, algorithm 2): all coins count, the longest kept
 // prefix wins. `states` has room for the nodes of the tree.
 template <class Rows, class Decisions>
 FORETOKEN_HD inline TreeVerdict walk_traversal(Rows& rows, const TreeIndex& tree, bool without_replacement,
                                                NodeState* states, Decisions& decide) {
-  int16_t next[kMaxNodes];  // first child of a node that was not rejected yet
-  int32_t node = 0;
+  int16_t next[kMaxNodes];
   states[0] = NodeState{};
-  next[0] = tree.first_child[0];
+  for (int32_t child = tree.first_child[0]; child != kNoNode && rows.usable(0);
+       child = tree.next_sibling[child]) {
+    const int32_t node = climb(rows, tree, 0, child, without_replacement, states, next, decide);
+    if (node != 0) return stop_at(rows, node, states[node]);
+  }
+  return stop_at(rows, 0, states[0]);
+}
+
+// Traversal where it cannot lose, recursive rejection elsewhere: from the root down, a child is verified
+// together with all that hangs below it where that suits, and by a coin of its own where it does not. Never
+// below either rule's walk of the siblings, and equal to traversal on chains. `states` has room for the nodes
+// of the tree.
+template <class Rows, class Decisions>
+FORETOKEN_HD inline TreeVerdict walk_mixed(Rows& rows, const TreeIndex& tree, bool without_replacement,
+                                           NodeState* states, Decisions& decide) {
+  bool suits[kMaxNodes];
+  int16_t next[kMaxNodes];
+  find_suiting(tree, without_replacement, suits);
+  int32_t node = 0;
   while (true) {
-    // A row without a law verifies nothing: its node ends the path, and what comes before does not notice.
-    while (next[node] != kNoNode && rows.usable(node)) {
-      const int32_t child = next[node];
-      NodeState& state = states[node];
+    NodeState& state = states[node];
+    state = NodeState{};
+    if (!rows.usable(node)) return {node, Closing::argmax, state};
+    int32_t child = tree.first_child[node];
+    for (; child != kNoNode; child = tree.next_sibling[child]) {
+      if (suits[child]) {
+        const int32_t last = climb(rows, tree, node, child, without_replacement, states, next, decide);
+        if (last != node) return stop_at(rows, last, states[last]);
+        continue;
+      }
       const double target = left_of_target(rows, node, state, child);
-      states[child] = NodeState{};
-      states[child].prefix = extend_prefix(state.prefix, target, left_of_draft(rows, node, state, child));
-      next[child] = tree.first_child[child];
-      node = child;
+      if (decide.token(child, target, left_of_draft(rows, node, state, child))) break;
+      const bool more = tree.next_sibling[child] != kNoNode;
+      reject(rows, node, state, child, 1.0, more, more && without_replacement);
     }
-    if (node == 0 || decide.fraction(node, states[node].prefix)) return stop_at(rows, node, states[node]);
-    const int32_t parent = tree.parent[node];
-    NodeState& state = states[parent];
-    const double residual = reject(rows, parent, state, node, state.prefix, without_replacement);
-    if (parent != 0) state.prefix = block_fraction(state.prefix, residual);
-    next[parent] = tree.next_sibling[node];
-    node = parent;
+    if (child == kNoNode) return stop_at(rows, node, state);
+    node = child;
   }
 }
 

@@ -6,7 +6,7 @@
 namespace foretoken {
 
 enum class Rule : uint8_t {
-  automatic,      // the best lossless rule for the shape and draw of the row's tree, see cpu/walk.hpp
+  automatic,      // target_only for point laws; else traversal wherever it cannot lose to rrs, else rrs
   rrs,            // recursive rejection sampling from the root down; on a chain: the token rule
   traversal,      // from the leaves up; on a chain: the block rule
   target_only,    // every draft is taken as deterministic, whatever law was declared for it

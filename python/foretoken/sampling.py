@@ -127,6 +127,21 @@ class Sampling:
             list(self.stop_ids),
         )
 
+    def refuse_edits(self) -> None:
+        """For those who hold no text against which logits could be edited.
+
+        Raises
+        ------
+        ValueError
+            A field other than temperature, top-k, top-p, min-p and seed is in use, named in the message.
+        """
+        used = [name for name, off in _EDITS.items() if not _all_equal(getattr(self, name), off)]
+        if used:
+            raise ValueError(
+                "sampling: expected temperature, top_k, top_p, min_p and seed alone, "
+                f"got {', '.join(used)} (ops.sample and ops.verify take them)"
+            )
+
     def _constrained(self) -> bool:
         off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
         return not off or bool(self.logit_bias) or bool(self.bad_words) or self.min_new_tokens != 0
@@ -144,6 +159,21 @@ class Sampling:
             self.min_new_tokens,
         )
         return max([len(field) for field in fields if isinstance(field, Sequence)], default=1)
+
+
+# The fields that edit logits, and their values when they do nothing.
+_EDITS: dict[str, object] = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "bad_words": (),
+    "min_new_tokens": 0,
+}
+
+
+def _all_equal(field: object, off: object) -> bool:
+    return all(value == off for value in field) if isinstance(field, Sequence) else field == off
 
 
 def _pick(name: str, field: Value | Sequence[Value], row: int, batch: int | None) -> Value:

@@ -230,7 +230,8 @@ class Session:
         prompt_ids
             At least one token: a sequence of int, or an integer tensor ``[L]``. No padding.
         sampling
-            Its law; None: temperature 1. Without a seed one is drawn from torch's CPU generator.
+            Temperature, top-k, top-p and min-p; None: temperature 1. Without a seed one is drawn from torch's
+            CPU generator.
         max_new_tokens
             It ends with reason ``"length"`` after exactly so many.
         eos_ids, stop_ids
@@ -245,12 +246,15 @@ class Session:
         Raises
         ------
         ValueError
-            An empty prompt, an id outside the vocabulary, lengths that do not fit ``max_length``.
+            An empty prompt, an id outside the vocabulary, lengths that do not fit ``max_length``, a sampling
+            field that is not applied here.
         TypeError
             Token ids that are not integers.
         """
         prompt = _as_ids(prompt_ids)
-        table = (Sampling() if sampling is None else sampling).prepare(1)
+        sampling = Sampling() if sampling is None else sampling
+        sampling.refuse_edits()
+        table = sampling.prepare(1)
         eos, stop = _id_tuple(eos_ids), _id_tuple(stop_ids)
         drafts = (self._num_drafts if num_drafts is None else num_drafts) if speculate else 0
         number = self._native.admit(prompt, max_new_tokens, min_new_tokens, drafts, list(eos), list(stop))

@@ -225,6 +225,7 @@ def _sampling_over_config(
         raise ValueError(
             f"{', '.join(doubled)}: given beside sampling=, which replaces them; give one of the two"
         )
+    sampling.refuse_edits()
     temperature = sampling.temperature
     drawn = (temperature > 0) if isinstance(temperature, (int, float)) else any(t > 0 for t in temperature)
     if config is None:

@@ -78,6 +78,22 @@ def _draw_of(draw: Draw | None, has_law: bool) -> tuple[_core.Draw, int]:
     return _core.Draw.iid_paths, draw[1]
 
 
+def _topk_of(draft_topk: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if draft_topk is None:
+        return None, None
+    if not isinstance(draft_topk, (tuple, list)) or len(draft_topk) != 2:
+        raise TypeError(f"draft_topk: expected (ids, probabilities), got {type(draft_topk).__name__}")
+    return draft_topk[0], draft_topk[1]
+
+
+def _tolerance_of(tolerance: Tolerance | None) -> _core.Tolerance:
+    if tolerance is None:
+        return _EXACT
+    if not isinstance(tolerance, Tolerance):
+        raise TypeError(f"tolerance: expected a Tolerance, got {type(tolerance).__name__}")
+    return tolerance.prepare()
+
+
 def verify(
     target_logits: Tensor,
     draft_tokens: Tensor,
@@ -162,8 +178,8 @@ def verify(
     rule
         One name for all rows, or :func:`rule_codes` by slot. ``docs/rules`` has a page for each.
 
-        ``"auto"``: deterministic drafts ``target_only``, chains and sampled trees ``traversal``, except
-        where shape and draw favour ``rrs``. ``"token"`` is ``rrs`` on a chain, ``"block"`` is ``traversal``
+        ``"auto"``: ``target_only`` for deterministic drafts; for sampled ones ``traversal`` on chains and in
+        every part of a tree where it cannot accept less than ``rrs``, which verifies the rest. ``"token"`` is ``rrs`` on a chain, ``"block"`` is ``traversal``
         on a chain. ``"gbv"`` asks for ``iid_paths``, ``"spectr"`` for siblings drawn iid; ``"coupled"``
         emits the text of ``sample(method="gumbel")`` and reads no draft law.
     tolerance
@@ -217,7 +233,7 @@ def verify(
     elif not isinstance(out, Verdict):
         raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
     table = table_of("sampling", sampling, batch)
-    topk_ids, topk_probs = (None, None) if draft_topk is None else draft_topk
+    topk_ids, topk_probs = _topk_of(draft_topk)
     has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
     kind, num_paths = _draw_of(draw, has_law)
     by_slot = rule if isinstance(rule, Tensor) else None
@@ -245,7 +261,7 @@ def verify(
         by_slot,
         kind,
         num_paths,
-        _EXACT if tolerance is None else tolerance.prepare(),
+        _tolerance_of(tolerance),
         out.tokens,
         out.num_emitted,
         out.num_accepted,
