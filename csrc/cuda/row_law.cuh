@@ -58,9 +58,10 @@ class ClusterRow {
     law.scale = logits_scale(filters.temperature);
     reach_ = 125.0 / static_cast<double>(law.scale);
     if (!summarise(law)) {
-      law.usable = false;
-      law.top = lowest_of(law.max);
-      return law;
+      RowLaw none;
+      none.usable = false;
+      none.top = lowest_of(law.max);
+      return none;
     }
     const float floor = logits_floor(law.max, law.scale);
     law.cut = floor;
