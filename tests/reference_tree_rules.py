@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -129,13 +129,14 @@ def k_seq(problem: TreeProblem, node: int) -> tuple[list[float], Row]:
 # ---------------------------------------------------------------------------- from the leaves upwards
 
 
-def traversal(problem: TreeProblem) -> VerdictLaw:
+def traversal_tests(problem: TreeProblem) -> Iterator[tuple[int, float, Row]]:
     """Traversal verification (2505.12398); on a chain it is block verification (Sun et al. 2403.10444).
 
-    The leaf reached by first children is accepted with the probability its path carries, or deleted; what a
-    deleted child leaves of the target's row, scaled by what its parent carries, is the parent's new row.
+    Yields the nodes in the order they are tested, while no test succeeds: the node, the probability that it
+    is accepted, and the row that closes behind it. The leaf reached by first children is accepted with the
+    probability its path carries, or deleted; what a deleted child leaves of the target's row, scaled by what
+    its parent carries, is the parent's new row.
     """
-    law: VerdictLaw = defaultdict(float)
     vocab = len(problem.target[0])
     carried = {0: 1.0}
     target_left = dict(enumerate(problem.target))
@@ -146,7 +147,7 @@ def traversal(problem: TreeProblem) -> VerdictLaw:
         row = draft_left[node]
         return one_hot(problem.token(waiting[node][0]), vocab) if row is None else row
 
-    node, pending = 0, 1.0
+    node = 0
     while True:
         while waiting[node]:
             child = waiting[node][0]
@@ -154,11 +155,9 @@ def traversal(problem: TreeProblem) -> VerdictLaw:
             ratio = importance(target_left[node][token], law_of_next_child(node)[token], child)
             carried[child] = min(1.0, carried[node] * ratio)
             node = child
-        keep = carried[node] if node else 1.0
-        emit(law, node, target_left[node], pending * keep)
-        pending *= 1.0 - keep
+        yield node, carried[node] if node else 1.0, target_left[node]
         if node == 0:
-            return dict(law)
+            return
         parent = problem.parents[node - 1]
         spare = np.maximum(carried[parent] * target_left[parent] - law_of_next_child(parent), 0.0)
         total = float(spare.sum()) + (1.0 - carried[parent])
@@ -170,6 +169,15 @@ def traversal(problem: TreeProblem) -> VerdictLaw:
             draft_left[parent] = without(row, problem.token(node))
         waiting[parent].pop(0)
         node = parent
+
+
+def traversal(problem: TreeProblem) -> VerdictLaw:
+    law: VerdictLaw = defaultdict(float)
+    pending = 1.0
+    for node, keep, row in traversal_tests(problem):
+        emit(law, node, row, pending * keep)
+        pending *= 1.0 - keep
+    return dict(law)
 
 
 def importance_order(target_row: Row, draft_row: Row) -> list[tuple[float, int]]:
@@ -202,9 +210,9 @@ def largest_path_law(problem: TreeProblem, path: Sequence[int], count: int) -> l
     return rows
 
 
-def greedy_path_block(problem: TreeProblem) -> VerdictLaw:
-    """GBV (2602.16961): of n independent paths the one with the largest importance, token by token, is
-    verified as a block against the law that this choice induces."""
+def greatest_path(problem: TreeProblem) -> tuple[TreeProblem, list[int]]:
+    """Of n independent paths the one with the largest importance, token by token: a chain with the law that
+    this choice induces (GBV, 2602.16961), and the number that each of its nodes has in the tree."""
     leaves = leaves_of(problem.parents)
     if not isinstance(problem.draw, tuple) or len({depth_of(problem.parents, leaf) for leaf in leaves}) > 1:
         raise ValueError("draw: gbv expects iid_paths of one length")
@@ -221,8 +229,6 @@ def greedy_path_block(problem: TreeProblem) -> VerdictLaw:
         return order, -leaf  # equal paths: the first one
 
     path = path_to(problem.parents, max(leaves, key=key))
-    if not path:
-        return traversal(problem)
     chain = TreeProblem(
         parents=tuple(range(len(path))),
         tokens=tuple(problem.token(node) for node in path),
@@ -230,7 +236,12 @@ def greedy_path_block(problem: TreeProblem) -> VerdictLaw:
         draft=[*largest_path_law(problem, path, problem.draw[1]), None],
         draw="iid",
     )
-    numbers = [0, *path]
+    return chain, [0, *path]
+
+
+def greedy_path_block(problem: TreeProblem) -> VerdictLaw:
+    """GBV (2602.16961): the greatest path is verified as a block."""
+    chain, numbers = greatest_path(problem)
     return {(numbers[node], token): probability for (node, token), probability in traversal(chain).items()}
 
 
