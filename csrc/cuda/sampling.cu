@@ -39,7 +39,6 @@ __device__ void write_row(const SampleArgs& args, int64_t b, const RowLaw& law, 
 template <DType kType>
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleArgs args) {
   __shared__ RowScratch scratch;
-  __shared__ uint64_t tile_masses[kMaxTiles];
   const int64_t b = blockIdx.x / cluster_size();
   const bool writer = cluster_rank() == 0 && threadIdx.x == 0;
   const int64_t slot = args.slots ? read_index(args.slots, b) : b;
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     const uint64_t bits =
         random_bits(args.sampling.seed[slot], static_cast<uint64_t>(read_index(args.base, b)), args.purpose,
                     static_cast<uint32_t>(args.step));
-    drawn.token = row.draw(law, bits, tile_masses);
+    drawn.token = row.draw(law, bits);
     drawn.status = 0;
     if (writer) drawn.logprob = log_probability(law, row.at(drawn.token));
   }
