@@ -105,7 +105,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"assistant_lookbehind": 10}, "assistant_lookbehind"),
     ({"sampling": Sampling(), "temperature": 0.5}, "temperature"),
     ({"sampling": Sampling(), "do_sample": True, "top_k": 3}, "do_sample, top_k"),
-    ({"sampling": Sampling(frequency_penalty=[0.0, 0.5])}, "got frequency_penalty"),
+    (
+        {
+            "sampling": Sampling(frequency_penalty=[0.0, 0.5]),
+            "output_scores": True,
+            "return_dict_in_generate": True,
+        },
+        "output_scores: not offered beside sampling.frequency_penalty",
+    ),
     ({"stop_strings": "a"}, "stop strings"),
     ({"max_new_tokens": 0}, "max_new_tokens"),
     ({"max_length": 5}, "max_length"),

@@ -2,7 +2,7 @@
 
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
-         hf -> generate -> session -> {drafters, metrics} -> step -> ops -> sampling -> _core
+         hf -> generate -> session -> {drafters, request, metrics} -> step -> ops -> sampling -> _core
          tree stands beside the drafters
 """
 
@@ -44,12 +44,13 @@ NARROW_GRID = re.compile(r"(?<!static_cast<int64_t>\()blockIdx\.[xyz]\)?\s*\*")
 
 # Which modules of the package a module may import, besides itself. `foretoken` itself: its lazy attributes.
 BASE = {"_core", "sampling", "ops"}
-LOOP = BASE | {"step", "metrics", "drafters", "session"}
+LOOP = BASE | {"step", "metrics", "request", "drafters", "session"}
 PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
     "ops": {"_core", "sampling"},
     "metrics": BASE,
+    "request": BASE | {"metrics"},
     "step": BASE,
     "drafters": BASE | {"step"},
     "tree": BASE,

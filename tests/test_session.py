@@ -172,13 +172,8 @@ def test_prompt_kinds_are_equal():
         ([1], {"num_drafts": 5}, ValueError, "num_drafts"),
         ([1], {"num_drafts": -1}, ValueError, "num_drafts"),
         ([1], {"sampling": Sampling(temperature=[1.0, 1.0])}, ValueError, "temperature"),
-        ([1], {"sampling": Sampling(repetition_penalty=1.2)}, ValueError, "got repetition_penalty"),
-        (
-            [1],
-            {"sampling": Sampling(logit_bias={1: 2.0}, bad_words=[[1]])},
-            ValueError,
-            "logit_bias, bad_words",
-        ),
+        ([1], {"rule": "blocky"}, ValueError, "rule: expected one of"),
+        ([1], {"rule": "gbv"}, ValueError, "rule: gbv expects independent paths"),
     ],
 )
 def test_admit_refuses_in_words_and_changes_nothing(prompt, options, error, message):

@@ -175,6 +175,13 @@ py::dict session_arrays(py::object self) {
   return arrays;
 }
 
+// (tokens [max_batch * max_length], prompt lengths [max_batch]) by slot, kept up to date from now on.
+py::tuple keep_history(py::object self) {
+  Session& session = self.cast<Session&>();
+  session.keep_history();
+  return py::make_tuple(view_of(session.history(), self), view_of(session.prompt_lengths(), self));
+}
+
 void bind_session(py::module_& module) {
   py::class_<Session>(module, "Session", "State machine behind foretoken.Session.")
       .def(py::init([](int64_t max_batch, int64_t vocab_size, int64_t max_length, int64_t num_drafts,
@@ -190,6 +197,7 @@ void bind_session(py::module_& module) {
       .def("plan", &plan, py::arg("drafting"))
       .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"))
       .def("tokens_from", &tokens_from, py::arg("starts"))
+      .def("keep_history", &keep_history)
       .def("commit_prefill", &Session::commit_prefill)
       .def("commit_decode", &commit_decode, py::arg("tokens"), py::arg("num_emitted"),
            py::arg("num_accepted"), py::arg("status"), py::arg("logprobs"))

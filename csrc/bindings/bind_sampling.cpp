@@ -92,6 +92,8 @@ void bind_table(py::module_& module) {
           py::arg("slot"), py::arg("repetition_penalty"), py::arg("frequency_penalty"),
           py::arg("presence_penalty"), py::arg("bias_ids"), py::arg("bias"), py::arg("bad_words"),
           py::arg("min_new_tokens"), py::arg("stop_ids"), "Penalties, bias and bans of one slot.")
+      .def("copy", &SamplingTable::copy, py::arg("slot"), py::arg("source"), py::arg("source_slot"),
+           "Write into one slot what a slot of a table holds, constraints included.")
       .def(
           "get",
           [](const SamplingTable& table, int64_t slot) {

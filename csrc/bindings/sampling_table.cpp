@@ -126,4 +126,14 @@ void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double 
   replace(index, {}, {});
 }
 
+void SamplingTable::copy(int64_t slot, const SamplingTable& source, int64_t from) {
+  const size_t to = index_of(slot), at = source.index_of(from);
+  temperature_[to] = source.temperature_[at];
+  top_k_[to] = source.top_k_[at];
+  top_p_[to] = source.top_p_[at];
+  min_p_[to] = source.min_p_[at];
+  seed_[to] = source.seed_[at];
+  replace(to, source.lists_[at], source.constraints_[at]);
+}
+
 }  // namespace foretoken

@@ -29,6 +29,8 @@ class SamplingTable {
   // The slot's constraints are taken off.
   void set(int64_t slot, double temperature, int64_t top_k, double top_p, double min_p, uint64_t seed);
   void constrain(int64_t slot, const ConstraintValues& values);
+  // All of one slot of `source`, which may be this table.
+  void copy(int64_t slot, const SamplingTable& source, int64_t from);
 
   bool needs_history() const { return histories_ > 0; }
 

@@ -25,6 +25,9 @@ const SessionConfig& checked(const SessionConfig& config) {
   at_least("max_length", config.max_length, 2);
   at_least("num_drafts", config.num_drafts, 0);
   at_least("prefill_chunk", config.prefill_chunk, 1);
+  if (config.vocab_size > INT32_MAX) {
+    throw std::invalid_argument("vocab_size: expected less than 2^31, got " + text(config.vocab_size));
+  }
   if (config.num_drafts > 255)
     throw std::invalid_argument("num_drafts: expected at most 255, got " + text(config.num_drafts));
   return config;
@@ -191,9 +194,29 @@ void Session::assign_waiting() {
     record.slot = static_cast<int32_t>(s);
     record.phase = record.prompt_length > 1 ? Phase::prefill : Phase::decode;
     lengths_[s] = 0;
+    write_history(record, 0);
     ++live_;
     assigned_.emplace_back(record.id, record.slot);
   }
+}
+
+void Session::keep_history() {
+  if (!history_.empty()) return;
+  std::vector<int32_t> prompts(config_.max_batch), texts(config_.max_batch * config_.max_length);
+  prompt_lengths_.swap(prompts);
+  history_.swap(texts);
+  for (const Slot& slot : slots_) {
+    if (slot.owner != nullptr) write_history(*slot.owner, 0);
+  }
+}
+
+// Tokens of a live request from number `from` on. What was withdrawn is not taken out: its request has ended.
+void Session::write_history(const Record& record, int64_t from) {
+  if (history_.empty()) return;
+  prompt_lengths_[record.slot] = static_cast<int32_t>(record.prompt_length);
+  int32_t* const to = &history_[record.slot * config_.max_length];
+  const int64_t size = static_cast<int64_t>(record.tokens.size());
+  for (int64_t i = from; i < size; ++i) to[i] = static_cast<int32_t>(record.tokens[i]);
 }
 
 // Rows of one phase, ascending slots; prompts first. False: nobody is live.
@@ -433,6 +456,7 @@ void Session::commit_decode(const Verdict& verdict) {
         verdict.num_emitted[b],  num_drafts_[b],
         verdict.num_accepted[b], verdict.status[b]};
     const Finish end = record->emit(emission, counters_);
+    write_history(*record, lengths_[record->slot] + 1);
     lengths_[record->slot] = static_cast<int64_t>(record->tokens.size()) - 1;
     note(*record);
     if (end != Finish::none) set_finished(*record, end);

@@ -68,6 +68,9 @@ class Session {
   // from_counts().
   int64_t tokens_from(const int64_t* starts, int64_t slots);
 
+  // From now on every slot's text stands in history() too, for those who read texts as one tensor.
+  void keep_history();
+
   // The oldest request with something to tell since its last event; false: none has.
   bool take_event(Event& event);
   const Record& record(int64_t id) const;
@@ -103,6 +106,9 @@ class Session {
   std::vector<int64_t>& from_tokens() { return from_tokens_; }
   std::vector<int32_t>& from_counts() { return from_counts_; }
   std::vector<int64_t>& lengths() { return lengths_; }  // [max_batch], by slot
+  // [max_batch, max_length], prompt and output of each slot, and [max_batch]; empty before keep_history()
+  std::vector<int32_t>& history() { return history_; }
+  std::vector<int32_t>& prompt_lengths() { return prompt_lengths_; }
   int64_t tokens_from_limit() const { return from_limit_; }
 
  private:
@@ -123,6 +129,7 @@ class Session {
   void note(Record& record);
   void set_finished(Record& record, Finish reason);
   void check_verdict(const Verdict& verdict) const;
+  void write_history(const Record& record, int64_t from);
 
   const SessionConfig config_;
   const int64_t from_limit_;
@@ -149,7 +156,7 @@ class Session {
   std::vector<Record*> rows_;
   std::vector<int32_t> kept_rows_;
   std::vector<int64_t> base_, limits_, drafts_, from_tokens_, lengths_;
-  std::vector<int32_t> budget_, num_drafts_, from_counts_;
+  std::vector<int32_t> budget_, num_drafts_, from_counts_, history_, prompt_lengths_;
 };
 
 }  // namespace foretoken::loop

@@ -91,6 +91,8 @@ class Session:
         ...
     def held_open(self) -> list[tuple[int, int]]:
         ...
+    def keep_history(self) -> tuple[typing.Any, ...]:
+        ...
     def kept_rows(self) -> list[int]:
         ...
     def plan(self, drafting: bool) -> tuple[typing.Any, ...]:
@@ -253,6 +255,10 @@ class SamplingTable:
     def constrain(self, slot: typing.SupportsInt | typing.SupportsIndex, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex, presence_penalty: typing.SupportsFloat | typing.SupportsIndex, bias_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], bias: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], bad_words: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], min_new_tokens: typing.SupportsInt | typing.SupportsIndex, stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
         Penalties, bias and bans of one slot.
+        """
+    def copy(self, slot: typing.SupportsInt | typing.SupportsIndex, source: SamplingTable, source_slot: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Write into one slot what a slot of a table holds, constraints included.
         """
     def get(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, int, float, float, int]:
         """

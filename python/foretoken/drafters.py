@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class Context:
     _session: Any = field(repr=False)
     _from_tokens: Tensor = field(repr=False)
     _from_counts: Tensor = field(repr=False)
+    _max_length: int = field(repr=False)
+    _texts: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     slots: Tensor = field(init=False)
     """int32 ``[B]``, ascending."""
     lengths: Tensor = field(init=False)
@@ -85,6 +87,25 @@ class Context:
     """The largest budget of this round, known on the host."""
     greedy: bool = False
     """Every row is at temperature 0."""
+    coupled: bool | Tensor = False
+    """Every row is verified by rule ``"coupled"``, or none, or bool ``[B]`` says which: their drafts are the
+    more often accepted the more of the target's noise they were drawn with, ``sample(method="gumbel")``.
+    """
+
+    def texts(self) -> tuple[Tensor, Tensor]:
+        """``history`` and ``prompt_lengths`` as :func:`foretoken.ops.sample` takes them, for requests (or a
+        ``draft_sampling``) with penalties, bad words or a minimum length.
+
+        Returns
+        -------
+        tuple of Tensor
+            int32 ``[S, L]``, prompt and output by slot, of which ``base`` tokens count, and int32 ``[S]``.
+            They are kept up to date from the first call on.
+        """
+        if self._texts is None:
+            history, prompt_lengths = (torch.from_numpy(array) for array in self._session.keep_history())
+            self._texts = history.view(-1, self._max_length), prompt_lengths
+        return self._texts
 
     def tokens_from(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Committed tokens that a drafter has not taken in yet.
@@ -223,7 +244,8 @@ class ModelDrafter:
     """A smaller model of the same vocabulary, with a cache of its own.
 
     It draws with :func:`foretoken.ops.sample` (purpose "draft", step k), each row by its request's own law,
-    and hands out the logits it drew from; rows at temperature 0 are point laws. Its cache lengths have one
+    penalties and all, and hands out the logits it drew from; rows at temperature 0 are point laws, and rows
+    that are verified by rule "coupled" share the target's noise. Its cache lengths have one
     owner, native code: after a round a row takes in one token, two after full acceptance (its last draft was
     never fed), more when it skipped rounds, in chunks.
 
@@ -282,19 +304,9 @@ class ModelDrafter:
                 if k > 0:
                     logits = self._run(step)
                 last = self._fit(_last_rows(logits, step))
-                if not context.greedy:
+                if not (context.greedy or context.coupled is True):
                     law = self._keep(last, law, rows, most, k)
-                count = last.shape[0]
-                draws = ops.sample(
-                    last,
-                    sampling=context.sampling,
-                    base=self._base[:count],
-                    step=k,
-                    purpose="draft",
-                    slots=step.slots,
-                    out=self._draws[:count],
-                )
-                shape = self._steps.drawn(draws, drafts, k)
+                shape = self._steps.drawn(self._draw(last, step, context, drafts, k), drafts, k)
                 if k + 1 < most:
                     step = self._step(shape, context)
         return Proposal(drafts, num_drafts, draft_logits=law)
@@ -332,6 +344,35 @@ class ModelDrafter:
         logits = self._forward(step)
         self.forward_seconds += perf_counter() - began
         return logits
+
+    def _draw(self, last: Tensor, step: Step, context: Context, drafts: Tensor, k: int) -> Tensor:
+        """Draft k of every row that is still drafting: int64 ``[count]``."""
+        count = last.shape[0]
+        active = self._active[:count]
+        history = prompt_lengths = path = None
+        if context.sampling.needs_history:
+            history, prompt_lengths = context.texts()
+            path = (drafts if count == drafts.shape[0] else drafts.index_select(0, active))[:, :k]
+
+        def draw(method: Literal["inverse", "gumbel"], out: Tensor | None = None) -> Tensor:
+            return ops.sample(
+                last,
+                sampling=context.sampling,
+                base=self._base[:count],
+                step=k,
+                purpose="draft",
+                method=method,
+                slots=step.slots,
+                history=history,
+                prompt_lengths=prompt_lengths,
+                path=path,
+                out=out,
+            )
+
+        draws = draw("gumbel" if context.coupled is True else "inverse", self._draws[:count])
+        if isinstance(context.coupled, Tensor):
+            draws = torch.where(context.coupled[active], draw("gumbel"), draws)
+        return draws
 
     def _fit(self, last: Tensor) -> Tensor:
         missing = self._vocab_size - last.shape[1]

@@ -127,20 +127,9 @@ class Sampling:
             list(self.stop_ids),
         )
 
-    def refuse_edits(self) -> None:
-        """For those who hold no text against which logits could be edited.
-
-        Raises
-        ------
-        ValueError
-            A field other than temperature, top-k, top-p, min-p and seed is in use, named in the message.
-        """
-        used = [name for name, off in _EDITS.items() if not _all_equal(getattr(self, name), off)]
-        if used:
-            raise ValueError(
-                "sampling: expected temperature, top_k, top_p, min_p and seed alone, "
-                f"got {', '.join(used)} (ops.sample and ops.verify take them)"
-            )
+    def edits(self) -> list[str]:
+        """Names of the fields in use that change single logits: penalties, bias and bans."""
+        return [name for name, off in _EDITS.items() if not _all_equal(getattr(self, name), off)]
 
     def _constrained(self) -> bool:
         off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)

@@ -2,112 +2,22 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foretoken import _core, ops
 from foretoken.drafters import Context, Drafter, Proposal
-from foretoken.metrics import Counters, Metrics
+from foretoken.metrics import Metrics
+from foretoken.request import KINDS, REASONS, Event, FinishReason, Kind, Request, as_ids, code_of, id_tuple
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Step, StepViews
 
 __all__ = ["Event", "FinishReason", "Kind", "Request", "Session", "Step"]
-
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
-Kind = Literal["accepted", "recovery", "bonus"]
-
-_REASONS: tuple[FinishReason | None, ...] = (None, "eos", "stop", "length", "cancelled")
-_REASON_CODES: dict[str, int] = {"eos": 1, "stop": 2, "length": 3, "cancelled": 4}
-_KINDS: tuple[Kind, ...] = ("accepted", "recovery", "bonus")
-_PHASES = ("waiting", "prefill", "decode", "finished")
-
-
-class Request:
-    """A handle that :meth:`Session.admit` gives out. Its record lives in the session until ``release``."""
-
-    __slots__ = ("_greedy", "_law", "_native", "id", "max_new_tokens", "prompt_length", "stops")
-
-    def __init__(
-        self,
-        native: Any,
-        number: int,
-        prompt_length: int,
-        max_new_tokens: int,
-        stops: tuple[int, ...],
-        law: tuple[Any, ...],
-    ) -> None:
-        self._native = native
-        self._law = law
-        self._greedy = law[0] == 0.0
-        self.id = number
-        self.prompt_length = prompt_length
-        self.max_new_tokens = max_new_tokens
-        self.stops = stops
-
-    def __repr__(self) -> str:
-        return f"Request({self.id})"
-
-    @property
-    def phase(self) -> str:
-        """``"waiting"``, ``"prefill"``, ``"decode"`` or ``"finished"``."""
-        return _PHASES[self._native.state(self.id)[0]]
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """What ended it; None while it goes on."""
-        reason: FinishReason | None = _REASONS[self._native.state(self.id)[1]]
-        return reason
-
-    @property
-    def slot(self) -> int | None:
-        """The slot it decodes in; None while it waits and after it ended."""
-        slot: int = self._native.state(self.id)[2]
-        return None if slot < 0 else slot
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens emitted so far."""
-        return int(self._native.state(self.id)[4])
-
-    @property
-    def status(self) -> ops.Status:
-        """Every :class:`~foretoken.ops.Status` bit that a verification of it ever set."""
-        return ops.Status(self._native.state(self.id)[5])
-
-    @property
-    def metrics(self) -> Counters:
-        """Its counters."""
-        return Counters.read(self._native.request_counters(self.id))
-
-
-@dataclass(slots=True, eq=False)
-class Event:
-    """What has become known of a request since its last event; one a round when events are read every
-    round.
-    """
-
-    request: Request
-    tokens: list[int]
-    """Newly emitted, in order."""
-    kinds: list[Kind]
-    """Of each token: an accepted draft, or the closing token of its round: ``"recovery"`` when a draft was
-    rejected,
-    ``"bonus"`` when none was (also in rounds without drafts).
-    """
-    logprobs: list[float] | None
-    """Of each token under the target's law, when the session keeps them."""
-    finish_reason: FinishReason | None
-    """None: the request goes on."""
-    num_drafts: int = 0
-    """Drafts checked."""
-    retracted: int = 0
-    """Tokens of earlier events that ``truncate`` has withdrawn since, to be dropped from the end first."""
 
 
 class Session:
@@ -126,7 +36,9 @@ class Session:
     drafter
         None: plain decoding, one token a round.
     rule
-        How drafts are accepted, see :func:`foretoken.ops.verify`.
+        How drafts are accepted, see :func:`foretoken.ops.verify`; a request may have its own.
+    tolerance
+        How far the lossy rules may go.
     prefill_chunk
         Prompt tokens of a request in one prefill step.
     logprobs
@@ -168,6 +80,7 @@ class Session:
         num_drafts: int = 4,
         drafter: Drafter | None = None,
         rule: ops.Rule = "auto",
+        tolerance: ops.Tolerance | None = None,
         prefill_chunk: int = 512,
         logprobs: bool = False,
         device: torch.device | str = "cpu",
@@ -185,7 +98,9 @@ class Session:
         self._vocab_size = vocab_size
         self._num_drafts = num_drafts
         self._drafter = drafter
-        self._rule: ops.Rule = rule
+        self._rule: ops.Rule = _rule_for_chains(rule)
+        self._rules: Tensor | None = None  # by slot, once a request has its own
+        self._tolerance = tolerance
         self._logprobs = logprobs
         self._table = SamplingTable(max_batch)
         self._views = StepViews(self._native.arrays())
@@ -197,6 +112,7 @@ class Session:
             self._native,
             self._views.flat("from_tokens"),
             self._views.flat("from_counts"),
+            max_length,
         )
         self._requests: dict[int, Request] = {}
         self._row_requests: list[Request] = []
@@ -205,6 +121,7 @@ class Session:
         self._held_open = False
         self._proposal: Proposal | None = None
         self._law: Proposal | None = None  # the proposal of the rows that are left
+        self._draft_law: tuple[Sampling, SamplingTable] | None = None  # what a drafter declared last
         self._mark: float | None = None
         self.metrics = Metrics(self._native, drafter)
         self.slot_lengths = self._views.flat("slot_lengths")
@@ -222,6 +139,7 @@ class Session:
         min_new_tokens: int = 0,
         num_drafts: int | None = None,
         speculate: bool = True,
+        rule: ops.Rule | None = None,
     ) -> Request:
         """Queue a request; it takes the first slot that is free when a step is planned.
 
@@ -230,8 +148,9 @@ class Session:
         prompt_ids
             At least one token: a sequence of int, or an integer tensor ``[L]``. No padding.
         sampling
-            Temperature, top-k, top-p and min-p; None: temperature 1. Without a seed one is drawn from torch's
-            CPU generator.
+            Its law, each field one value; None: temperature 1. Penalties, bad words and a minimum length go
+            by prompt and output, for drafts also by the tokens drafted before them. Without a seed one is
+            drawn from torch's CPU generator.
         max_new_tokens
             It ends with reason ``"length"`` after exactly so many.
         eos_ids, stop_ids
@@ -242,25 +161,24 @@ class Session:
             The most drafts of its rounds; None: the session's.
         speculate
             False: no drafts, as ``num_drafts=0``.
+        rule
+            How its drafts are accepted; None: as the session's.
 
         Raises
         ------
         ValueError
-            An empty prompt, an id outside the vocabulary, lengths that do not fit ``max_length``, a sampling
-            field that is not applied here.
+            An empty prompt, an id outside the vocabulary, lengths that do not fit ``max_length``, a rule that
+            is unknown or not for chains.
         TypeError
             Token ids that are not integers.
         """
-        prompt = _as_ids(prompt_ids)
-        sampling = Sampling() if sampling is None else sampling
-        sampling.refuse_edits()
-        table = sampling.prepare(1)
-        eos, stop = _id_tuple(eos_ids), _id_tuple(stop_ids)
+        prompt = as_ids(prompt_ids)
+        law = (Sampling() if sampling is None else sampling).prepare(1)
+        rule = self._rule if rule is None else _rule_for_chains(rule)
+        eos, stop = id_tuple(eos_ids), id_tuple(stop_ids)
         drafts = (self._num_drafts if num_drafts is None else num_drafts) if speculate else 0
         number = self._native.admit(prompt, max_new_tokens, min_new_tokens, drafts, list(eos), list(stop))
-        request = Request(
-            self._native, number, prompt.shape[0], max_new_tokens, eos + stop, tuple(table.get(0))
-        )
+        request = Request(self._native, number, prompt.shape[0], max_new_tokens, eos + stop, law, rule)
         self._requests[number] = request
         return request
 
@@ -270,7 +188,7 @@ class Session:
 
     def finish(self, request: Request, reason: FinishReason = "stop") -> None:
         """End it now and free its slot; of a finished request: nothing happens."""
-        self._native.finish(self._id(request), _code(reason))
+        self._native.finish(self._id(request), code_of(reason))
 
     def truncate(self, request: Request, n: int, *, finish_reason: FinishReason = "stop") -> None:
         """Keep its first ``n`` generated tokens and end it, also if it has ended by itself already.
@@ -284,7 +202,7 @@ class Session:
         ValueError
             ``n`` is negative or more than there are.
         """
-        slot = self._native.truncate(self._id(request), n, _code(finish_reason))
+        slot = self._native.truncate(self._id(request), n, code_of(finish_reason))
         if slot >= 0 and self._drafter is not None:
             self._drafter.truncate(slot, request.prompt_length + n)
 
@@ -338,6 +256,9 @@ class Session:
             self._row_version = version
             self._row_requests = [self._requests[number] for number in self._native.row_ids()]
             self._context.greedy = all(request._greedy for request in self._row_requests)
+            self._context.coupled = _all_or_which(
+                [request._rule == "coupled" for request in self._row_requests]
+            )
         if not again:
             self._proposal = self._law = None
         elif moved and self._proposal is not None:
@@ -410,9 +331,9 @@ class Session:
             yield Event(
                 self._requests[number],
                 tokens,
-                [_KINDS[kind] for kind in kinds],
+                [KINDS[kind] for kind in kinds],
                 logprobs,
-                _REASONS[reason],
+                REASONS[reason],
                 num_drafts,
                 retracted,
             )
@@ -427,10 +348,19 @@ class Session:
     def _seat(self) -> None:
         """Requests that have just got a slot bring their law, and the drafter forgets who was there."""
         for number, slot in self._native.assigned():
-            self._table.set(slot, *self._requests[number]._law)
+            request = self._requests[number]
+            self._table.copy(slot, request._law, 0)
+            self._set_rule(slot, request._rule)
             if self._drafter is not None:
                 self._drafter.reset(slot)
         self._native.forget_assigned()
+
+    def _set_rule(self, slot: int, rule: ops.Rule) -> None:
+        if self._rules is None:
+            if rule == self._rule:
+                return
+            self._rules = ops.rule_codes([self._rule] * self._table.size)
+        self._rules[slot] = ops.rule_codes([rule])[0]
 
     def _look_at(self, rows: int, most: int) -> None:
         views = self._rows.get(rows)
@@ -465,6 +395,10 @@ class Session:
             buffers = drafts, ops.Verdict.empty(rows, columns - 1, logprobs=self._logprobs)
             self._verdicts[rows, columns] = buffers
         law = self._law
+        draft_law = None if law is None else self._declared(law.draft_sampling)
+        history = prompt_lengths = None
+        if self._table.needs_history or (draft_law is not None and draft_law.needs_history):
+            history, prompt_lengths = self._context.texts()
         verdict = ops.verify(
             logits,
             buffers[0],
@@ -472,11 +406,14 @@ class Session:
             draft_logits=None if law is None else law.draft_logits,
             draft_probs=None if law is None else law.draft_probs,
             draft_row=None if law is None or law.draft_row is None else law.draft_row[:, :columns],
-            draft_sampling=None if law is None else law.draft_sampling,
+            draft_sampling=draft_law,
             sampling=self._table,
+            history=history,
+            prompt_lengths=prompt_lengths,
             base=self._context.base,
             slots=step.slots,
-            rule=self._rule,
+            rule=self._rule if self._rules is None else self._rules,
+            tolerance=self._tolerance,
             logprobs=self._logprobs,
             out=buffers[1],
         )
@@ -484,6 +421,15 @@ class Session:
             verdict.tokens, verdict.num_emitted, verdict.num_accepted, verdict.status, verdict.logprobs
         )
         return verdict
+
+    def _declared(self, sampling: Sampling | SamplingTable | None) -> SamplingTable | None:
+        """What a drafter says it drew by, for every slot."""
+        if not isinstance(sampling, Sampling):
+            return sampling
+        if self._draft_law is None or self._draft_law[0] is not sampling:
+            # No random number is drawn by a declared law, so none is spent on its seeds.
+            self._draft_law = sampling, replace(sampling, seed=0).prepare(self._table.size)
+        return self._draft_law[1]
 
     def _hold_open(self, logits: Tensor) -> Tensor:
         """Rows below their ``min_new_tokens`` cannot end: their ends have no mass."""
@@ -494,20 +440,12 @@ class Session:
         return logits
 
 
-def _as_ids(ids: Sequence[int] | Tensor) -> Tensor:
-    if isinstance(ids, Tensor):
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1:
-            raise TypeError(f"prompt_ids: expected integers [L], got {ids.dtype} {list(ids.shape)}")
-        return ids.to(device="cpu", dtype=torch.int64).contiguous()
-    numbers = array("q", ids)
-    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+def _rule_for_chains(rule: ops.Rule) -> ops.Rule:
+    ops.rule_codes([rule])  # refuses a name that is none
+    if rule == "gbv":
+        raise ValueError("rule: gbv expects independent paths, and a session drafts chains")
+    return rule
 
 
-def _id_tuple(ids: int | Iterable[int]) -> tuple[int, ...]:
-    return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def _code(reason: str) -> int:
-    if reason not in _REASON_CODES:
-        raise ValueError(f"reason: expected one of {', '.join(_REASON_CODES)}, got {reason!r}")
-    return _REASON_CODES[reason]
+def _all_or_which(flags: list[bool]) -> bool | Tensor:
+    return flags[0] if len(set(flags)) == 1 else torch.tensor(flags)

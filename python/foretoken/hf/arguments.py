@@ -167,6 +167,12 @@ def assemble(
     streamer: Any,
 ) -> Prepared:
     """Put together what transformers hands a decoding loop; `custom_generate` enters here."""
+    edits = [] if sampling is None else sampling.edits()
+    if edits and config.return_dict_in_generate and config.output_scores:
+        raise ValueError(
+            f"output_scores: not offered beside sampling.{edits[0]}, which edits logits where no processor "
+            "sees them; give it as an option of generate, or ask for output_logits"
+        )
     extra = sorted(k for k, v in model_kwargs.items() if v is not None and k not in _HANDLED_BY_THE_LOOP)
     if extra:
         raise ValueError(
@@ -225,7 +231,6 @@ def _sampling_over_config(
         raise ValueError(
             f"{', '.join(doubled)}: given beside sampling=, which replaces them; give one of the two"
         )
-    sampling.refuse_edits()
     temperature = sampling.temperature
     drawn = (temperature > 0) if isinstance(temperature, (int, float)) else any(t > 0 for t in temperature)
     if config is None:

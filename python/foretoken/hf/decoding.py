@@ -4,7 +4,7 @@ the other."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -297,7 +297,7 @@ def row_samplings(prepared: Prepared, law: Law) -> list[Sampling]:
 
     def pick(name: str, row: int) -> Any:
         value = getattr(given, name)
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float, Mapping)):
             return value
         if len(value) not in (rows, prompts):
             raise ValueError(
@@ -323,6 +323,13 @@ def row_samplings(prepared: Prepared, law: Law) -> list[Sampling]:
             top_p=pick("top_p", row),
             min_p=pick("min_p", row),
             seed=seed(row),
+            repetition_penalty=pick("repetition_penalty", row),
+            frequency_penalty=pick("frequency_penalty", row),
+            presence_penalty=pick("presence_penalty", row),
+            logit_bias=pick("logit_bias", row),
+            bad_words=given.bad_words,
+            min_new_tokens=pick("min_new_tokens", row),
+            stop_ids=given.stop_ids,
         )
         for row in range(rows)
     ]

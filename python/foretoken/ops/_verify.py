@@ -178,11 +178,11 @@ def verify(
     rule
         One name for all rows, or :func:`rule_codes` by slot. ``docs/rules`` has a page for each.
 
-        ``"auto"``: ``target_only`` for deterministic drafts; for sampled ones ``traversal`` on chains and
-        in every part of a tree where it cannot accept less than ``rrs``, which verifies the rest.
-        ``"token"`` is ``rrs`` on a chain, ``"block"`` is ``traversal`` on a chain. ``"gbv"`` asks for
-        ``iid_paths``, ``"spectr"`` for siblings drawn iid; ``"coupled"`` emits the text of
-        ``sample(method="gumbel")`` and reads no draft law.
+        ``"auto"``: ``target_only`` for deterministic drafts; for sampled ones ``traversal`` on chains and in
+        every part of a tree where it cannot accept less than ``rrs``, which verifies the rest. ``"token"`` is
+        ``rrs`` on a chain, ``"block"`` is ``traversal`` on a chain. ``"gbv"`` asks for ``iid_paths``,
+        ``"spectr"`` for siblings drawn iid; ``"coupled"`` emits the text of ``sample(method="gumbel")`` and
+        reads no draft law.
     tolerance
         How far the lossy rules may go.
     logprobs, raw_logprobs, num_top
