@@ -12,8 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from reference import philox
-from reference_draws import Row, TreeProblem, depth_of
-from reference_tree_rules import greatest_path, k_seq, recursive_rejection, sample_and_match, traversal_tests
+from reference_draws import Row, TreeProblem, depth_of, normalised, path_to, without
+from reference_tree_rules import (
+    greatest_path,
+    k_seq,
+    one_hot,
+    recursive_rejection,
+    sample_and_match,
+    traversal_tests,
+)
+from reference_trees import traversal_suits
 
 DRAFT, ACCEPT, CLOSE, PLAIN, _, GUMBEL = range(6)
 ROOT_RULES = {"rrs": recursive_rejection, "target_only": sample_and_match, "spectr": k_seq}
@@ -92,6 +100,56 @@ def walk_from_leaves(
     raise AssertionError("the root is always accepted")
 
 
+def branch(problem: TreeProblem, child: int, target: Row, draft: Row | None) -> tuple[TreeProblem, list[int]]:
+    """A child of the root of what is left of its rows, alone with all below it; and the nodes' numbers."""
+    top = problem.parents[child - 1]
+    numbers = [top] + [
+        node for node in range(1, len(problem.parents) + 1) if child in path_to(problem.parents, node)
+    ]
+    place = {number: i for i, number in enumerate(numbers)}
+    below = numbers[1:]
+    return TreeProblem(
+        tuple(place[problem.parents[node - 1]] for node in below),
+        tuple(problem.token(node) for node in below),
+        [target, *(problem.target[node] for node in below)],
+        [draft, *(problem.draft[node] for node in below)],
+        problem.draw,
+    ), numbers
+
+
+def walk_mixed(problem: TreeProblem, seed: int, base: int) -> tuple[int, Row, bool, float]:
+    """``auto``: a child with all below it from the leaves up where that suits, by a coin of its own where it
+    does not."""
+    node, margin = 0, math.inf
+    while True:
+        target, draft, kept = problem.target[node], problem.draft_row(node), None
+        for child in problem.children(node):
+            token = problem.token(child)
+            part, numbers = branch(problem, child, target, draft)
+            if traversal_suits(part.parents, problem.draw):
+                *tests, (_, _, left) = traversal_tests(part)
+                for inside, keep, row in tests:
+                    u = coin(seed, base, numbers[inside])
+                    margin = min(margin, abs(u - keep))
+                    if u < keep:
+                        return numbers[inside], row, False, margin
+                target = left
+            else:
+                row = one_hot(token, len(target)) if draft is None else draft
+                keep = min(1.0, float(target[token] / row[token]))
+                u = coin(seed, base, child)
+                margin = min(margin, abs(u - keep))
+                if u < keep:
+                    kept = child
+                    break
+                target = normalised(np.maximum(target - row, 0.0))
+            if draft is not None and not problem.replaces:
+                draft = without(draft, token)
+        if kept is None:
+            return node, target, False, margin
+        node = kept
+
+
 def walk_coupled(problem: TreeProblem, seed: int, base: int) -> tuple[int, Row, bool, float]:
     node, margin = 0, math.inf
     while True:
@@ -113,8 +171,8 @@ def replay(
     if greedy or (rule in ("auto", "gbv", "spectr") and points):
         rule = "target_only"
     if rule == "auto":
-        rule = auto(problem)
-    if rule == "coupled":
+        node, closing, chosen, margin = walk_mixed(problem, seed, base)
+    elif rule == "coupled":
         node, closing, chosen, margin = walk_coupled(problem, seed, base)
     elif rule in ROOT_RULES:
         node, closing, chosen, margin = walk_from_root(problem, rule, seed, base)
@@ -129,16 +187,3 @@ def replay(
     else:
         token, lead = drawn(closing, seed, base, CLOSE, node)
     return [*problem.context(node), token], node, min(margin, lead)
-
-
-def auto(problem: TreeProblem) -> str:
-    """Traversal, but where a child leads less deep than a younger sibling."""
-
-    def height(node: int) -> int:
-        return max((1 + height(child) for child in problem.children(node)), default=0)
-
-    for node in range(len(problem.parents) + 1):
-        heights = [height(child) for child in problem.children(node)]
-        if heights != sorted(heights, reverse=True):
-            return "rrs"
-    return "traversal"
