@@ -64,7 +64,7 @@ void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size
 
 void refuse_second_law(const Inputs& in) {
   if (in.topk_ids.is_none() != in.topk_probs.is_none()) {
-    throw py::value_error("draft_topk: expected ids and probabilities, got one of them");
+    throw py::value_error("draft_topk: expected ids and probabilities, got None for one of them");
   }
   const int laws = (in.draft_logits.is_none() ? 0 : 1) + (in.draft_probs.is_none() ? 0 : 1) +
                    (in.topk_ids.is_none() ? 0 : 1);
@@ -73,7 +73,7 @@ void refuse_second_law(const Inputs& in) {
                           std::to_string(laws) + " of them");
   }
   if (!in.draft_records.is_none() && in.draft_logits.is_none()) {
-    throw py::value_error("draft_records: expected beside draft_logits, whose laws they are");
+    throw py::value_error("draft_records: expected beside draft_logits, whose laws they are, got them alone");
   }
 }
 
@@ -108,7 +108,8 @@ void write_logprobs(Intake& intake, const Outputs& out, VerifyArgs& args, int64_
     to.top_tokens = intake.write_or_null(tokens, tokens_name, args.draft_tokens.dtype,
                                          {batch, columns, Dim::bind(n, "n")}, Layout::any);
     if (tokens.is_none() != top.is_none()) {
-      throw py::value_error(std::string(top_name) + ": expected with " + tokens_name + ", and only with it");
+      throw py::value_error(std::string(top_name) + ": expected with " + tokens_name +
+                            ", and only with it, got None for one of them");
     }
     to.top = intake.write_or_null(top, top_name, DType::float32, {batch, columns, n}, Layout::any);
   };

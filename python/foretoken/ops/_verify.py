@@ -237,7 +237,7 @@ def verify(
     topk_ids, topk_probs = _topk_of(draft_topk)
     has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
     kind, num_paths = _draw_of(draw, has_law)
-    by_slot = rule if isinstance(rule, Tensor) else None
+    named = rule is None or isinstance(rule, str)
     _core.verify(
         target_logits,
         row_offsets,
@@ -258,8 +258,8 @@ def verify(
         slots,
         table,
         table if draft_sampling is None else table_of("draft_sampling", draft_sampling, batch),
-        _core.Rule.auto if isinstance(rule, Tensor) else choose("rule", _RULES, rule),
-        by_slot,
+        choose("rule", _RULES, rule) if named else _core.Rule.auto,
+        None if named else rule,
         kind,
         num_paths,
         _tolerance_of(tolerance),
