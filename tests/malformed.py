@@ -274,6 +274,17 @@ OPERATIONS = (
 )
 
 
+def once() -> list[tuple[Operation, Spec]]:
+    """Every argument with the first operation of its kind that takes it in this shape."""
+    found: dict[tuple[str, ...], tuple[Operation, Spec]] = {}
+    for operation in OPERATIONS:
+        for spec in operation.specs:
+            shape = spec.good().shape
+            key = (operation.name.partition("-")[0], spec.name, str(shape), str(spec.fixed))
+            found.setdefault(key, (operation, spec))
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Case:
     operation: Operation
