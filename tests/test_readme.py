@@ -33,7 +33,7 @@ def run_blocks(page: str) -> dict[str, Any]:
 
 def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    assert len(fenced("README.md", "python")) == 3
+    assert len(fenced("README.md", "python")) == 4
     names = run_blocks("README.md")
     ids, same, inputs = names["ids"], names["same"], names["inputs"]
     assert ids.tolist() == same.tolist()

@@ -229,8 +229,6 @@ void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_t
   read_history(intake, in.history, in.prompt_lengths, needs_history, sampling.size(), args.history);
   args.rules = intake.read_or_null(rules, "rule", DType::uint8,
                                    {Dim::at_least(in.slots.is_none() ? size.batch : 0)}, Layout::any);
-  args.sampling = sampling.view();
-  args.draft_sampling = draft_sampling.view();
   args.rule = rule;
   args.draw = draw;
   args.num_paths = num_paths;
@@ -239,6 +237,8 @@ void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_t
   write_outputs(intake, out, args, size);
   const Device device = intake.device();
   const Stream stream = intake.stream();
+  args.sampling = sampling.view(device, stream);
+  args.draft_sampling = draft_sampling.view(device, stream);
   py::gil_scoped_release unlocked;
   dispatch::verify(args, device, stream);
 }
