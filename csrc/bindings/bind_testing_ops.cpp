@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "bindings/tolerance.hpp"
 #include "cpu/enumerate.hpp"
+#include "cpu/parallel.hpp"
 #include "cpu/residual.hpp"
 #include "cpu/row_kernels.hpp"
 #include "math/philox.hpp"
@@ -131,6 +134,22 @@ py::tuple draw_tokens(const std::vector<float>& row, const std::vector<float>& d
   return py::make_tuple(masses, tokens);
 }
 
+// Reads memory as fast as this library can, on as many threads as its kernels use.
+float plain_read(const std::vector<std::pair<uintptr_t, int64_t>>& pieces) {
+  const py::gil_scoped_release unlocked;
+  const int threads = cpu::max_threads();
+  std::vector<float> largest(static_cast<size_t>(threads), 0.0f);
+  cpu::parallel_for(threads, int64_t{1} << 20, [&](int64_t thread) {
+    for (const auto& [address, bytes] : pieces) {
+      const int64_t count = bytes / 4, first = count * thread / threads;
+      const float* elements = reinterpret_cast<const float*>(address) + first;
+      float& most = largest[static_cast<size_t>(thread)];
+      most = std::max(most, cpu::row_kernels().plain_read(elements, count * (thread + 1) / threads - first));
+    }
+  });
+  return *std::max_element(largest.begin(), largest.end());
+}
+
 }  // namespace
 
 void register_testing_ops(py::module_& testing) {
@@ -151,6 +170,8 @@ void register_testing_ops(py::module_& testing) {
   testing.def("exp2_scaled", &exp2_scaled_array, py::arg("distances"), py::arg("scale"));
   testing.def("log_positive", &log_array, py::arg("values"));
   testing.def("row_law", &row_law, py::arg("row"), py::arg("filters"), py::arg("probs") = false);
+  testing.def("plain_read", &plain_read, py::arg("pieces"),
+              "Largest float32 in pieces of memory, each an address and its bytes: a read and nothing else.");
   testing.def("draw_tokens", &draw_tokens, py::arg("row"), py::arg("draft"), py::arg("gain"),
               py::arg("excluded"), py::arg("filters"), py::arg("bits"));
   testing.def("verify_law", &verify_law, py::arg("target_logits"), py::arg("draft_laws"),

@@ -1,8 +1,6 @@
 // Top-k, top-p and min-p as one threshold on the logits, found without sorting the row.
 #pragma once
 
-#include <vector>
-
 #include "cpu/rows.hpp"
 
 namespace foretoken::cpu {

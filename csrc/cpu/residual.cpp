@@ -126,10 +126,11 @@ int64_t draw_exactly(const Residual& residual, uint64_t bits) {
 // exact masses would have given.
 //
 // A tile's sum has ten additions, 6e-7 of it, and half a unit for every element that the exact masses round.
-// Where the sum was taken relative to the tile's own largest element, the exponents differ too: by 2^-23 of
-// an exponent that is at most 45 where an element has a mass at all, 4e-6 in all.
-constexpr double kErrorOfSums = 0x1p-20, kErrorOfLaws = 0x1p-17;
-constexpr uint64_t kErrorOfElements = 2 * kTile;
+// Where the sum was taken relative to the tile's own largest element, three exponentials stand in for
+// one, 1.7e-7 each, and the exponents differ by 2^-23 of themselves: 1.7e-6 up to an exponent of 20. Of what
+// lies below, at most 2^24 units an element, 1.2e-5 up to the last exponent of 125.
+constexpr double kErrorOfSums = 6.5e-7, kErrorOfLaws = 3.0e-6;
+constexpr uint64_t kUnitsOfSums = 2 * kTile, kUnitsOfLaws = 256 * kTile;
 
 // False if nothing is known. `slack` bounds the error of every sum of the masses.
 bool estimate(const Residual& residual, uint64_t* masses, uint64_t& slack) {
@@ -144,7 +145,7 @@ bool estimate(const Residual& residual, uint64_t* masses, uint64_t& slack) {
   }
   const double relative = with_draft ? kErrorOfSums : kErrorOfLaws;
   slack = static_cast<uint64_t>(static_cast<double>(total_of(masses, tiles)) * relative) +
-          kErrorOfElements * static_cast<uint64_t>(tiles);
+          (with_draft ? kUnitsOfSums : kUnitsOfLaws) * static_cast<uint64_t>(tiles);
   for (const Residual::Edit& edit : residual.edits) {
     uint64_t& mass = masses[edit.token / kTile];
     const uint64_t removed = edit.before - edit.mass;

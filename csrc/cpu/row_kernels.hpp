@@ -8,7 +8,7 @@
 
 namespace foretoken::cpu {
 
-constexpr int kGroups = 16;  // maxima per tile, each over 64 elements: they bound the k-th largest
+constexpr int kGroups = 16;  // of 64 elements each in a tile: their maxima bound the k-th largest
 
 // kTile elements side by side: a whole tile of a row, where it lies.
 struct TileRef {
@@ -52,8 +52,11 @@ struct RowKernels {
                          float gain);
   void (*masses)(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law, float gain,
                  uint64_t* out);
-  // Copies the elements >= bound to out (room for a whole tile needed), returns how many.
-  int64_t (*at_least)(TileRef tile, float bound, float* out);
+  // Copies the elements in [low, high) to out (room for a whole tile needed), in any order; returns how many.
+  int64_t (*between)(TileRef tile, float low, float high, float* out);
+  // The largest of `count` float32, NaN passed over: a read and nothing else, for benchmarks to be held
+  // against.
+  float (*plain_read)(const float* elements, int64_t count);
 };
 
 const RowKernels& row_kernels();                        // best path of this machine, or FORETOKEN_CPU

@@ -108,20 +108,22 @@ TileMax max_of(TileRef ref) {
   });
 }
 
+// Which elements make a group is nobody's business.
 void group_max(TileRef ref, float* groups) {
+  static_assert(kGroups == 16 && kGroups % kLanes == 0);
   with_elements(ref.dtype, [=](auto elements) {
     using Elements = decltype(elements);
-    constexpr int kMembers = kTile / kGroups;
-    for (int group = 0; group < kGroups; ++group) {
-      const auto* members = elements_of<Elements>(ref) + group * kMembers;
-      Floats high = Floats::all(-kInfinity);
-      for (int e = 0; e < kMembers; e += kPair) {
-        Floats a, b;
-        Elements::pair(members + e, a, b);
-        high = greater_of(a, greater_of(b, high));
-      }
-      groups[group] = largest_lane(high);
+    constexpr int kVectors = kGroups / kLanes;
+    const auto* tile = elements_of<Elements>(ref);
+    Floats high[kVectors];
+    for (Floats& vector : high) vector = Floats::all(-kInfinity);
+    for (int e = 0; e < kTile; e += kPair) {
+      Floats a, b;
+      Elements::pair(tile + e, a, b);
+      high[0] = greater_of(a, high[0]);
+      high[kVectors - 1] = greater_of(b, high[kVectors - 1]);
     }
+    for (int v = 0; v < kVectors; ++v) high[v].store(groups + v * kLanes);
   });
 }
 
@@ -376,19 +378,35 @@ void masses(TileRef target, const RowLaw& target_law, TileRef draft, const RowLa
   });
 }
 
-int64_t at_least(TileRef ref, float bound, float* out) {
+int64_t between(TileRef ref, float low, float high, float* out) {
   return with_elements(ref.dtype, [=](auto elements) {
     using Elements = decltype(elements);
     const auto* tile = elements_of<Elements>(ref);
     int64_t kept = 0;
-    for (int e = 0; e < kTile; e += kPair) {
-      Floats a, b;
-      Elements::pair(tile + e, a, b);
-      kept += keep_at_least(a, bound, out + kept);
-      kept += keep_at_least(b, bound, out + kept);
+    for (int e = 0; e < kTile; e += 2 * kPair) {
+      Floats x[4];
+      Elements::pair(tile + e, x[0], x[1]);
+      Elements::pair(tile + e + kPair, x[2], x[3]);
+      const Floats most = greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
+      if (!any_at_least(most, low)) continue;  // nearly always, as few elements are looked for
+      for (const Floats& vector : x) kept += keep_between(vector, low, high, out + kept);
     }
     return kept;
   });
+}
+
+float plain_read(const float* elements, int64_t count) {
+  constexpr int kVectors = 8;
+  Floats high[kVectors];
+  for (Floats& vector : high) vector = Floats::all(-kInfinity);
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
+    for (int c = 0; c < kVectors; ++c) high[c] = greater_of(Floats::load(elements + i + c * kLanes), high[c]);
+  }
+  for (int c = 1; c < kVectors; ++c) high[0] = greater_of(high[c], high[0]);
+  float largest = largest_lane(high[0]);
+  for (; i < count; ++i) largest = elements[i] > largest ? elements[i] : largest;
+  return largest;
 }
 
 }  // namespace
@@ -396,6 +414,6 @@ int64_t at_least(TileRef ref, float bound, float* out) {
 extern const RowKernels FORETOKEN_KERNELS;
 const RowKernels FORETOKEN_KERNELS = {
     FORETOKEN_KERNELS_NAME, load,       max_of, group_max, summarise_logits, summarise_probs, sum_weights,
-    sum_residual,           sum_masses, masses, at_least};
+    sum_residual,           sum_masses, masses, between,   plain_read};
 
 }  // namespace foretoken::cpu

@@ -77,6 +77,36 @@ bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
   return regular && law.max > -kInfinity;
 }
 
+// Sums of tiles relative to their largest element, of the elements that a filter has kept.
+class CutTiles {
+ public:
+  CutTiles(const Row& row, const RowLaw& law) : kernels_(row_kernels()), row_(row), law_(law) {}
+
+  float sum(int64_t index, float anchor) {
+    const TileRef tile = tile_.ref(kernels_, row_, index, -kInfinity);
+    const float cut = std::max(law_.cut, logits_floor(anchor, law_.scale));
+    // Most filters leave one or two elements of a tile: their sum has one order. Where there were more, there
+    // will be more in the next tiles too.
+    if (dense_ == 0) {
+      const int64_t kept = kernels_.between(tile, cut, kInfinity, kept_);
+      if (kept == 1) return 1.0f;
+      if (kept == 2) return 1.0f + exp2_scaled(std::min(kept_[0], kept_[1]) - anchor, law_.scale);
+      dense_ = kPatience;
+    }
+    --dense_;
+    return kernels_.sum_weights(tile, anchor, law_.scale, cut);
+  }
+
+ private:
+  static constexpr int kPatience = 4;
+  const RowKernels& kernels_;
+  const Row& row_;
+  const RowLaw& law_;
+  Tile tile_;
+  float kept_[kTile];
+  int dense_ = 0;
+};
+
 }  // namespace
 
 const float* Tile::of(const RowKernels& kernels, const Row& row, int64_t index, float pad) {
@@ -104,7 +134,6 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
 }
 
 RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses) {
-  const RowKernels& kernels = row_kernels();
   RowLaw law;
   if (processing.temperature == 0.0f) {
     law.kind = LawKind::point;
@@ -121,16 +150,13 @@ RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* til
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
   if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
-  Tile tile;
+  CutTiles tiles(row, law);
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float anchor = summary.tiles[index].max;
     uint64_t mass = 0;
     if (anchor >= law.cut) {
-      float sum = summary.tiles[index].sum;
-      if (law.cut > floor) {  // the first pass summed what the filters have removed since
-        const float cut = std::max(law.cut, logits_floor(anchor, law.scale));
-        sum = kernels.sum_weights(tile.ref(kernels, row, index, -kInfinity), anchor, law.scale, cut);
-      }
+      // The first pass summed what the filters have removed since.
+      const float sum = law.cut > floor ? tiles.sum(index, anchor) : summary.tiles[index].sum;
       mass = mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
     }
     law.mass += mass;

@@ -129,12 +129,17 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& even, Floats& odd) {
 inline Floats load_half(const uint16_t* p) {
   return Floats::from([=](int i) { return float_of_half(p[i]); });
 }
-// Appends the lanes at or above bound; writes up to kLanes elements at out, returns how many count.
-inline int keep_at_least(Floats x, float bound, float* out) {
+inline bool any_at_least(Floats x, float bound) {
+  int found = 0;
+  for (float value : x.lane) found |= value >= bound ? 1 : 0;
+  return found != 0;
+}
+// Appends the lanes in [low, high); writes up to kLanes elements at out, returns how many count.
+inline int keep_between(Floats x, float low, float high, float* out) {
   int kept = 0;
-  for (int i = 0; i < Floats::kLanes; ++i) {
-    out[kept] = x.lane[i];
-    kept += x.lane[i] >= bound ? 1 : 0;
+  for (float value : x.lane) {
+    out[kept] = value;
+    kept += value >= low && value < high ? 1 : 0;
   }
   return kept;
 }

@@ -100,13 +100,16 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& even, Floats& odd) {
 inline Floats load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline int keep_at_least(Floats x, float bound, float* out) {
+inline bool any_at_least(Floats x, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.lane, _mm256_set1_ps(bound), _CMP_GE_OQ)) != 0;
+}
+inline int keep_between(Floats x, float low, float high, float* out) {
   float lane[Floats::kLanes];
   x.store(lane);
   int kept = 0;
   for (float value : lane) {
     out[kept] = value;
-    kept += value >= bound ? 1 : 0;
+    kept += value >= low && value < high ? 1 : 0;
   }
   return kept;
 }

@@ -92,8 +92,12 @@ inline void load_bfloat_pairs(const uint16_t* p, Floats& even, Floats& odd) {
 inline Floats load_half(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline int keep_at_least(Floats x, float bound, float* out) {
-  const __mmask16 kept = _mm512_cmp_ps_mask(x.lane, _mm512_set1_ps(bound), _CMP_GE_OQ);
+inline bool any_at_least(Floats x, float bound) {
+  return _mm512_cmp_ps_mask(x.lane, _mm512_set1_ps(bound), _CMP_GE_OQ) != 0;
+}
+inline int keep_between(Floats x, float low, float high, float* out) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x.lane, _mm512_set1_ps(low), _CMP_GE_OQ);
+  const __mmask16 kept = _mm512_mask_cmp_ps_mask(above, x.lane, _mm512_set1_ps(high), _CMP_LT_OQ);
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(kept, x.lane));
   return __builtin_popcount(kept);
 }
