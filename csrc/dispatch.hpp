@@ -4,6 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include <memory>
+#include <vector>
+
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
@@ -12,6 +15,10 @@
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
+#ifdef FORETOKEN_HAS_CUDA
+#include "cuda/sampling.hpp"
+#include "cuda/sampling_mirror.hpp"
+#endif
 
 namespace foretoken {
 
@@ -61,9 +68,47 @@ inline bool cuda_self_check([[maybe_unused]] const SelfCheckInput* inputs,
                               ": this version has no CUDA kernel for it; move the tensors to the CPU");
 }
 
-inline void sample(const SampleArgs& args, Device device, Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("sample");
-  cpu::sample(args);
+// The copies of one sampling table on the devices that have asked for it.
+class SamplingMirrors {
+ public:
+  // `version` tells whether the host's numbers have changed since.
+  SamplingView view(const SamplingView& host, [[maybe_unused]] uint64_t version, Device device,
+                    [[maybe_unused]] Stream stream) {
+    if (backend_for(device) == Backend::cpu) return host;
+#ifdef FORETOKEN_HAS_CUDA
+    for (Kept& kept : kept_) {
+      if (kept.mirror->device() != device) continue;
+      if (kept.version != version) kept.mirror->update(host, stream);
+      kept.version = version;
+      return kept.mirror->view();
+    }
+    kept_.push_back({std::make_unique<cuda::SamplingMirror>(host, device, stream), version});
+    return kept_.back().mirror->view();
+#else
+    return host;
+#endif
+  }
+
+#ifdef FORETOKEN_HAS_CUDA
+ private:
+  struct Kept {
+    std::unique_ptr<cuda::SamplingMirror> mirror;
+    uint64_t version;
+  };
+  std::vector<Kept> kept_;
+#endif
+};
+
+inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::sample(args);
+  if (args.constrained || args.bitmask || args.vocab_map || args.method != SampleMethod::inverse) {
+    throw std::invalid_argument(
+        "sample: this version has no CUDA kernel for penalties, bias, bad words, a bitmask, a vocab_map or "
+        "Gumbel noise; move the tensors to the CPU");
+  }
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::sample(args, device, stream);
+#endif
 }
 
 inline void verify(const VerifyArgs& args, Device device, Stream) {

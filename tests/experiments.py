@@ -347,6 +347,7 @@ class Experiment:
         assert not verdict.status.any(), verdict.status.unique()
         counts = torch.full((this.size,), self.nodes) if this.counts is None else this.counts
         assert torch.equal(verdict.num_emitted == 0, counts < 0)
+        assert torch.equal(verdict.next_lengths, this.base - 1 + verdict.num_emitted)
         assert (verdict.num_emitted <= counts + 1).all()
         assert (verdict.num_emitted <= self.depth + 1).all()
         there = torch.arange(verdict.tokens.shape[1]) < verdict.num_emitted[:, None]

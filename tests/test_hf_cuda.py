@@ -25,7 +25,10 @@ def test_greedy_text_is_the_models_own(batch: int) -> None:
         assert torch.equal(ours, plain)
 
 
-def test_kernels_refuse_cuda_tensors_in_words() -> None:
+def test_what_has_no_kernel_is_refused_in_words() -> None:
     base = torch.ones(1, dtype=torch.int64, device="cuda")
+    logits = torch.zeros(1, 8, device="cuda")
     with pytest.raises(ValueError, match="CUDA"):
-        ft.ops.sample(torch.zeros(1, 8, device="cuda"), base=base)
+        ft.ops.sample(logits, base=base, method="gumbel")
+    with pytest.raises(ValueError, match="CUDA"):
+        ft.ops.verify(logits[:, None], torch.empty(1, 0, dtype=torch.int64, device="cuda"), base=base)

@@ -1,131 +1,93 @@
-"""The joint law of the first four tokens of whole generations, drawn through the shipped randomness.
-
-One round cannot show a random number that is used twice: a position that is drafted, rejected and drafted
-again can. Target and drafter are tables over three tokens: the law of the first four has 81 cells, all known
-exactly. Sequences are rows of one batch, each with its own seed.
-"""
+"""The joint law of the first four tokens of whole generations, for every rule that keeps the target's law."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 
-import foretoken as ft
-from goodness import Fit, assert_fits, assert_misfits, fit
-from reference import joint_law, row_law, table_model
+from generations import LENGTH, VOCAB, Generations, exact_law, joint_fit, pair
+from goodness import assert_fits, assert_misfits
 
-VOCAB, DRAFTS, LENGTH, ORDER = 3, 3, 4, 3
-FIRST = 1  # absolute index of the first generated token, after a prompt of one
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table model on tensors: a state per prefix of up to ``ORDER`` tokens, and where each token leads."""
-
-    logits: torch.Tensor  # float32 [states, V]
-    following: torch.Tensor  # int64 [states, V]
-
-    @classmethod
-    def of(cls, model, vocab: int = VOCAB, order: int = ORDER) -> Table:
-        prefixes: list[tuple[int, ...]] = [()]
-        for prefix in prefixes:
-            if len(prefix) < order:
-                prefixes.extend((*prefix, token) for token in range(vocab))
-        index = {prefix: i for i, prefix in enumerate(prefixes)}
-        following = [[index[(*prefix, token)[-order:]] for token in range(vocab)] for prefix in prefixes]
-        return cls(torch.tensor([model(prefix) for prefix in prefixes]), torch.tensor(following))
+CHAIN = (0, 1, 2)
+FORK = (0, 0, 1, 1, 2)  # two levels of siblings
+BROAD = (0, 0, 0)
+PATHS = (0, 1, 0, 3)
+TWO_PATHS = ("iid_paths", 2)
+CASES = [
+    *(Generations(rule, CHAIN) for rule in ("token", "block", "auto", "target_only", "coupled")),
+    Generations("gbv", CHAIN, ("iid_paths", 1)),
+    *(Generations(rule, CHAIN, "deterministic") for rule in ("token", "block", "auto")),
+    *(Generations(rule, FORK) for rule in ("rrs", "traversal", "auto", "target_only", "spectr", "coupled")),
+    *(Generations(rule, FORK, "without_replacement") for rule in ("rrs", "traversal", "auto", "target_only")),
+    *(Generations(rule, FORK, "deterministic") for rule in ("traversal", "target_only")),
+    *(Generations(rule, BROAD) for rule in ("rrs", "spectr")),
+    *(Generations(rule, PATHS, TWO_PATHS) for rule in ("gbv", "rrs", "traversal", "spectr", "auto")),
+    Generations("coupled", CHAIN, key="gumbel"),
+    Generations("coupled", FORK, key="gumbel"),
+]
 
 
-def generate(
-    target: Table, draft: Table, rule: str, sequences: int, seed: int, *, key: str = "round"
-) -> np.ndarray:
-    """The first ``LENGTH`` tokens of ``sequences`` generations, int64 [sequences, LENGTH].
-
-    ``key`` is the planted defect: "position" keys a draft by its absolute position, not by round and step, so
-    that a position drafted again gets the numbers it had before.
-    """
-    sampling = ft.Sampling(seed=seed).prepare(sequences)
-    written = torch.full((sequences, LENGTH + DRAFTS + 1), -1)
-    state = torch.zeros(sequences, dtype=torch.int64)
-    lengths = torch.zeros(sequences, dtype=torch.int64)
-    live = torch.arange(sequences)
-    while live.numel():
-        base = lengths[live] + FIRST
-        slots = live.to(torch.int32)
-        states = [state[live]]
-        for step in range(DRAFTS):
-            at, k = (base, step) if key == "round" else (base + step, 0)
-            drawn = ft.ops.sample(
-                draft.logits[states[-1]], sampling=sampling, base=at, step=k, purpose="draft", slots=slots
-            )
-            states.append(draft.following[states[-1], drawn])
-            written[live, lengths[live] + step] = drawn
-        drafted = written[live[:, None], lengths[live, None] + torch.arange(DRAFTS)]
-        verdict = ft.ops.verify(
-            target.logits[torch.stack(states, 1)],
-            drafted,
-            draft_logits=draft.logits[torch.stack(states[:-1], 1)],
-            sampling=sampling,
-            base=base,
-            slots=slots,
-            rule=rule,
-        )
-        assert not verdict.status.any()
-        for i in range(DRAFTS + 1):
-            emitted = verdict.num_emitted > i
-            rows, tokens = live[emitted], verdict.tokens[emitted, i]
-            written[rows, lengths[rows] + i] = tokens
-            state[rows] = target.following[state[rows], tokens]
-        lengths[live] += verdict.num_emitted
-        live = live[lengths[live] < LENGTH]
-    return written[:, :LENGTH].numpy()
+def name(case: object) -> str:
+    if not isinstance(case, Generations):
+        return str(case)
+    return "-".join([case.rule, "".join(map(str, case.parents)), "".join(map(str, case.draw)), case.key])
 
 
-def joint_fit(tokens: np.ndarray, law: np.ndarray) -> Fit:
-    cells = tokens @ (VOCAB ** np.arange(LENGTH - 1, -1, -1))
-    return fit(np.bincount(cells, minlength=VOCAB**LENGTH), law)
-
-
-@pytest.fixture(scope="module")
-def pair():
-    """A target, a drafter that often disagrees with it, and the exact law of four target tokens."""
-    target, draft = table_model(31, VOCAB, ORDER), table_model(32, VOCAB, ORDER)
-    exact = joint_law(lambda prefix: row_law(target(prefix)), LENGTH)
-    cells = np.zeros((VOCAB,) * LENGTH)
-    for tokens, p in exact.items():
-        cells[tokens] = p
-    return Table.of(target), Table.of(draft), cells.ravel()
-
-
-SIZES = [pytest.param(80_000, id="short"), pytest.param(2_000_000, id="long", marks=pytest.mark.long)]
-
-
-def in_parts(sequences: int, part: int = 80_000):
+def in_parts(sequences: int, part: int = 80_000) -> Iterator[tuple[int, int]]:
     for start in range(0, sequences, part):
         yield min(part, sequences - start), 1000 + start
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("sequences", SIZES)
-def test_first_four_tokens(pair, rule, sequences, figure):
-    target, draft, law = pair
-    tokens = np.concatenate([generate(target, draft, rule, n, seed) for n, seed in in_parts(sequences)])
-    found = assert_fits(joint_fit(tokens, law), rule)
+def generated(case: Generations, sequences: int, **change) -> np.ndarray:
+    return np.concatenate([case.run(count, seed, **change) for count, seed in in_parts(sequences)])
+
+
+# Where numbers used twice show; the short run is longer there.
+SENSITIVE = [Generations("block", CHAIN), Generations("traversal", FORK)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "long"])
+def test_first_four_tokens(case, many, figure):
+    sequences = 2_000_000 if many else 40_000 if case in SENSITIVE else 10_000
+    found = assert_fits(joint_fit(generated(case, sequences)), name(case))
     figure("detectable_tv", found.detectable)
 
 
-def test_numbers_keyed_by_position_alone_break_the_block_rule(pair):
-    """The planted defect. The token rule survives it, which is why one rule alone would be a weak test."""
-    target, draft, law = pair
-    assert_misfits(joint_fit(generate(target, draft, "block", 80_000, 5, key="position"), law), "block")
-    assert_fits(joint_fit(generate(target, draft, "token", 80_000, 5, key="position"), law), "token")
+# ---------------------------------------------------------------------------------------- controls
 
 
-def test_control_another_law(pair):
-    target, draft, law = pair
-    assert_misfits(joint_fit(generate(target, draft, "block", 30_000, 6), np.roll(law, 1)), "shifted law")
-    hotter = Table(target.logits / 1.25, target.following)
-    assert_misfits(joint_fit(generate(hotter, draft, "block", 30_000, 7), law), "temperature off by 25 %")
+VISIBLE = [
+    Generations("block", CHAIN, key="position"),
+    Generations("traversal", FORK, key="position"),
+    *(
+        pytest.param(Generations("traversal", parents, draw, "position"), marks=pytest.mark.long)
+        for parents, draw in ((FORK, "without_replacement"), (PATHS, TWO_PATHS))
+    ),
+]
+SURVIVING = [Generations("token", CHAIN, key="position"), Generations("rrs", FORK, key="position")]
+
+
+@pytest.mark.parametrize("case", VISIBLE, ids=name)
+def test_drafts_keyed_by_position_alone_are_seen(case):
+    """The planted defect: a position that is drafted again gets the numbers it had. Every rule that looks at
+    more than one node before it decides breaks."""
+    assert_misfits(joint_fit(generated(case, 80_000 if len(case.parents) > 3 else 30_000)), name(case))
+
+
+@pytest.mark.parametrize("case", SURVIVING, ids=name)
+def test_rules_from_the_root_survive_them(case):
+    """Which is why one of those alone would be a weak test."""
+    assert_fits(joint_fit(generated(case, 30_000)), name(case))
+
+
+def test_control_another_law():
+    block = Generations("block", CHAIN)
+    tokens = generated(block, 20_000)
+    assert tokens.shape == (20_000, LENGTH)
+    assert tokens.max() < VOCAB
+    assert_misfits(joint_fit(tokens, np.roll(exact_law(), 1)), "shifted law")
+    hotter = generated(block, 20_000, target=pair()[0].hotter(1.25))
+    assert_misfits(joint_fit(hotter), "temperature off by 25 %")

@@ -48,7 +48,6 @@ void sample(py::handle logits, const SamplingTable& sampling, py::handle base, p
   args.logprobs = intake.write_or_null(logprobs, "logprobs", DType::float32, {batch}, Layout::any);
   args.status = intake.write_or_null(status, "status", DType::int32, {batch}, Layout::any);
   args.records = intake.write_or_null(records, "records", DType::int64, {batch, kRecordWords}, Layout::any);
-  args.sampling = sampling.view();
   args.purpose = purpose;
   args.method = method;
   // What the counter has room for; a step beyond it would be another purpose's number.
@@ -59,6 +58,8 @@ void sample(py::handle logits, const SamplingTable& sampling, py::handle base, p
   args.step = static_cast<int32_t>(step);
   const Device device = intake.device();
   const Stream stream = intake.stream();
+  args.sampling = sampling.view(device, stream);
+  args.constrained = sampling.constrained();
   py::gil_scoped_release unlocked;
   dispatch::sample(args, device, stream);
 }

@@ -59,6 +59,7 @@ size_t SamplingTable::index_of(int64_t slot) const {
 }
 
 void SamplingTable::replace(size_t index, Lists lists, Constraints constraints) {
+  ++version_;
   const auto count = [&](const Constraints& of, int64_t sign) {
     constrained_ += of.any() ? sign : 0;
     histories_ += of.needs_history() ? sign : 0;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/sampling.hpp"
+#include "dispatch.hpp"
 
 namespace foretoken {
 
@@ -34,6 +34,14 @@ class SamplingTable {
 
   bool needs_history() const { return histories_ > 0; }
 
+  // The numbers where the device can read them. On CUDA a copy, made anew after a change; constraints stay
+  // behind.
+  SamplingView view(Device device, Stream stream) const {
+    return mirrors_.view(view(), version_, device, stream);
+  }
+
+  bool constrained() const { return constrained_ > 0; }
+
   SamplingView view() const {
     return {temperature_.data(),
             top_k_.data(),
@@ -59,6 +67,8 @@ class SamplingTable {
   std::vector<Constraints> constraints_;
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
+  uint64_t version_ = 0;                     // counts changes
+  mutable dispatch::SamplingMirrors mirrors_;
 };
 
 }  // namespace foretoken

@@ -65,7 +65,8 @@ struct SampleArgs {       // B rows, V vocabulary
   TensorView path;        // [B, P] int32 | int64 drafted since `base`, -1 = no token; null: nothing
   TensorView vocab_map;   // [V] int32 row id -> emitted id, -1 = masked; null: the same ids
   SamplingView sampling;  //
-  HistoryView history;    //
+  bool constrained = false;   // some slot of sampling has constraints
+  HistoryView history;        //
   int64_t emitted_vocab = 0;  // ids of the history, bias and bad words are below this; V without a map
   Purpose purpose = Purpose::plain;
   SampleMethod method = SampleMethod::inverse;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "math/portability.hpp"
+
 namespace foretoken {
 
 enum class DType : uint8_t { float32, bfloat16, float16, float64, int32, int64, uint8, boolean };
@@ -30,7 +32,7 @@ struct TensorView {
   int64_t shape[kMaxRank] = {};
   int64_t strides[kMaxRank] = {};  // in elements
 
-  explicit operator bool() const { return data != nullptr; }
+  FORETOKEN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 constexpr int64_t bytes_of(DType dtype) {

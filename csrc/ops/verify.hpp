@@ -35,7 +35,7 @@ struct Tolerance {
   float threshold_single = 1.0f, threshold_sum = 1.0f;
   int32_t relaxed_top_k = 10;
   float relaxed_delta = 0.6f;
-  float window_entropy = 0.5f, window_delta = 0.6f;  // nats
+  float window_entropy = 1.0f, window_delta = 0.6f;  // nats
   const float* rates = nullptr;                      // [num_rates] target rate of depth 1, 2, ...; 0 behind
   int64_t num_rates = 0;
 };

@@ -165,7 +165,7 @@ class Tolerance:
     threshold_sum: float = 1.0
     relaxed_top_k: int = 10
     relaxed_delta: float = 0.6
-    window_entropy: float = 0.5
+    window_entropy: float = 1.0
     window_delta: float = 0.6
     rates: tuple[float, ...] = ()
 
