@@ -89,7 +89,8 @@ class Round:
 
     target: Tensor
     draft: Tensor
-    tokens: Tensor
+    tokens: Tensor  # drawn from the draft law
+    likely: Tensor  # deterministic: the target's likeliest token, or in a fifth of the places another
     base: Tensor
 
 
@@ -137,11 +138,19 @@ class Case:
         self.filters = self.table(**FILTERS)
         self.law = self.filters if self.filtered else self.plain
         self.out = Verdict.empty(self.batch, self.drafts)
+        likeliest = self.repeated(target[:, : self.drafts].float().argmax(-1, keepdim=True))[..., 0]
         whole = (target.nbytes + draft.nbytes) * self.batch // target.shape[0]
         for index in range(max(3, self.rotated // whole)):
             base = torch.full((self.batch,), 1 + 64 * index)
+            right = torch.rand(self.batch, self.drafts, generator=generator) < ACCEPTANCE
             self.rounds.append(
-                Round(self.repeated(target), self.repeated(draft), self.drawn(draft, base), base)
+                Round(
+                    self.repeated(target),
+                    self.repeated(draft),
+                    self.drawn(draft, base),
+                    torch.where(right, likeliest, (likeliest + 1) % self.vocab),
+                    base,
+                )
             )
 
     def table(self, **options: float) -> ft.sampling.SamplingTable:
@@ -195,7 +204,7 @@ class Case:
     ) -> Expected:
         base, nodes = int(round_.base[request]), range(self.drafts)
         options = self.options
-        tokens = round_.tokens[request].tolist()
+        tokens = (round_.tokens if dense and not greedy else round_.likely)[request].tolist()
         target = [law64(row, **options) for row in round_.target[request]]
         if greedy:
             target = [(law == law.max()).double() for law in round_.target[request].double()]

@@ -5,6 +5,10 @@
 namespace foretoken::cpu {
 namespace {
 
+// What the loops consist of has to become part of them: a call keeps its vectors in memory.
+#define FORETOKEN_HOT inline __attribute__((always_inline))
+#define FORETOKEN_HOT_LAMBDA __attribute__((always_inline))
+
 constexpr int kQuarter = kTile / 4;
 constexpr int kLanes = Floats::kLanes;
 constexpr int kPair = 2 * kLanes;
@@ -61,7 +65,7 @@ inline const typename Elements::Type* elements_of(TileRef tile) {
 // The machine fetches ahead within a page, and a float32 tile is one: the tiles behind this one are asked for
 // here, kPair elements at a time, while there is work to do on the tile itself.
 template <int kTilesAhead, int kLevel, class Type>
-inline void fetch_ahead(const Type* tile, int e) {
+FORETOKEN_HOT void fetch_ahead(const Type* tile, int e) {
   constexpr uintptr_t kLine = 64;
   const uintptr_t from =
       reinterpret_cast<uintptr_t>(tile) + static_cast<uintptr_t>(kTilesAhead * kTile + e) * sizeof(Type);
@@ -132,27 +136,37 @@ void group_max(TileRef ref, float* groups) {
   });
 }
 
-// The pinned order. `value(e, a, b)` gives elements e .. e + kPair of the tile; a CUDA warp that loads eight
-// neighbours per thread performs the same tree with three folds in registers and five shuffles.
-template <class Elements, int kFolds, class Value>
-inline __attribute__((always_inline)) Floats fold_neighbours(const Value& value, int k) {
-  if constexpr (kFolds == 1) {
-    Floats a[4], b[4];
-    for (int quarter = 0; quarter < 4; ++quarter) value(k + quarter * kQuarter, a[quarter], b[quarter]);
-    return Elements::fold(add(add(a[0], a[1]), add(a[2], a[3])), add(add(b[0], b[1]), add(b[2], b[3])));
-  } else {
-    const Floats low = fold_neighbours<Elements, kFolds - 1>(value, k);
-    return add_neighbours(low, fold_neighbours<Elements, kFolds - 1>(value, k + (kLanes << (kFolds - 1))));
+template <int kCount, class Body>
+FORETOKEN_HOT void unrolled(const Body& body) {
+  if constexpr (kCount > 0) {
+    unrolled<kCount - 1>(body);
+    body(kCount - 1);
   }
 }
 
-template <class Elements, class Value>
-inline float sum_tile(const Value& value) {
-  constexpr int kVectors = kQuarter / 8 / kLanes;
-  Floats sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = fold_neighbours<Elements, 3>(value, v * 8 * kLanes);
-  for (int width = kVectors / 2; width >= 1; width /= 2) {
-    for (int v = 0; v < width; ++v) sum[v] = add(sum[v], sum[v + width]);
+// The pinned order. `value(e, place, a, b)` gives elements e .. e + kPair of the tile; `place` runs through
+// the tile from its start to its end meanwhile. A CUDA warp that loads eight neighbours per thread performs
+// the same tree with three folds in registers and five shuffles.
+template <class Elements, bool kUnrolled, class Value>
+FORETOKEN_HOT float sum_tile(const Value& value) {
+  constexpr int kFolded = kQuarter / kPair;
+  Floats sum[kFolded];
+  const auto fold = [&](int i) FORETOKEN_HOT_LAMBDA {
+    Floats a[4], b[4];
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      value(i * kPair + quarter * kQuarter, (4 * i + quarter) * kPair, a[quarter], b[quarter]);
+    }
+    sum[i] = Elements::fold(add(add(a[0], a[1]), add(a[2], a[3])), add(add(b[0], b[1]), add(b[2], b[3])));
+  };
+  if constexpr (kUnrolled) {
+    unrolled<kFolded>(fold);
+  } else {
+    for (int i = 0; i < kFolded; ++i) fold(i);
+  }
+  for (int i = 0; i < kFolded / 2; ++i) sum[i] = add_neighbours(sum[2 * i], sum[2 * i + 1]);
+  for (int i = 0; i < kFolded / 4; ++i) sum[i] = add_neighbours(sum[2 * i], sum[2 * i + 1]);
+  for (int width = kFolded / 8; width >= 1; width /= 2) {
+    for (int i = 0; i < width; ++i) sum[i] = add(sum[i], sum[i + width]);
   }
   return add_halves(sum[0]);
 }
@@ -165,7 +179,7 @@ struct LogitWeights {
   LogitWeights(float max_, float scale_, float cut_)
       : max(Floats::all(max_)), scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
 
-  inline Floats operator()(Floats x) const {
+  FORETOKEN_HOT Floats operator()(Floats x) const {
     constexpr float kUnit = kMasses ? static_cast<float>(kMassUnit) : 1.0f;
     const Floats round = Floats::all(12582912.0f);
     const Floats distance = subtract(x, max);
@@ -186,7 +200,7 @@ template <bool kMasses>
 struct ProbWeights {
   Floats scale, cut;
   ProbWeights(float scale_, float cut_) : scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
-  inline Floats operator()(Floats x) const {
+  FORETOKEN_HOT Floats operator()(Floats x) const {
     const Floats weight = unless_below(x, cut, multiply(x, scale));
     return kMasses ? multiply(weight, Floats::all(static_cast<float>(kMassUnit))) : weight;
   }
@@ -232,11 +246,11 @@ class Anchor {
 };
 
 template <class Elements, class Meanwhile>
-inline float sum_weights_of(const typename Elements::Type* tile, float anchor, float scale, float cut,
-                            const Meanwhile& meanwhile) {
+FORETOKEN_HOT float sum_weights_of(const typename Elements::Type* tile, float anchor, float scale, float cut,
+                                   const Meanwhile& meanwhile) {
   const LogitWeights<false> weights(anchor, scale, cut);
-  return sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
-    meanwhile(e % kQuarter * 4 + e / kQuarter * kPair);  // goes through a tile from its start to its end
+  return sum_tile<Elements, true>([&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
+    meanwhile(place);
     Elements::pair(tile + e, a, b);
     a = weights(a);
     b = weights(b);
@@ -254,10 +268,11 @@ inline void summarise(const typename Elements::Type* tile, int64_t count, float 
     const auto* next = index + 1 < count ? tile + kTile : tile;
     Anchor<Elements> coming;
     const float anchor = high.max > -kInfinity ? high.max : 0.0f;  // nothing but -infinity has no weight
-    const float sum = sum_weights_of<Elements>(tile, anchor, scale, logits_floor(anchor, scale), [&](int e) {
-      fetch_ahead<3, 2>(tile, e);
-      coming.add(next + e);
-    });
+    const float sum = sum_weights_of<Elements>(tile, anchor, scale, logits_floor(anchor, scale),
+                                               [&](int e) FORETOKEN_HOT_LAMBDA {
+                                                 fetch_ahead<3, 2>(tile, e);
+                                                 coming.add(next + e);
+                                               });
     out[index] = {high.max, sum, !high.has_nan && high.max < kInfinity && sum < kInfinity};
     high = coming.of(next);
   }
@@ -275,8 +290,8 @@ float sum_weights(TileRef ref, float anchor, float scale, float cut) {
     using Elements = decltype(elements);
     const auto* tile = elements_of<Elements>(ref);
     const LogitWeights<false> weights(anchor, scale, cut);
-    return sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
-      fetch_ahead<1, 3>(tile, e);
+    return sum_tile<Elements, false>([&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
+      fetch_ahead<1, 3>(tile, place);
       Elements::pair(tile + e, a, b);
       const bool any =
           any_at_least(greater_of(a, b), cut);  // mostly not: what is asked for here is a few tokens
@@ -294,7 +309,7 @@ void summarise_probs(TileRef first, int64_t count, float cut, ProbsTile* out) {
       const TileMax high = max_of({tile, first.dtype});
       const Floats bound = Floats::all(cut);
       Floats low = Floats::all(kInfinity);
-      const float sum = sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
+      const float sum = sum_tile<Elements, false>([&](int e, int, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
         Elements::pair(tile + e, a, b);
         low = lesser_of(a, lesser_of(b, low));
         a = unless_below(a, bound, a);
@@ -312,30 +327,31 @@ void summarise_probs(TileRef first, int64_t count, float cut, ProbsTile* out) {
 // Calls body with what gives the residual's weights (times 2^44 if they are to be masses) at an element of
 // the tiles, pair by pair, whatever kind of law the draft has.
 template <class Elements, bool kMasses, class Body>
-inline auto with_residual(TileRef target_ref, const RowLaw& target_law, TileRef draft_ref,
-                          const RowLaw& draft_law, float gain, Body body) {
+FORETOKEN_HOT auto with_residual(TileRef target_ref, const RowLaw& target_law, TileRef draft_ref,
+                                 const RowLaw& draft_law, float gain, Body body) {
   const LogitWeights<kMasses> of_target(target_law.max, target_law.scale, target_law.cut);
   const auto *target = elements_of<Elements>(target_ref), *draft = elements_of<Elements>(draft_ref);
-  const auto target_alone = [&](int e, Floats& a, Floats& b) {
-    fetch_ahead<1, 3>(target, e);
+  const auto target_alone = [&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
+    fetch_ahead<1, 3>(target, place);
     Elements::pair(target + e, a, b);
     a = of_target(a);
     b = of_target(b);
   };
   if (draft == nullptr) return body(target_alone);
   const Floats minus_gain = Floats::all(-gain), zero = Floats::all(0.0f);
-  const auto with_draft = [&](const auto& of_draft) {
-    return body([&](int e, Floats& a, Floats& b) {
-      target_alone(e, a, b);
-      fetch_ahead<1, 3>(draft, e);
+  const auto with_draft = [&](const auto& of_draft) FORETOKEN_HOT_LAMBDA {
+    return body([&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
+      target_alone(e, place, a, b);
+      fetch_ahead<1, 3>(draft, place);
       Floats c, d;
       Elements::pair(draft + e, c, d);
       a = greater_of(multiply_add(minus_gain, of_draft(c), a), zero);
       b = greater_of(multiply_add(minus_gain, of_draft(d), b), zero);
     });
   };
-  if (draft_law.kind == LawKind::probs)
+  if (draft_law.kind == LawKind::probs) {
     return with_draft(ProbWeights<kMasses>(draft_law.scale, draft_law.cut));
+  }
   return with_draft(LogitWeights<kMasses>(draft_law.max, draft_law.scale, draft_law.cut));
 }
 
@@ -343,8 +359,9 @@ float sum_residual(TileRef target, const RowLaw& target_law, TileRef draft, cons
                    float gain) {
   return with_elements(target.dtype, [&](auto elements) {
     using Elements = decltype(elements);
-    return with_residual<Elements, false>(target, target_law, draft, draft_law, gain,
-                                          [](const auto& weight) { return sum_tile<Elements>(weight); });
+    return with_residual<Elements, false>(
+        target, target_law, draft, draft_law, gain,
+        [](const auto& weight) FORETOKEN_HOT_LAMBDA { return sum_tile<Elements, false>(weight); });
   });
 }
 
@@ -352,16 +369,17 @@ uint64_t sum_masses(TileRef target, const RowLaw& target_law, TileRef draft, con
                     float gain) {
   return with_elements(target.dtype, [&](auto elements) {
     using Elements = decltype(elements);
-    return with_residual<Elements, true>(target, target_law, draft, draft_law, gain, [](const auto& weight) {
-      MassSum sum;
-      for (int e = 0; e < kTile; e += kPair) {
-        Floats a, b;
-        weight(e, a, b);
-        sum.add(a);
-        sum.add(b);
-      }
-      return sum.total();
-    });
+    return with_residual<Elements, true>(target, target_law, draft, draft_law, gain,
+                                         [](const auto& weight) FORETOKEN_HOT_LAMBDA {
+                                           MassSum sum;
+                                           for (int e = 0; e < kTile; e += kPair) {
+                                             Floats a, b;
+                                             weight(e, e, a, b);
+                                             sum.add(a);
+                                             sum.add(b);
+                                           }
+                                           return sum.total();
+                                         });
   });
 }
 
@@ -381,14 +399,15 @@ void masses(TileRef target, const RowLaw& target_law, TileRef draft, const RowLa
   float target_buffer[kTile], draft_buffer[kTile];
   target = in_order(target, target_buffer);
   draft = in_order(draft, draft_buffer);
-  with_residual<Float32Elements, true>(target, target_law, draft, draft_law, gain, [=](const auto& weight) {
-    for (int e = 0; e < kTile; e += kPair) {
-      Floats a, b;
-      weight(e, a, b);
-      store_masses(a, out + e);
-      store_masses(b, out + e + kLanes);
-    }
-  });
+  with_residual<Float32Elements, true>(target, target_law, draft, draft_law, gain,
+                                       [=](const auto& weight) FORETOKEN_HOT_LAMBDA {
+                                         for (int e = 0; e < kTile; e += kPair) {
+                                           Floats a, b;
+                                           weight(e, e, a, b);
+                                           store_masses(a, out + e);
+                                           store_masses(b, out + e + kLanes);
+                                         }
+                                       });
 }
 
 int64_t between(TileRef ref, float low, float high, float* out) {
@@ -431,5 +450,8 @@ extern const RowKernels FORETOKEN_KERNELS;
 const RowKernels FORETOKEN_KERNELS = {
     FORETOKEN_KERNELS_NAME, load,       max_of, group_max, summarise_logits, summarise_probs, sum_weights,
     sum_residual,           sum_masses, masses, between,   plain_read};
+
+#undef FORETOKEN_HOT
+#undef FORETOKEN_HOT_LAMBDA
 
 }  // namespace foretoken::cpu
