@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from foretoken import Sampling, _core, ops
 
 B, N, V = 4, 3, 48
+BASE, TOP = 9, 2
 UNWRITTEN = -7
 INDEX = (torch.int32, torch.int64)
 REAL = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +36,7 @@ class Spec:
     rows: bool = False  # neighbours in the last dimension have to be side by side
     optional: bool = False
     output: bool = False
+    least: tuple[int, ...] = ()  # dimensions that may be larger, but not smaller
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,37 @@ def whole(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Callable
     return lambda: torch.full(shape, value, dtype=dtype)
 
 
+def whole_share() -> Tensor:
+    """A uniform law over all ids."""
+    return torch.full((B, N, V), 1.0 / V)
+
+
+def records() -> Tensor:
+    """Laws of the rows that ``Operation.arguments`` makes first, as ``ops.sample`` notes them."""
+    noted = torch.empty(B, N, 4, dtype=torch.int64)
+    rows = reals(B * N, V // 2)()
+    base = torch.ones(B * N, dtype=torch.int64)
+    ops.sample(rows, sampling=Sampling(seed=3), base=base, records=noted.view(-1, 4))
+    return noted
+
+
 def output(
-    name: str, *shape: int, dtype: torch.dtype, among: tuple[torch.dtype, ...] = (), optional: bool = False
+    name: str,
+    *shape: int,
+    dtype: torch.dtype,
+    among: tuple[torch.dtype, ...] = (),
+    optional: bool = False,
+    free: tuple[int, ...] = (),
 ) -> Spec:
     good = whole(UNWRITTEN, *shape, dtype=dtype)
-    fixed = tuple(range(len(shape)))
+    fixed = tuple(dim for dim in range(len(shape)) if dim not in free)
     return Spec(name, good, among or (dtype,), fixed, optional=optional, output=True)
 
 
-def outputs_of_verify() -> tuple[Spec, ...]:
+def outputs_of_verify(*, tree: bool = False) -> tuple[Spec, ...]:
     return (
-        output("out.tokens", B, N + 1, dtype=torch.int64),
+        # How deep the paths of a tree may be is for the caller to say.
+        output("out.tokens", B, N + 1, dtype=torch.int64, free=(1,) if tree else ()),
         output("out.num_emitted", B, dtype=torch.int32),
         output("out.num_accepted", B, dtype=torch.int32),
         output("out.path", B, N, dtype=torch.int32, optional=True),
@@ -81,14 +103,31 @@ def outputs_of_verify() -> tuple[Spec, ...]:
     )
 
 
+def more_outputs() -> tuple[Spec, ...]:
+    columns = (B, N + 1)
+    return (
+        output("out.path_rows", *columns, dtype=torch.int64, optional=True),
+        output("out.top_tokens", *columns, TOP, dtype=torch.int64, optional=True, free=(2,)),
+        output("out.top_logprobs", *columns, TOP, dtype=torch.float32, optional=True),
+        output("out.raw_logprobs", *columns, dtype=torch.float32, optional=True),
+        output("out.raw_top_tokens", *columns, TOP, dtype=torch.int64, optional=True, free=(2,)),
+        output("out.raw_top_logprobs", *columns, TOP, dtype=torch.float32, optional=True),
+    )
+
+
 def call_verify(arguments: dict[str, Any]) -> None:
     out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
     rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
-    ops.verify(**rest, sampling=Sampling(seed=3), logprobs=True, out=ops.Verdict(**out))
+    if "draft_topk ids" in rest:
+        rest["draft_topk"] = rest.pop("draft_topk ids"), rest.pop("draft_topk probs")
+    law = PENALISED if "history" in rest else Sampling(seed=3)
+    ops.verify(**rest, sampling=law, logprobs=True, out=ops.Verdict(**out))
 
 
 def call_sample(arguments: dict[str, Any]) -> None:
-    ops.sample(**arguments, sampling=Sampling(seed=3))
+    mapped = {"vocab_size": V} if "vocab_map" in arguments else {}
+    law = PENALISED if "history" in arguments else Sampling(seed=3)
+    ops.sample(**arguments, **mapped, sampling=law)
 
 
 def call_tree_index(arguments: dict[str, Any]) -> None:
@@ -97,6 +136,19 @@ def call_tree_index(arguments: dict[str, Any]) -> None:
     ops.tree_index(**rest, out=ops.TreeIndex(**out))
 
 
+PENALISED = Sampling(repetition_penalty=1.3, bad_words=[[1, 2], [3]], logit_bias={5: 1.0}, seed=3)
+WORDS = (V + 31) // 32
+TEXT = (
+    Spec("history", ids(B, 2 * BASE), INDEX, least=(0,)),
+    Spec("prompt_lengths", whole(2, B, dtype=torch.int64), INDEX, fixed=(0,)),
+)
+VOCAB_MAP = Spec(
+    "vocab_map",
+    lambda: torch.arange(V // 2, dtype=torch.int32),
+    (torch.int32,),
+    fixed=(0,),
+    optional=True,
+)
 VERIFY_INPUTS = (
     Spec("target_logits", reals(B, N + 1, V), REAL, fixed=(0, 1), rows=True),
     Spec("draft_tokens", ids(B, N), INDEX),
@@ -108,7 +160,7 @@ VERIFY_INPUTS = (
         (0, 1),
         optional=True,
     ),
-    Spec("base", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+    Spec("base", whole(BASE, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
     Spec("slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True),
 )
 OPERATIONS = (
@@ -128,6 +180,34 @@ OPERATIONS = (
             Spec("row_offsets", lambda: torch.arange(0, B * (N + 1) + 1, N + 1), INDEX, fixed=(0,)),
             *VERIFY_INPUTS[1:],
             Spec("draft_probs", reals(B, N, V, probs=True), REAL, fixed=(0,), rows=True, optional=True),
+            Spec("bitmask", whole(-1, B * (N + 1), WORDS), (torch.int32,), fixed=(0, 1), optional=True),
+            *outputs_of_verify(),
+        ),
+        call_verify,
+    ),
+    Operation(
+        "verify-tree",
+        (
+            *VERIFY_INPUTS[:2],
+            Spec("parents", lambda: torch.tensor([[0, 0, 1]] * B), INDEX, fixed=(0, 1), optional=True),
+            *VERIFY_INPUTS[2:],
+            Spec("draft_topk ids", lambda: torch.arange(V).repeat(B, N, 1), INDEX, fixed=(0,)),
+            Spec("draft_topk probs", whole_share, (torch.float32,), fixed=(0, 1, 2)),
+            Spec("bitmask", whole(-1, B, N + 1, WORDS), (torch.int32,), fixed=(0, 1, 2), optional=True),
+            *TEXT,
+            Spec("rule", lambda: ops.rule_codes(["rrs", "traversal", "coupled", "auto"]), (torch.uint8,)),
+            *outputs_of_verify(tree=True),
+            *more_outputs(),
+        ),
+        call_verify,
+    ),
+    Operation(
+        "verify-mapped",
+        (
+            *VERIFY_INPUTS,
+            Spec("draft_logits", reals(B, N, V // 2), REAL, fixed=(0,), rows=True, optional=True),
+            Spec("draft_records", records, (torch.int64,), fixed=(0, 1, 2), optional=True),
+            VOCAB_MAP,
             *outputs_of_verify(),
         ),
         call_verify,
@@ -136,12 +216,27 @@ OPERATIONS = (
         "sample",
         (
             Spec("logits", reals(B, V), REAL, rows=True),
-            Spec("base", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+            Spec("base", whole(BASE, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
             Spec(
                 "slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True
             ),
+            Spec("bitmask", whole(-1, B, WORDS), (torch.int32,), fixed=(0, 1), optional=True),
+            *TEXT,
+            Spec("path", ids(B, 2), INDEX, fixed=(0,), optional=True),
             output("out", B, dtype=torch.int64, optional=True),
             output("status", B, dtype=torch.int32, optional=True),
+            output("records", B, 4, dtype=torch.int64, optional=True),
+        ),
+        call_sample,
+    ),
+    Operation(
+        "sample-mapped",
+        (
+            Spec("logits", reals(B, V // 2), REAL, rows=True),
+            Spec("base", whole(BASE, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+            *TEXT,
+            VOCAB_MAP,
+            output("out", B, dtype=torch.int64, optional=True),
         ),
         call_sample,
     ),
@@ -177,6 +272,17 @@ OPERATIONS = (
         lambda arguments: _core.testing.intake8(**arguments),
     ),
 )
+
+
+def once() -> list[tuple[Operation, Spec]]:
+    """Every argument with the first operation of its kind that takes it in this shape."""
+    found: dict[tuple[str, ...], tuple[Operation, Spec]] = {}
+    for operation in OPERATIONS:
+        for spec in operation.specs:
+            shape = spec.good().shape
+            key = (operation.name.partition("-")[0], spec.name, str(shape), str(spec.fixed))
+            found.setdefault(key, (operation, spec))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -317,6 +423,9 @@ def shape_faults(spec: Spec, good: Tensor) -> Iterator[tuple[str, Callable[[Tens
         yield f"longer-{dim}", lambda t, dim=dim: torch.cat([t, t.narrow(dim, 0, 1)], dim)
         yield f"shorter-{dim}", lambda t, dim=dim: t.narrow(dim, 0, t.shape[dim] - 1).clone()
         yield f"empty-{dim}", lambda t, dim=dim: t.narrow(dim, 0, 0).clone()
+    for dim in spec.least:
+        yield f"shorter-{dim}", lambda t, dim=dim: t.narrow(dim, 0, t.shape[dim] - 1).clone()
+        yield f"empty-{dim}", lambda t, dim=dim: t.narrow(dim, 0, 0).clone()
 
 
 def output_faults() -> Iterator[tuple[str, Callable[[Tensor], Any], str]]:
@@ -328,10 +437,13 @@ def output_faults() -> Iterator[tuple[str, Callable[[Tensor], Any], str]]:
 def faults_of(operation: Operation, spec: Spec) -> Iterator[Case]:
     good = spec.good()
     for name, spoil in KINDS.items():
-        yield Case(operation, spec, name, spoil, TypeError, "expected")
+        error = ValueError if (spec.name, name) == ("rule", "text") else TypeError
+        yield Case(operation, spec, name, spoil, error, "expected")
     if not spec.optional:
         yield Case(operation, spec, "none", lambda t: None, (TypeError, ValueError), "got None")
     for name, (spoil, words) in UNREADABLE.items():
+        if good.element_size() == 1 and name in ("misaligned", "endian"):
+            continue  # single bytes are neither
         yield Case(operation, spec, name, with_elements(spoil), ValueError, words)
     for name, spoil in shape_faults(spec, good):
         yield Case(operation, spec, name, spoil, ValueError, "expected")

@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
+#include "bindings/tolerance.hpp"
 #include "cpu/enumerate.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/residual.hpp"
@@ -37,7 +39,8 @@ py::list verify_law(const std::vector<std::vector<double>>& target_logits,
                     const std::vector<std::optional<std::vector<double>>>& draft_laws,
                     const std::vector<int64_t>& draft_tokens, const std::vector<int64_t>& parents, Rule rule,
                     Draw draw, int32_t num_paths, const FilterTuple& sampling,
-                    const FilterTuple& draft_sampling, bool draft_is_probs, const std::string& precision) {
+                    const FilterTuple& draft_sampling, bool draft_is_probs, const std::string& precision,
+                    const std::optional<ToleranceValues>& tolerance) {
   if (target_logits.size() != draft_tokens.size() + 1 || draft_laws.size() != target_logits.size() ||
       parents.size() != draft_tokens.size()) {
     throw py::value_error(
@@ -52,6 +55,7 @@ py::list verify_law(const std::vector<std::vector<double>>& target_logits,
   tree.processing = processing_from(sampling);
   tree.draft_processing = processing_from(draft_sampling);
   tree.options = options_from(rule, draw, num_paths);
+  if (tolerance) tree.options.tolerance = tolerance->view();
   py::list result;
   for (const cpu::Branch& branch :
        precision == "float64" ? cpu::enumerate_float64(tree) : cpu::enumerate_float32(tree)) {
@@ -174,6 +178,7 @@ void register_testing_ops(py::module_& testing) {
               py::arg("draft_tokens"), py::arg("parents"), py::arg("rule"), py::arg("draw"),
               py::arg("num_paths"), py::arg("sampling"), py::arg("draft_sampling"),
               py::arg("draft_is_probs") = false, py::arg("precision") = "float64",
+              py::arg("tolerance") = py::none(),
               "Every way a verification can end: [(probability, last node, closing probability per token)]; "
               "nothing for "
               "a proposal that is not usable. Row r of both laws is that of node r and its children.");

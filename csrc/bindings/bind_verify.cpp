@@ -5,6 +5,7 @@
 #include "bindings/boundary.hpp"
 #include "bindings/op_checks.hpp"
 #include "bindings/sampling_table.hpp"
+#include "bindings/tolerance.hpp"
 #include "dispatch.hpp"
 #include "math/tree_index.hpp"
 
@@ -36,48 +37,6 @@ struct Sizes {
   int64_t batch = 0, nodes = 0, vocab = 0;
 };
 
-// A Tolerance with the numbers its pointer points to.
-struct ToleranceValues {
-  Tolerance numbers;
-  std::vector<float> rates;
-
-  Tolerance view() const {
-    Tolerance result = numbers;
-    result.rates = rates.data();
-    result.num_rates = static_cast<int64_t>(rates.size());
-    return result;
-  }
-};
-
-[[noreturn]] void refuse(const char* name, const char* expected, double got) {
-  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-ToleranceValues make_tolerance(float typical_epsilon, float typical_delta, float threshold_single,
-                               float threshold_sum, int32_t relaxed_top_k, float relaxed_delta,
-                               float window_entropy, float window_delta, std::vector<float> rates) {
-  const auto in_unit = [](const char* name, float value) {
-    if (!(value >= 0.0f && value <= 1.0f)) refuse(name, "a number in [0, 1]", static_cast<double>(value));
-  };
-  const auto not_negative = [](const char* name, float value) {
-    if (!(value >= 0.0f && value <= 1e6f)) refuse(name, "a number of 0 and more", static_cast<double>(value));
-  };
-  in_unit("typical_epsilon", typical_epsilon);
-  not_negative("typical_delta", typical_delta);
-  in_unit("threshold_single", threshold_single);
-  if (!(threshold_sum > 0.0f && threshold_sum <= 1.0f)) {
-    refuse("threshold_sum", "a number in (0, 1]", static_cast<double>(threshold_sum));
-  }
-  if (relaxed_top_k < 1) refuse("relaxed_top_k", "a positive count", relaxed_top_k);
-  not_negative("relaxed_delta", relaxed_delta);
-  not_negative("window_entropy", window_entropy);
-  not_negative("window_delta", window_delta);
-  for (float rate : rates) in_unit("rates", rate);
-  Tolerance numbers{typical_epsilon, typical_delta,  threshold_single, threshold_sum, relaxed_top_k,
-                    relaxed_delta,   window_entropy, window_delta,     nullptr,       0};
-  return {numbers, std::move(rates)};
-}
-
 void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size) {
   const bool flattened = intake.rank_of(in.target_logits, "target_logits") == 2;
   if (flattened == in.row_offsets.is_none()) {
@@ -105,7 +64,7 @@ void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size
 
 void refuse_second_law(const Inputs& in) {
   if (in.topk_ids.is_none() != in.topk_probs.is_none()) {
-    throw py::value_error("draft_topk: expected ids and probabilities, got one of them");
+    throw py::value_error("draft_topk: expected ids and probabilities, got None for one of them");
   }
   const int laws = (in.draft_logits.is_none() ? 0 : 1) + (in.draft_probs.is_none() ? 0 : 1) +
                    (in.topk_ids.is_none() ? 0 : 1);
@@ -114,7 +73,7 @@ void refuse_second_law(const Inputs& in) {
                           std::to_string(laws) + " of them");
   }
   if (!in.draft_records.is_none() && in.draft_logits.is_none()) {
-    throw py::value_error("draft_records: expected beside draft_logits, whose laws they are");
+    throw py::value_error("draft_records: expected beside draft_logits, whose laws they are, got them alone");
   }
 }
 
@@ -149,7 +108,8 @@ void write_logprobs(Intake& intake, const Outputs& out, VerifyArgs& args, int64_
     to.top_tokens = intake.write_or_null(tokens, tokens_name, args.draft_tokens.dtype,
                                          {batch, columns, Dim::bind(n, "n")}, Layout::any);
     if (tokens.is_none() != top.is_none()) {
-      throw py::value_error(std::string(top_name) + ": expected with " + tokens_name + ", and only with it");
+      throw py::value_error(std::string(top_name) + ": expected with " + tokens_name +
+                            ", and only with it, got None for one of them");
     }
     to.top = intake.write_or_null(top, top_name, DType::float32, {batch, columns, n}, Layout::any);
   };

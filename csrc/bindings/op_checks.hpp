@@ -31,7 +31,8 @@ inline void read_history(boundary::Intake& intake, pybind11::handle history, pyb
                          bool needed, int64_t slots, HistoryView& view) {
   using boundary::Dim;
   if (history.is_none() != prompt_lengths.is_none()) {
-    throw pybind11::value_error("prompt_lengths: expected with history, and only with it");
+    throw pybind11::value_error(
+        "prompt_lengths: expected with history, and only with it, got None for one of them");
   }
   if (needed && history.is_none()) {
     throw pybind11::value_error(

@@ -30,6 +30,13 @@ std::vector<int64_t> path_of(const SampleArgs& args, int64_t b) {
   return path;
 }
 
+// The id to emit for an element of a row. One without an id can only come up where the row has no law.
+int64_t emitted_id(const SampleArgs& args, int64_t element) {
+  if (!args.vocab_map || element < 0) return element;
+  const int64_t id = read_index(args.vocab_map, element);
+  return id >= 0 && id < args.emitted_vocab ? id : -1;
+}
+
 void note_law(const SampleArgs& args, int64_t b, const RowLaw& law) {
   if (!args.records) return;
   int64_t* record = static_cast<int64_t*>(args.records.data) + offset_of(args.records, b);
@@ -76,8 +83,7 @@ void sample(const SampleArgs& args) {
       none.usable = false;
       note_law(args, b, none);
     }
-    const bool mapped = args.vocab_map && drawn.token >= 0;
-    write_index(args.tokens, mapped ? read_index(args.vocab_map, drawn.token) : drawn.token, b);
+    write_index(args.tokens, emitted_id(args, drawn.token), b);
     if (args.logprobs) write_float(args.logprobs, drawn.logprob, b);
     if (args.status) write_index(args.status, drawn.status, b);
   });

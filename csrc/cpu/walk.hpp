@@ -29,7 +29,7 @@ TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& opt
                            bound);
   };
   const auto relaxed = [&](int32_t row, int32_t node) {
-    return rows.relative_prob(row, node) >= exp_minus(static_cast<double>(tolerance.relaxed_delta)) &&
+    return is_near(rows.relative_prob(row, node), exp_minus(static_cast<double>(tolerance.relaxed_delta))) &&
            rows.among_top(row, node, tolerance.relaxed_top_k);
   };
   switch (options.rule) {

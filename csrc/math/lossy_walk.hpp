@@ -1,4 +1,6 @@
-// Walks that do not keep the target's law. Besides the rows of tree_walk.hpp they ask for
+// Walks that do not keep the target's law. All but the synthetic one keep this much of it: a token without
+// mass, because a grammar or a filter took it, stays out however loose the tolerance. Besides the rows of
+// tree_walk.hpp they ask for
 //   double entropy(row)                  of the target's law, in nats
 //   double relative_prob(row, node)      target probability of the token over that of the likeliest one
 //   bool among_top(row, node, k)         fewer than k tokens are likelier
@@ -7,6 +9,10 @@
 #include "math/tree_walk.hpp"
 
 namespace foretoken {
+
+FORETOKEN_HD inline bool is_near(double relative, double least) {
+  return relative > 0.0 && relative >= least;
+}
 
 // The deepest node all of whose path is acceptable, the first of them on ties; `acceptable(row, node)` throws
 // no coin. The closing token comes from the target's own row there.
@@ -40,7 +46,7 @@ FORETOKEN_HD inline TreeVerdict walk_threshold(Rows& rows, const TreeIndex& tree
       sum += target;
       const double chance = sum < threshold_sum ? sum / threshold_sum : 1.0;
       const double h = passed < 1.0 ? (chance - passed) / (1.0 - passed) : 1.0;
-      if (target >= threshold_single || decide.fraction(child, h)) break;
+      if ((target > 0.0 && target >= threshold_single) || decide.fraction(child, h)) break;
       passed = chance;
       ++state.rejected;
     }
@@ -63,7 +69,7 @@ FORETOKEN_HD inline TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex&
     int32_t child = tree.first_child[node];
     for (; child != kNoNode; child = tree.next_sibling[child]) {
       if (relaxed) {
-        if (rows.relative_prob(node, child) >= least_relative) break;
+        if (is_near(rows.relative_prob(node, child), least_relative)) break;
         continue;
       }
       const double target = left_of_target(rows, node, state, child);

@@ -121,7 +121,8 @@ def sample(
     -------
     Tensor
         int64 ``[B]``, or the pair (tokens, logprobs). A row with no law (NaN, an infinity, nothing
-        finite) gives the lowest id of its largest element and ``Status.LAW_LOST``.
+        finite) gives the lowest id of its largest element, -1 if ``vocab_map`` has none for it, and
+        ``Status.LAW_LOST``.
 
     Raises
     ------

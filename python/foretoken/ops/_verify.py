@@ -78,6 +78,12 @@ def _draw_of(draw: Draw | None, has_law: bool) -> tuple[_core.Draw, int]:
     return _core.Draw.iid_paths, draw[1]
 
 
+def _rule_of(rule: Rule | Tensor) -> tuple[_core.Rule, Tensor | None]:
+    if rule is None or isinstance(rule, str):
+        return choose("rule", _RULES, rule), None
+    return _core.Rule.auto, rule
+
+
 def _topk_of(draft_topk: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if draft_topk is None:
         return None, None
@@ -237,7 +243,7 @@ def verify(
     topk_ids, topk_probs = _topk_of(draft_topk)
     has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
     kind, num_paths = _draw_of(draw, has_law)
-    by_slot = rule if isinstance(rule, Tensor) else None
+    code, by_slot = _rule_of(rule)
     _core.verify(
         target_logits,
         row_offsets,
@@ -258,7 +264,7 @@ def verify(
         slots,
         table,
         table if draft_sampling is None else table_of("draft_sampling", draft_sampling, batch),
-        _core.Rule.auto if isinstance(rule, Tensor) else choose("rule", _RULES, rule),
+        code,
         by_slot,
         kind,
         num_paths,
