@@ -1,4 +1,4 @@
-"""Markdown tables of the figures in a `--benchmark-json` file of bench_verify.py: `python bench/table.py FILE`."""
+"""Markdown tables of the figures that bench_verify.py wrote with `--benchmark-json FILE`."""
 
 from __future__ import annotations
 
@@ -99,13 +99,17 @@ def sampling(shapes: Table) -> list[str]:
     header += [title for law in laws for title in (f"{law} us", "GB/s", "of a plain read")]
     header += ["softmax + multinomial / plain", "top-p by sorting / top_p"]
 
-    def row(key: tuple[Any, ...], timed: dict[str, Figures]) -> list[str]:
+    def row(key: tuple[Any, ...], timed: dict[str, Figures], name: str) -> list[str]:
         batch, _, vocab, dtype = label(key)
-        shares = [cell for law in laws for cell in time_and_share(timed.get(f"sample {law}"))]
-        others = [ratio(timed.get(name)) for name in ("softmax_multinomial", "top_p_by_sorting")]
-        return [batch, vocab, dtype, *shares, *others]
+        shares = [cell for law in laws for cell in time_and_share(timed.get(f"{name} {law}"))]
+        others = [ratio(timed.get(rival)) for rival in ("softmax_multinomial", "top_p_by_sorting")]
+        return [batch, vocab, dtype + " flat" * (name == "sample_flat"), *shares, *others]
 
-    return lines(header, (row(key, timed) for key, timed in shapes.items() if "sample plain" in timed))
+    names = ("sample", "sample_flat")
+    found = (
+        (key, timed, name) for key, timed in shapes.items() for name in names if f"{name} plain" in timed
+    )
+    return lines(header, (row(*one) for one in found))
 
 
 def main() -> None:

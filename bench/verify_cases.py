@@ -16,6 +16,7 @@ from foretoken.ops import Verdict
 
 ACCEPTANCE = 0.8  # of each drafted token: the laws overlap by that much
 SPREAD = 2.5  # standard deviation of the logits
+HEADS, HIGHEST, STEP = 40, 17.5, 0.35  # the likely tokens: their number, the largest logit, how they decline
 FILTERS = {"top_k": 50, "top_p": 0.9, "min_p": 0.02}
 DISTINCT = 4  # requests whose logits differ; a larger batch repeats their values, never their memory
 PURPOSE = {"accept": 1, "close": 2, "plain": 3}
@@ -50,19 +51,33 @@ def law64(
     return law / law.sum()
 
 
+def logits_of(shape: tuple[int, ...], generator: torch.Generator, flat: bool = False) -> Tensor:
+    """As a language model gives them: some likely tokens (98 % of the mass) over a normal body. `flat`: the
+    body alone, which no model gives; half of the mass is on thousands of tokens then.
+    """
+    logits = SPREAD * torch.randn(shape, generator=generator)
+    if not flat:
+        rows = logits.view(-1, shape[-1])
+        ids = torch.randint(shape[-1], (rows.shape[0], HEADS), generator=generator)
+        heads = HIGHEST - STEP * torch.arange(HEADS, dtype=torch.float32)
+        rows.scatter_(1, ids, heads.expand(len(rows), HEADS))
+    return logits
+
+
 @cache
 def distance(vocab: int, filtered: bool) -> float:
-    """How far to go from the target's logits to others for the laws to overlap by ``ACCEPTANCE``."""
+    """Standard deviation of the noise between the models at which their laws overlap by ``ACCEPTANCE``."""
     options = FILTERS if filtered else {}
     generator = torch.Generator().manual_seed(0)
-    near, far = SPREAD * torch.randn(2, 8, vocab, generator=generator)
+    target = logits_of((6, vocab), generator)
+    noise = torch.randn(6, vocab, generator=generator)
 
     def overlap(step: float) -> float:
-        pairs = zip(near, torch.lerp(near, far, step), strict=True)
-        return sum(float(torch.minimum(law64(a, **options), law64(b, **options)).sum()) for a, b in pairs) / 8
+        pairs = zip(target, target + step * noise, strict=True)
+        return sum(float(torch.minimum(law64(a, **options), law64(b, **options)).sum()) for a, b in pairs) / 6
 
-    low, high = 0.0, 1.0
-    for _ in range(12):
+    low, high = 0.0, 4.0
+    for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if overlap(middle) > ACCEPTANCE else (low, middle)
     return low
@@ -104,17 +119,18 @@ class Case:
     vocab: int
     dtype: torch.dtype
     filtered: bool = False
+    flat: bool = False
     rotated: int = ROTATED
     rounds: list[Round] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.vocab + self.drafts)
-        shape = (2, min(self.batch, DISTINCT), self.drafts + 1, self.vocab)
-        near, far = SPREAD * torch.randn(shape, generator=generator)
-        step = distance(self.vocab, self.filtered)
-        target = near.to(self.dtype)
-        draft = torch.lerp(near[:, : self.drafts], far[:, : self.drafts], step).to(self.dtype)
-        del near, far
+        shape = (min(self.batch, DISTINCT), self.drafts + 1, self.vocab)
+        logits = logits_of(shape, generator, self.flat)
+        noise = torch.randn(shape, generator=generator)[:, : self.drafts]
+        target = logits.to(self.dtype)
+        draft = (logits[:, : self.drafts] + distance(self.vocab, self.filtered) * noise).to(self.dtype)
+        del logits, noise
         self.seeds = list(range(1, self.batch + 1))
         self.plain = self.table()
         self.greedy = self.table(temperature=0.0)

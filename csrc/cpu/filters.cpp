@@ -5,7 +5,6 @@
 #include <limits>
 #include <memory>
 #include <utility>
-#include <vector>
 
 namespace foretoken::cpu {
 
@@ -24,7 +23,8 @@ class Logits {
   int64_t size() const { return size_; }
   int64_t tiles() const { return tiles_of(size_); }
   TileRef tile(int64_t index) const { return {elements_.get() + index * kTile, DType::float32}; }
-  const float* begin() const { return elements_.get(); }
+  float* begin() { return elements_.get(); }
+  float* end() { return elements_.get() + size_; }
 
   void clear() { size_ = 0; }
 
@@ -43,6 +43,10 @@ class Logits {
     std::fill(elements_.get() + size_, elements_.get() + tiles() * kTile, -kInfinity);
   }
 
+  void truncate(int64_t size) {
+    size_ = size;
+    pad();
+  }
   void assign(const Logits& from, float low, float high) {
     clear();
     for (int64_t index = 0; index < from.tiles(); ++index) append(from.tile(index), low, high);
@@ -67,22 +71,28 @@ class Logits {
 // else.
 struct Scratch {
   Logits kept, candidates, part;
-  std::vector<uint64_t> measures;
-  std::vector<std::pair<float, uint64_t>> sorted;
+  bool sorted = false;  // candidates: all of kept, largest first
 
   static Scratch& of_thread() {
     thread_local Scratch scratch;
+    scratch.sorted = false;
     return scratch;
   }
 };
+
+float largest_of(const Logits& list) {
+  float most = -kInfinity;
+  for (int64_t index = 0; index < list.tiles(); ++index) {
+    most = std::max(most, row_kernels().max_of(list.tile(index)).max);
+  }
+  return most;
+}
 
 // What a list is measured in: tokens, or integer masses of a law. Both are whole numbers, so neither the
 // order of the elements nor where a list is cut changes a measure.
 struct Count {
   uint64_t of(const Logits& list) const { return static_cast<uint64_t>(list.size()); }
-  void one_by_one(const Logits& list, std::vector<uint64_t>& out) const {
-    out.assign(static_cast<size_t>(list.size()), 1);
-  }
+  uint64_t of(float) const { return 1; }
 };
 
 struct Mass {
@@ -94,37 +104,39 @@ struct Mass {
     }
     return sum;
   }
-  void one_by_one(const Logits& list, std::vector<uint64_t>& out) const {
-    out.resize(static_cast<size_t>(list.tiles() * kTile));
-    for (int64_t index = 0; index < list.tiles(); ++index) {
-      row_kernels().masses(list.tile(index), law, {}, law, 0.0f, out.data() + index * kTile);
-    }
-  }
+  uint64_t of(float logit) const { return mass_of(weight_of_logit(logit, law.max, law.scale, law.cut)); }
 };
 
-template <class Measure>
-float reached_in_order(const Logits& list, uint64_t need, const Measure& measure, Scratch& scratch) {
-  auto& measures = scratch.measures;
-  auto& sorted = scratch.sorted;
-  measure.one_by_one(list, measures);
-  sorted.clear();
+constexpr int64_t kFew = 96;  // few enough to be sorted
+
+// Largest first: each goes where the number of larger ones says, so there is no branch to be guessed wrong.
+void sort_few(Logits& list) {
+  float sorted[kFew];
+  int32_t place[kFew] = {};
+  const float* x = list.begin();
   for (int64_t i = 0; i < list.size(); ++i) {
-    sorted.emplace_back(list.begin()[i], measures[static_cast<size_t>(i)]);
+    int32_t before = 0;
+    for (int64_t j = 0; j < i; ++j) place[j] += x[i] > x[j] ? 1 : 0;
+    for (int64_t j = 0; j < i; ++j) before += x[i] > x[j] ? 0 : 1;
+    place[i] = before;
   }
-  std::sort(sorted.begin(), sorted.end(), std::greater<>());
-  size_t last = 0;
-  while (sorted[last].second < need) need -= sorted[last++].second;
-  return sorted[last].first;
+  for (int64_t i = 0; i < list.size(); ++i) sorted[place[i]] = x[i];
+  std::copy(sorted, sorted + list.size(), list.begin());
+}
+
+// The same of a list that is sorted, and reaches it.
+template <class Measure>
+float reached_in_order(const float* largest, uint64_t need, const Measure& measure) {
+  for (uint64_t one; (one = measure.of(*largest)) < need; ++largest) need -= one;
+  return *largest;
 }
 
 // Largest element t of a list such that {element >= t} measures at least `need`, -infinity if all of it does
 // not. The elements lie in [low, high]; the interval is halved until it holds few of them.
 template <class Measure>
 float largest_reaching(Logits& list, float low, float high, uint64_t need, const Measure& measure,
-                       Scratch& scratch) {
-  constexpr int64_t kFew = 64;
+                       Logits& part) {
   if (measure.of(list) < need) return -kInfinity;
-  Logits& part = scratch.part;
   while (list.size() > kFew) {
     const float middle = low + (high - low) * 0.5f;
     if (!(middle > low && middle < high)) break;
@@ -140,34 +152,42 @@ float largest_reaching(Logits& list, float low, float high, uint64_t need, const
     const bool stuck = part.size() == list.size();
     std::swap(list, part);
     if (stuck) {  // ties, as half-precision logits have them
-      float most = -kInfinity;
-      for (int64_t index = 0; index < list.tiles(); ++index) {
-        most = std::max(most, row_kernels().max_of(list.tile(index)).max);
-      }
+      const float most = largest_of(list);
       part.assign(list, most, kInfinity);
       if (part.size() == list.size()) return most;
     }
   }
-  return reached_in_order(list, need, measure, scratch);
+  if (list.size() <= kFew) {
+    sort_few(list);
+  } else {  // all within the last place of the largest
+    std::sort(list.begin(), list.end(), std::greater<>());
+  }
+  return reached_in_order(list.begin(), need, measure);
 }
 
-void append_of_row(const Row& row, const RowSummary& summary, float low, float high, Logits& out) {
+// `first`, if given: where the elements of each tile begin.
+void append_of_row(const Row& row, const RowSummary& summary, float low, float high, Logits& out,
+                   int32_t* first = nullptr) {
   const RowKernels& kernels = row_kernels();
   Tile tile;
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    if (first != nullptr) first[index] = static_cast<int32_t>(out.size());
     if (summary.tiles[index].max >= low) out.append(tile.ref(kernels, row, index, -kInfinity), low, high);
   }
+  if (first != nullptr) first[tiles_of(row.size)] = static_cast<int32_t>(out.size());
   out.pad();
 }
 
-// The k-th largest maximum of disjoint groups cannot exceed the k-th largest element: whole tiles are the
-// groups where there are enough of them, 64 elements each otherwise.
-float lower_bound_of_kth(const Row& row, float floor, float max, const RowSummary& summary, int64_t k,
+// A number, at least the floor, that k elements reach if there are so many above the floor, and not many more
+// do: k of the maxima of disjoint groups reach it. Whole tiles are the groups where there are enough of them,
+// 64 elements each otherwise.
+float lower_bound_of_kth(const Row& row, const RowLaw& law, float floor, const RowSummary& summary, int64_t k,
                          Scratch& scratch) {
+  constexpr int kSteps = 14;
   const RowKernels& kernels = row_kernels();
   const int64_t tiles = tiles_of(row.size);
   if (k > tiles * kGroups) return floor;
-  Logits &all = scratch.kept, &maxima = scratch.candidates;
+  Logits &all = scratch.kept, &above = scratch.part;
   all.clear();
   Tile tile;
   for (int64_t index = 0; index < tiles; ++index) {
@@ -180,25 +200,44 @@ float lower_bound_of_kth(const Row& row, float floor, float max, const RowSummar
     }
   }
   all.pad();
-  maxima.assign(all, floor, kInfinity);
-  return std::max(floor, largest_reaching(maxima, floor, max, static_cast<uint64_t>(k), Count{}, scratch));
+  float low = floor, high = law.max;
+  const float near = law.max - distance_of_weight(0x1p20, law.scale);  // most often it is within so many nats
+  for (int step = 0; step < kSteps; ++step) {
+    const float middle = step == 0 && near > floor ? near : low + (high - low) * 0.5f;
+    above.assign(all, middle, kInfinity);
+    if (above.size() < k) {
+      high = middle;
+    } else {
+      low = middle;
+      std::swap(all, above);
+      if (all.size() <= k + k / 4) break;
+    }
+  }
+  return low;
 }
 
-// The k-th largest element; leaves in scratch.kept all from some element below it on. What lies below the
-// floor has no weight anyway: then the lowest number, or -infinity if the row does not even have k elements.
-float top_k_cut(const Row& row, float floor, float max, const RowSummary& summary, int64_t k,
+// The k-th largest element; leaves all from some element below it on in scratch.kept, tile by tile in
+// `summary`. What lies below the floor has no weight anyway: then the lowest number, or -infinity if the row
+// does not even have k elements.
+float top_k_cut(const Row& row, const RowLaw& law, float floor, RowSummary& summary, int64_t k,
                 Scratch& scratch) {
-  const float bound = lower_bound_of_kth(row, floor, max, summary, k, scratch);
+  const float bound = lower_bound_of_kth(row, law, floor, summary, k, scratch);
   Logits &kept = scratch.kept, &candidates = scratch.candidates;
   kept.clear();
-  append_of_row(row, summary, bound, kInfinity, kept);
-  candidates.clear();
+  append_of_row(row, summary, bound, kInfinity, kept, summary.first);
+  summary.kept = kept.begin();
   if (kept.size() < k) {
+    candidates.clear();
     append_of_row(row, summary, kLowest, kInfinity, candidates);
     return candidates.size() < k ? -kInfinity : kLowest;
   }
   candidates.assign(kept, bound, kInfinity);
-  return largest_reaching(candidates, bound, max, static_cast<uint64_t>(k), Count{}, scratch);
+  if (candidates.size() > kFew) {
+    return largest_reaching(candidates, bound, law.max, static_cast<uint64_t>(k), Count{}, scratch.part);
+  }
+  sort_few(candidates);
+  scratch.sorted = true;
+  return candidates.begin()[k - 1];
 }
 
 // Of a whole row, whose mass is that of its tiles.
@@ -228,7 +267,7 @@ float top_p_cut(const Row& row, const RowLaw& whole, float top_p, const RowSumma
     append_of_row(row, summary, low, high, slice);
     const uint64_t in_slice = Mass{whole}.of(slice);
     if (in_slice >= need) {
-      return largest_reaching(slice, low, std::min(high, whole.max), need, Mass{whole}, scratch);
+      return largest_reaching(slice, low, std::min(high, whole.max), need, Mass{whole}, scratch.part);
     }
     if (low <= bound) return -kInfinity;
     need -= in_slice;
@@ -240,11 +279,18 @@ float top_p_cut(const Row& row, const RowLaw& whole, float top_p, const RowSumma
 // Of what top-k has left.
 float top_p_cut(const RowLaw& whole, float top_p, Scratch& scratch) {
   Logits& candidates = scratch.candidates;
-  candidates.assign(scratch.kept, std::min(whole.cut, whole.max), kInfinity);
+  const float bound = std::min(whole.cut, whole.max);
+  if (scratch.sorted) {
+    const float* end = std::upper_bound(candidates.begin(), candidates.end(), bound, std::greater<>());
+    candidates.truncate(end - candidates.begin());
+  } else {
+    candidates.assign(scratch.kept, bound, kInfinity);
+  }
   const uint64_t total = Mass{whole}.of(candidates);
-  const uint64_t need = static_cast<uint64_t>(static_cast<double>(top_p) * static_cast<double>(total));
-  return largest_reaching(candidates, whole.cut, whole.max, std::max<uint64_t>(need, 1), Mass{whole},
-                          scratch);
+  const uint64_t wanted = static_cast<uint64_t>(static_cast<double>(top_p) * static_cast<double>(total));
+  const uint64_t need = std::max<uint64_t>(wanted, 1);
+  if (scratch.sorted && total >= need) return reached_in_order(candidates.begin(), need, Mass{whole});
+  return largest_reaching(candidates, whole.cut, whole.max, need, Mass{whole}, scratch.part);
 }
 
 }  // namespace
@@ -254,12 +300,12 @@ bool filters_on(const Processing& processing, int64_t vocab) {
          processing.min_p > 0.0f;
 }
 
-float filter_cut(const Row& row, const RowLaw& law, const Processing& processing, const RowSummary& summary) {
+float filter_cut(const Row& row, const RowLaw& law, const Processing& processing, RowSummary& summary) {
   const float floor = logits_floor(law.max, law.scale);
   float cut = -kInfinity;
   Scratch& scratch = Scratch::of_thread();
   if (processing.top_k > 0 && processing.top_k < row.size) {
-    cut = top_k_cut(row, floor, law.max, summary, processing.top_k, scratch);
+    cut = top_k_cut(row, law, floor, summary, processing.top_k, scratch);
   }
   if (processing.top_p < 1.0f) {
     RowLaw whole = law;

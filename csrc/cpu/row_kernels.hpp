@@ -44,6 +44,7 @@ struct RowKernels {
   // First pass over a row: `count` tiles that follow one another.
   void (*summarise_logits)(TileRef first, int64_t count, float scale, LogitsTile* out);
   void (*summarise_probs)(TileRef first, int64_t count, float cut, ProbsTile* out);
+  // The same of one tile with another cut; quick where it leaves little of the tile.
   float (*sum_weights)(TileRef tile, float anchor, float scale, float cut);
   float (*sum_residual)(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,
                         float gain);

@@ -113,17 +113,22 @@ void group_max(TileRef ref, float* groups) {
   static_assert(kGroups == 16 && kGroups % kLanes == 0);
   with_elements(ref.dtype, [=](auto elements) {
     using Elements = decltype(elements);
-    constexpr int kVectors = kGroups / kLanes;
+    constexpr int kVectors = kGroups / kLanes, kChains = 4;
     const auto* tile = elements_of<Elements>(ref);
-    Floats high[kVectors];
+    Floats high[kChains * kVectors];
     for (Floats& vector : high) vector = Floats::all(-kInfinity);
-    for (int e = 0; e < kTile; e += kPair) {
-      Floats a, b;
-      Elements::pair(tile + e, a, b);
-      high[0] = greater_of(a, high[0]);
-      high[kVectors - 1] = greater_of(b, high[kVectors - 1]);
+    for (int e = 0; e < kTile; e += kChains * kGroups) {
+      for (int v = 0; v < kChains * kVectors; v += 2) {
+        Floats a, b;
+        Elements::pair(tile + e + v * kLanes, a, b);
+        high[v] = greater_of(a, high[v]);
+        high[v + 1] = greater_of(b, high[v + 1]);
+      }
     }
-    for (int v = 0; v < kVectors; ++v) high[v].store(groups + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      for (int c = 1; c < kChains; ++c) high[v] = greater_of(high[v + c * kVectors], high[v]);
+      high[v].store(groups + v * kLanes);
+    }
   });
 }
 
@@ -265,11 +270,19 @@ void summarise_logits(TileRef first, int64_t count, float scale, LogitsTile* out
   });
 }
 
-float sum_weights(TileRef tile, float anchor, float scale, float cut) {
-  return with_elements(tile.dtype, [=](auto elements) {
+float sum_weights(TileRef ref, float anchor, float scale, float cut) {
+  return with_elements(ref.dtype, [=](auto elements) {
     using Elements = decltype(elements);
-    const auto* first = elements_of<Elements>(tile);
-    return sum_weights_of<Elements>(first, anchor, scale, cut, [=](int e) { fetch_ahead<1, 3>(first, e); });
+    const auto* tile = elements_of<Elements>(ref);
+    const LogitWeights<false> weights(anchor, scale, cut);
+    return sum_tile<Elements>([&](int e, Floats& a, Floats& b) {
+      fetch_ahead<1, 3>(tile, e);
+      Elements::pair(tile + e, a, b);
+      const bool any =
+          any_at_least(greater_of(a, b), cut);  // mostly not: what is asked for here is a few tokens
+      a = any ? weights(a) : Floats::all(0.0f);
+      b = any ? weights(b) : Floats::all(0.0f);
+    });
   });
 }
 
@@ -387,6 +400,8 @@ int64_t between(TileRef ref, float low, float high, float* out) {
       Floats x[4];
       Elements::pair(tile + e, x[0], x[1]);
       Elements::pair(tile + e + kPair, x[2], x[3]);
+      fetch_ahead<1, 3>(tile, e);
+      fetch_ahead<1, 3>(tile, e + kPair);
       const Floats most = greater_of(greater_of(x[0], x[1]), greater_of(x[2], x[3]));
       if (!any_at_least(most, low)) continue;  // nearly always, as few elements are looked for
       for (const Floats& vector : x) kept += keep_between(vector, low, high, out + kept);
@@ -402,6 +417,7 @@ float plain_read(const float* elements, int64_t count) {
   int64_t i = 0;
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
     for (int c = 0; c < kVectors; ++c) high[c] = greater_of(Floats::load(elements + i + c * kLanes), high[c]);
+    for (int c = 0; c < kVectors; c += 2) fetch_ahead<1, 3>(elements + i, c * kLanes);
   }
   for (int c = 1; c < kVectors; ++c) high[0] = greater_of(high[c], high[0]);
   float largest = largest_lane(high[0]);

@@ -80,18 +80,21 @@ bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
 // Sums of tiles relative to their largest element, of the elements that a filter has kept.
 class CutTiles {
  public:
-  CutTiles(const Row& row, const RowLaw& law) : kernels_(row_kernels()), row_(row), law_(law) {}
+  CutTiles(const Row& row, const RowLaw& law, const RowSummary& summary)
+      : kernels_(row_kernels()), row_(row), law_(law), summary_(summary) {}
 
-  float sum(int64_t index, float anchor) {
-    const TileRef tile = tile_.ref(kernels_, row_, index, -kInfinity);
+  float sum(int64_t index) {
+    const float anchor = summary_.tiles[index].max;
     const float cut = std::max(law_.cut, logits_floor(anchor, law_.scale));
-    // Most filters leave one or two elements of a tile: their sum has one order. Where there were more, there
+    const TileRef tile = tile_.ref(kernels_, row_, index, -kInfinity);
+    // Most filters leave one or two elements of a tile, whose sum has one order. Where there were more, there
     // will be more in the next tiles too.
     if (dense_ == 0) {
-      const int64_t kept = kernels_.between(tile, cut, kInfinity, kept_);
+      float least = anchor;
+      const int64_t kept = count(index, tile, cut, least);
       if (kept == 1) return 1.0f;
-      if (kept == 2) return 1.0f + exp2_scaled(std::min(kept_[0], kept_[1]) - anchor, law_.scale);
-      dense_ = kPatience;
+      if (kept == 2) return 1.0f + exp2_scaled(least - anchor, law_.scale);
+      dense_ = summary_.kept != nullptr ? 1 : kPatience;
     }
     --dense_;
     return kernels_.sum_weights(tile, anchor, law_.scale, cut);
@@ -99,12 +102,32 @@ class CutTiles {
 
  private:
   static constexpr int kPatience = 4;
+
+  // Elements at least `cut`, and the least of them.
+  int64_t count(int64_t index, TileRef tile, float cut, float& least) {
+    const float *begin = buffer_, *end = buffer_;
+    if (summary_.kept != nullptr) {
+      begin = summary_.kept + summary_.first[index];
+      end = summary_.kept + summary_.first[index + 1];
+    } else {
+      end += kernels_.between(tile, cut, kInfinity, buffer_);
+    }
+    int64_t kept = 0;
+    for (; begin < end && kept < 3; ++begin) {
+      if (*begin < cut) continue;
+      ++kept;
+      least = std::min(least, *begin);
+    }
+    return kept;
+  }
+
   const RowKernels& kernels_;
   const Row& row_;
   const RowLaw& law_;
+  const RowSummary& summary_;
   Tile tile_;
-  float kept_[kTile];
-  int dense_ = 0;
+  float buffer_[kTile];
+  int dense_ = 0;  // tiles yet to be summed without looking
 };
 
 }  // namespace
@@ -150,13 +173,13 @@ RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* til
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
   if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
-  CutTiles tiles(row, law);
+  CutTiles tiles(row, law, summary);
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float anchor = summary.tiles[index].max;
     uint64_t mass = 0;
     if (anchor >= law.cut) {
       // The first pass summed what the filters have removed since.
-      const float sum = law.cut > floor ? tiles.sum(index, anchor) : summary.tiles[index].sum;
+      const float sum = law.cut > floor ? tiles.sum(index) : summary.tiles[index].sum;
       mass = mass_of_tile(sum, weight_of_logit(anchor, law.max, law.scale, law.cut));
     }
     law.mass += mass;
