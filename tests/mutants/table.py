@@ -247,7 +247,7 @@ ROWS_AND_LAWS = [
            (ROWS, "edits_.edit(raw, «edits_.any() ? path_tokens(node) : std::vector<int64_t>{}»,",
             "std::vector<int64_t>{}")),
     defect("drafter's penalties forget the path", "the law declared is not the law drawn",
-           (ROWS, "const auto path = «draft_edits_.any() ? path_tokens(node) : std::vector<int64_t>{}»;",
+           (ROWS, "const auto path = «edits.any() ? path_tokens(node) : std::vector<int64_t>{}»;",
             "std::vector<int64_t>{}")),
     defect("draft row ignored", "law rows are taken by node number",
            (ROWS, "const int64_t row = «read_index(args_.draft_row, batch_row_, node)»;", "int64_t{node}")),
@@ -307,7 +307,7 @@ PROCESSING = [
            ("math/row_law.hpp", "const double scale = «kLog2E / static_cast<double>(temperature)»;",
             "kLog2E * static_cast<double>(temperature)")),
     defect("mass of what was filtered", "the kept tokens are not renormalised",
-           (LOGITS, "«law.cut > floor» ? tiles.sum(index, anchor)", "false")),
+           (LOGITS, "«law.cut > floor» ? tiles.sum(index)", "false")),
     defect("argmax takes the last of ties", "the lowest id is promised",
            (LOGITS, "if («high > best») {", "high >= best"),
            (LOGITS, "(«std::find(x, x + kTile, best) - x»)",
@@ -324,8 +324,8 @@ PROCESSING = [
             "[&] { RowLaw all = law; all.cut = floor; "
             "return top_p_cut(row, all, processing.top_p, summary, scratch); }()")),
     defect("top-k drops ties", "with the last of the k all its equals go",
-           (FILTERS, "cut = «top_k_cut(row, floor, law.max, summary, processing.top_k, scratch)»;",
-            "[&] { const float last = top_k_cut(row, floor, law.max, summary, processing.top_k, scratch); "
+           (FILTERS, "cut = «top_k_cut(row, law, floor, summary, processing.top_k, scratch)»;",
+            "[&] { const float last = top_k_cut(row, law, floor, summary, processing.top_k, scratch); "
             "int64_t kept = 0; "
             "for (int64_t id = 0; id < row.size; ++id) kept += row.at(id) >= last; "
             "return kept > processing.top_k && last < law.max ? std::nextafter(last, kInfinity) : last; "
@@ -338,23 +338,23 @@ PROCESSING = [
             "mass), "
             "law.scale); }()")),
     equivalent("no bound before the k-th largest", "the whole row is looked through",
-               (FILTERS, "const float bound = «lower_bound_of_kth(row, floor, max, summary, k, scratch)»;",
+               (FILTERS, "const float bound = «lower_bound_of_kth(row, law, floor, summary, k, scratch)»;",
                 "floor")),
     equivalent("interval cut elsewhere", "the threshold does not depend on it",
                (FILTERS, "const float middle = low + (high - low) * «0.5f»;", "0.3f")),
     equivalent("all tokens are candidates", "those too light for top-p too",
                (FILTERS, "if («light > 1e-30»)", "false")),
     defect("presence counts the prompt", "a token of the prompt is held against itself",
-           (EDITS, "if («count > 0») {\n      logit -= rule.frequency", "true")),
+           (EDITS, "if («generated > 0») {\n    logit -= rule.frequency", "true")),
     defect("frequency counts the prompt", "tokens of the prompt count as output",
-           (EDITS, "counts_.back() += «generated ? 1 : 0»;", "1")),
+           (EDITS, "times += «i >= prompt ? 1 : 0»;", "1")),
     defect("presence per occurrence", "subtracted for every one of them",
-           (EDITS, "logit -= «rule.presence»;", "rule.presence * static_cast<float>(count)")),
+           (EDITS, "logit -= «rule.presence»;", "rule.presence * static_cast<float>(generated)")),
     defect("repetition divides always", "negative logits rise",
            (EDITS, "«logit > 0.0f ? logit / rule.repetition : logit * rule.repetition»", "logit / "
                                                                                          "rule.repetition")),
     defect("repetition of the output alone", "the prompt does not count",
-           (EDITS, "if («rule.repetition != 1.0f») logit =", "rule.repetition != 1.0f && count > 0")),
+           (EDITS, "if («rule.repetition != 1.0f») logit =", "rule.repetition != 1.0f && generated > 0")),
     defect("minimum length forgets the path", "stop tokens are held back too long",
            (EDITS, "if («generated_ + static_cast<int64_t>(path.size()) < rule.min_new_tokens»)",
             "generated_ < rule.min_new_tokens")),
