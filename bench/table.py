@@ -1,4 +1,4 @@
-"""Markdown tables of the figures in a `--benchmark-json` file of bench_verify.py: `python bench/table.py FILE`."""
+"""Markdown tables of a `--benchmark-json` file of bench_verify.py: `python bench/table.py FILE`."""
 
 from __future__ import annotations
 
