@@ -23,7 +23,7 @@ SHAPES: dict[str, Parents] = {
     "chain8": tuple(range(8)),
     "siblings": (0, 0, 0),
     "fork": (0, 0, 1, 1, 2),
-    "uneven": (0, 1, 1, 0),  # siblings whose numbers are no neighbours, leaves at two depths
+    "uneven": (0, 1, 1, 3, 0),  # a leaf before a deeper sibling, siblings whose numbers are no neighbours
     "paths2": chains_from_root(2, 2),
     "paths3": chains_from_root(3, 2),
     "shared": chains_from_root(3, 2),  # drawn as paths3, equal prefixes then share their nodes

@@ -252,7 +252,7 @@ CONTROLS = [
     (MergedSiblings, replace(SIBLINGS, rule="spectr")),
     (CutChain, CHAIN),
     (CutChain, replace(CHAIN, rule="rrs")),
-    (UndeclaredFilter, replace(CHAIN, filters="top_k", cells="8^2")),
+    (UndeclaredFilter, replace(CHAIN, filters="top_k", side="draft")),
     (UndeclaredFilter, replace(CHAIN, filters="cold", rule="rrs")),
     (FilteredDraftsOnly, replace(CHAIN, filters="hot")),
     (SharedStep, CHAIN),

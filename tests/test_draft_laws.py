@@ -371,6 +371,31 @@ def test_law_rows_may_lie_anywhere(rule):
         assert_same(verify(scene, rule, draft_topk=(ids, probs), draft_row=used.to(torch.int32)), dense)
 
 
+@pytest.mark.parametrize("rule", WALKS)
+def test_rows_of_another_width(rule):
+    """Narrower: no mass behind the end. Wider: logits there do not count, probabilities have to be 0."""
+    for seed in range(4):
+        scene = plain_scene(seed)
+        scene.draft[..., 20:] = -torch.inf
+        scene.draft_tokens()
+        plain = verify(scene, rule, draft_logits=scene.draft)
+        assert not plain.status.any()
+        narrow = scene.draft[..., :20]
+        wide = torch.nn.functional.pad(scene.draft, (0, 1000), value=9.0)
+        assert_same(verify(scene, rule, draft_logits=narrow), plain)
+        assert_same(verify(scene, rule, draft_logits=wide), plain)
+        dense = verify(scene, rule, draft_probs=scene.draft.softmax(-1))
+        padded = torch.nn.functional.pad(scene.draft.softmax(-1), (0, 1000))
+        assert_same(verify(scene, rule, draft_probs=narrow.softmax(-1)), dense)
+        assert_same(verify(scene, rule, draft_probs=padded), dense)
+        padded[3, 0, 999] = 1e-3
+        others = [b for b in range(scene.size) if b != 3]
+        spoiled = verify(scene, rule, draft_probs=padded)
+        greedy = scene.filters[3].temperature == 0.0
+        assert spoiled.status[3] == (Status.OK if greedy else Status.BAD_DRAFT)
+        assert_same(spoiled, dense, others)
+
+
 # Law of one round: many rows that differ in their bases, rows of logits that look at the depth alone.
 
 VOCAB, ROWS = 9, 15_000

@@ -23,7 +23,7 @@ def cpu_path(request):
     _core.testing.force_cpu_path(before)
 
 
-@pytest.mark.parametrize("name", ["row_laws", "sampled", "verified"])
+@pytest.mark.parametrize("name", ["row_laws", "sampled", "coupled", "constrained", "verified"])
 def test_every_path_gives_the_committed_integers(cpu_path, name):
     assert _core.testing.cpu_path() == cpu_path
     found = json.loads(json.dumps(regenerate.VECTORS[name]()))

@@ -9,6 +9,7 @@ namespace foretoken::cpu {
 namespace {
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
+constexpr int32_t kUnseen = -1;
 
 void copy_row(const Row& row, std::vector<float>& out) {
   const RowKernels& kernels = row_kernels();
@@ -24,7 +25,7 @@ void copy_row(const Row& row, std::vector<float>& out) {
 
 LogitEdits::LogitEdits(const SamplingView& sampling, int64_t slot, const HistoryView& history, int64_t base,
                        int64_t vocab, const TensorView& vocab_map)
-    : map_(vocab_map), vocab_(vocab) {
+    : map_(vocab_map), text_(history.tokens), slot_(slot), base_(base), vocab_(vocab) {
   if (sampling.constraints == nullptr || !sampling.constraints[slot].any()) return;
   constraints_ = &sampling.constraints[slot];
   if (map_) {
@@ -36,22 +37,28 @@ LogitEdits::LogitEdits(const SamplingView& sampling, int64_t slot, const History
   }
   if (!constraints_->needs_history()) return;
   const int64_t prompt = read_index(history.prompt_lengths, slot);
-  usable_ = slot < history.tokens.shape[0] && base >= 0 && base <= history.tokens.shape[1] && prompt >= 0 &&
-            prompt <= base;
+  usable_ = slot < text_.shape[0] && base >= 0 && base <= text_.shape[1] && prompt >= 0 && prompt <= base;
   if (!usable_) return;
   generated_ = base - prompt;
-  committed_.reserve(static_cast<size_t>(base));
-  for (int64_t i = 0; i < base; ++i) committed_.push_back(read_index(history.tokens, slot, i));
-  std::vector<std::pair<int64_t, bool>> sorted;  // (id, generated)
-  sorted.reserve(committed_.size());
-  for (int64_t i = 0; i < base; ++i) sorted.emplace_back(committed_[static_cast<size_t>(i)], i >= prompt);
-  std::sort(sorted.begin(), sorted.end());
-  for (const auto& [id, generated] : sorted) {
-    if (seen_.empty() || seen_.back() != id) {
+  if (penalises()) count(prompt);
+}
+
+bool LogitEdits::penalises() const {
+  const Constraints& rule = *constraints_;
+  return rule.repetition != 1.0f || rule.frequency != 0.0f || rule.presence != 0.0f;
+}
+
+void LogitEdits::count(int64_t prompt) {
+  counts_.assign(static_cast<size_t>(vocab_), kUnseen);
+  for (int64_t i = 0; i < base_; ++i) {
+    const int64_t id = read_index(text_, slot_, i);
+    if (id < 0 || id >= vocab_) continue;
+    int32_t& times = counts_[static_cast<size_t>(id)];
+    if (times == kUnseen) {
+      times = 0;
       seen_.push_back(id);
-      counts_.push_back(0);
     }
-    counts_.back() += generated ? 1 : 0;
+    times += i >= prompt ? 1 : 0;
   }
 }
 
@@ -65,40 +72,52 @@ void LogitEdits::mask(int64_t id, std::vector<float>& out) const {
   if (element >= 0 && element < static_cast<int64_t>(out.size())) out[static_cast<size_t>(element)] = kMasked;
 }
 
-void LogitEdits::penalise(const std::vector<int64_t>& path, std::vector<float>& out) const {
+// Of a token in prompt or output.
+float LogitEdits::penalised(float logit, int32_t generated) const {
   const Constraints& rule = *constraints_;
-  if (rule.repetition == 1.0f && rule.frequency == 0.0f && rule.presence == 0.0f) return;
-  const auto apply = [&](int64_t id, int32_t count) {
-    const int64_t element = element_of(id);
-    if (element < 0 || element >= static_cast<int64_t>(out.size())) return;
-    float& logit = out[static_cast<size_t>(element)];
-    if (rule.repetition != 1.0f) logit = logit > 0.0f ? logit / rule.repetition : logit * rule.repetition;
-    if (count > 0) {
-      logit -= rule.frequency * static_cast<float>(count);
-      logit -= rule.presence;
-    }
-  };
-  std::vector<int64_t> drafted = path;
-  std::sort(drafted.begin(), drafted.end());
-  const auto drafted_count = [&](int64_t id) {
-    const auto [first, last] = std::equal_range(drafted.begin(), drafted.end(), id);
-    return static_cast<int32_t>(last - first);
-  };
-  for (size_t i = 0; i < seen_.size(); ++i) apply(seen_[i], counts_[i] + drafted_count(seen_[i]));
-  for (size_t i = 0; i < drafted.size(); ++i) {
-    const bool again = i > 0 && drafted[i] == drafted[i - 1];
-    if (!again && !std::binary_search(seen_.begin(), seen_.end(), drafted[i])) {
-      apply(drafted[i], drafted_count(drafted[i]));
-    }
+  if (rule.repetition != 1.0f) logit = logit > 0.0f ? logit / rule.repetition : logit * rule.repetition;
+  if (generated > 0) {
+    logit -= rule.frequency * static_cast<float>(generated);
+    logit -= rule.presence;
   }
+  return logit;
+}
+
+void LogitEdits::penalise(const std::vector<int64_t>& path, std::vector<float>& out) const {
+  struct Drafted {
+    float* logit;
+    float before;
+    int32_t generated;
+  };
+  const auto logit_of = [&](int64_t id) -> float* {
+    const int64_t element = element_of(id);
+    const bool there = element >= 0 && element < static_cast<int64_t>(out.size());
+    return there ? &out[static_cast<size_t>(element)] : nullptr;
+  };
+  // Drafted tokens are few: they start from their own logits again, whatever the text has made of them.
+  std::vector<int64_t> sorted = path;
+  std::sort(sorted.begin(), sorted.end());
+  std::vector<Drafted> drafted;
+  for (size_t i = 0; i < sorted.size(); ++i) {
+    float* const logit = logit_of(sorted[i]);
+    if (logit == nullptr) continue;
+    if (i == 0 || sorted[i] != sorted[i - 1]) {
+      drafted.push_back({logit, *logit, std::max(counts_[static_cast<size_t>(sorted[i])], 0)});
+    }
+    ++drafted.back().generated;
+  }
+  for (const int64_t id : seen_) {
+    float* const logit = logit_of(id);
+    if (logit != nullptr) *logit = penalised(*logit, counts_[static_cast<size_t>(id)]);
+  }
+  for (const Drafted& token : drafted) *token.logit = penalised(token.before, token.generated);
 }
 
 void LogitEdits::ban_words(const std::vector<int64_t>& path, std::vector<float>& out) const {
-  const int64_t committed = static_cast<int64_t>(committed_.size());
-  const int64_t length = committed + static_cast<int64_t>(path.size());
+  const int64_t length = base_ + static_cast<int64_t>(path.size());
   const auto before = [&](int64_t back) {  // 1: the token just before the one to come
     const int64_t at = length - back;
-    return at < committed ? committed_[static_cast<size_t>(at)] : path[static_cast<size_t>(at - committed)];
+    return at < base_ ? read_index(text_, slot_, at) : path[static_cast<size_t>(at - base_)];
   };
   int32_t first = 0;
   for (int64_t word = 0; word < constraints_->num_bad_words; ++word) {
@@ -122,7 +141,7 @@ void LogitEdits::edit(const Row& row, const std::vector<int64_t>& path, const in
       const int64_t element = element_of(rule.bias_ids[i]);
       if (element >= 0 && element < row.size) out[static_cast<size_t>(element)] += rule.bias[i];
     }
-    penalise(path, out);
+    if (penalises()) penalise(path, out);
     ban_words(path, out);
     if (generated_ + static_cast<int64_t>(path.size()) < rule.min_new_tokens) {
       for (int64_t i = 0; i < rule.num_held; ++i) mask(rule.held_ids[i], out);

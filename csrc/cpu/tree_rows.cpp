@@ -10,6 +10,7 @@ namespace foretoken::cpu {
 namespace {
 
 const TensorView kNoMap{};
+const SamplingView kNoSampling{};
 
 }  // namespace
 
@@ -20,8 +21,9 @@ TreeRows::TreeRows(const VerifyArgs& args, int64_t b, int64_t slot)
       processing_(processing_of(args.sampling, slot)),
       draft_processing_(processing_of(args.draft_sampling, slot)),
       edits_(args.sampling, slot, args.history, read_index(args.base, b), vocab_, kNoMap),
-      draft_edits_(args.draft_sampling, slot, args.history, read_index(args.base, b), vocab_,
-                   args.vocab_map) {
+      shares_edits_(!args.vocab_map && args.draft_sampling.constraints == args.sampling.constraints),
+      draft_edits_(args.draft_logits && !shares_edits_ ? args.draft_sampling : kNoSampling, slot,
+                   args.history, read_index(args.base, b), vocab_, args.vocab_map) {
   // A greedy row asks only whether a draft is the argmax; a deterministic draw has no law to ask for.
   ignore_draft_laws_ = greedy() || args.draw == Draw::deterministic;
   tree_usable(0);
@@ -184,9 +186,9 @@ const RowLaw& TreeRows::target_law(int32_t node) {
 const DraftLaw& TreeRows::draft_law(int32_t node) {
   const size_t index = static_cast<size_t>(node);
   if (!draft_made_[index]) {
-    const auto path = draft_edits_.any() ? path_tokens(node) : std::vector<int64_t>{};
-    draft_[index] =
-        draft_law_at(args_, batch_row_, law_row(node), draft_processing_, draft_edits_, path, vocab_);
+    const LogitEdits& edits = shares_edits_ ? edits_ : draft_edits_;
+    const auto path = edits.any() ? path_tokens(node) : std::vector<int64_t>{};
+    draft_[index] = draft_law_at(args_, batch_row_, law_row(node), draft_processing_, edits, path, vocab_);
     draft_made_[index] = 1;
   }
   return draft_[index];

@@ -74,7 +74,9 @@ class TreeRows {
   const VerifyArgs& args_;
   int64_t batch_row_, vocab_;
   Processing processing_, draft_processing_;
-  LogitEdits edits_, draft_edits_;
+  LogitEdits edits_;
+  bool shares_edits_;  // one table and one vocabulary: the drafter's rows are edited as the target's
+  LogitEdits draft_edits_;
   bool ignore_draft_laws_ = false, share_row_ = false;
   TreeIndex tree_;
   std::vector<RowLaw> target_;

@@ -107,6 +107,59 @@ def sampled() -> dict:
     return tokens
 
 
+def coupled() -> dict:
+    """Draws by Gumbel noise, which a drafter with a map shares: columns in another order, the same ids."""
+    tokens = {}
+    table = sampling().prepare(len(KINDS))
+    for (name, dtype), vocab in itertools.product(DTYPES.items(), VOCABS):
+        rows = tensor(logits(vocab, len(KINDS), vocab), dtype)
+        reverse = torch.arange(vocab - 1, -1, -1, dtype=torch.int32)
+        for step in range(3):
+            call = {"sampling": table, "base": torch.tensor(BASES), "step": step, "method": "gumbel"}
+            tokens[f"{name} {vocab} {step}"] = ft.ops.sample(rows, **call).tolist()
+            tokens[f"{name} {vocab} {step} mapped"] = ft.ops.sample(
+                rows, vocab_map=reverse, vocab_size=vocab, **call
+            ).tolist()
+    return tokens
+
+
+def constrained() -> dict:
+    """Penalties, bias and bans over a text of a dozen tokens and a drafted path."""
+    tokens = {}
+    temperature, top_k, top_p, min_p = (list(column) for column in zip(*KINDS, strict=True))
+    table = ft.Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed=SEEDS,
+        repetition_penalty=[1.0, 1.3, 0.8, 1.1, 1.7, 1.0, 1.3],
+        frequency_penalty=[0.0, 0.3, 0.0, 1.5, -0.2, 0.1, 0.7],
+        presence_penalty=[0.4, 0.0, 0.2, 0.0, 0.1, -0.3, 0.5],
+        logit_bias={3: 1.25, 7: -2.5, 11: -float("inf")},
+        bad_words=[[5], [2, 4]],
+        min_new_tokens=8,
+        stop_ids=[0, 1],
+    ).prepare(len(KINDS))
+    history = torch.from_numpy((noise(6, len(KINDS), 12) * 17).astype(np.int32))
+    path = torch.from_numpy((noise(7, len(KINDS), 3) * 17).astype(np.int64))
+    for (name, dtype), vocab in itertools.product(DTYPES.items(), VOCABS):
+        rows = tensor(logits(vocab, len(KINDS), vocab), dtype)
+        for drafted in range(4):
+            drawn = ft.ops.sample(
+                rows,
+                sampling=table,
+                base=torch.full((len(KINDS),), 12),
+                step=drafted,
+                purpose="draft",
+                history=history,
+                prompt_lengths=torch.full((len(KINDS),), 5),
+                path=path[:, :drafted],
+            )
+            tokens[f"{name} {vocab} {drafted}"] = drawn.tolist()
+    return tokens
+
+
 def draft_laws(target: np.ndarray, dtype: torch.dtype) -> dict[str, dict]:
     """The forms in which a law may be declared, by the arguments of ``verify``."""
     rows, nodes, vocab = target.shape
@@ -160,6 +213,8 @@ VECTORS = {
     "exp_log": exp_log,
     "row_laws": row_laws,
     "sampled": sampled,
+    "coupled": coupled,
+    "constrained": constrained,
     "verified": verified,
 }
 
