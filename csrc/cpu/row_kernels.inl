@@ -8,6 +8,11 @@ namespace {
 // What the loops consist of has to become part of them: a call keeps its vectors in memory.
 #define FORETOKEN_HOT inline __attribute__((always_inline))
 #define FORETOKEN_HOT_LAMBDA __attribute__((always_inline))
+#if defined(__FP_FAST_FMAF)
+#define FORETOKEN_HOT_WEIGHT FORETOKEN_HOT
+#else  // every multiply-add is a call itself: one copy of them will do
+#define FORETOKEN_HOT_WEIGHT __attribute__((noinline))
+#endif
 
 constexpr int kQuarter = kTile / 4;
 constexpr int kLanes = Floats::kLanes;
@@ -179,7 +184,7 @@ struct LogitWeights {
   LogitWeights(float max_, float scale_, float cut_)
       : max(Floats::all(max_)), scale(Floats::all(scale_)), cut(Floats::all(cut_)) {}
 
-  FORETOKEN_HOT Floats operator()(Floats x) const {
+  FORETOKEN_HOT_WEIGHT Floats operator()(Floats x) const {
     constexpr float kUnit = kMasses ? static_cast<float>(kMassUnit) : 1.0f;
     const Floats round = Floats::all(12582912.0f);
     const Floats distance = subtract(x, max);
@@ -249,7 +254,7 @@ template <class Elements, class Meanwhile>
 FORETOKEN_HOT float sum_weights_of(const typename Elements::Type* tile, float anchor, float scale, float cut,
                                    const Meanwhile& meanwhile) {
   const LogitWeights<false> weights(anchor, scale, cut);
-  return sum_tile<Elements, true>([&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
+  return sum_tile<Elements, kUnrollLaws>([&](int e, int place, Floats& a, Floats& b) FORETOKEN_HOT_LAMBDA {
     meanwhile(place);
     Elements::pair(tile + e, a, b);
     a = weights(a);
@@ -453,5 +458,6 @@ const RowKernels FORETOKEN_KERNELS = {
 
 #undef FORETOKEN_HOT
 #undef FORETOKEN_HOT_LAMBDA
+#undef FORETOKEN_HOT_WEIGHT
 
 }  // namespace foretoken::cpu

@@ -9,6 +9,9 @@ namespace {
 
 // Whether scale_unless_below hands on a NaN whatever its payload.
 constexpr bool kScalingKeepsNan = false;
+// Whether a row's first pass gains from having no loop within a tile: if registers are many and tiles few
+// vectors.
+constexpr bool kUnrollLaws = false;
 
 struct Floats {
   static constexpr int kLanes = 8;

@@ -9,6 +9,7 @@ namespace foretoken::cpu {
 namespace {
 
 constexpr bool kScalingKeepsNan = false;
+constexpr bool kUnrollLaws = false;
 
 struct Floats {
   static constexpr int kLanes = 8;

@@ -9,6 +9,7 @@ namespace foretoken::cpu {
 namespace {
 
 constexpr bool kScalingKeepsNan = true;
+constexpr bool kUnrollLaws = true;
 
 struct Floats {
   static constexpr int kLanes = 16;
