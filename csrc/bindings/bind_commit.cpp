@@ -56,8 +56,8 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
                           " slots (one per row, as slots is None), got " +
                           std::to_string(args.base.shape[0]));
   }
-  const int64_t width = kRecordFields + (args.logprobs ? 2 : 1) * columns;
-  args.record = intake.write_or_null(record, "record", DType::int32, {batch, width}, kAny);
+  args.record = intake.write_or_null(record, "record", DType::int32,
+                                     {batch, record_width(columns, bool(args.logprobs))}, kAny);
   const Device device = intake.device();
   const Stream stream = intake.stream();
   py::gil_scoped_release unlocked;
@@ -71,7 +71,8 @@ void register_commit(py::module_& module) {
              py::arg("status"), py::arg("logprobs"), py::arg("num_drafts"), py::arg("slots"), py::arg("text"),
              py::arg("base"), py::arg("next_drafts"), py::arg("ends"), py::arg("limits"), py::arg("budgets"),
              py::arg("eos_ids"), py::arg("stop_ids"), py::arg("record"), "See foretoken.ops.commit.");
-  module.attr("RECORD_FIELDS") = static_cast<int>(kRecordFields);
+  module.def("record_width", &record_width, py::arg("columns"), py::arg("logprobs"),
+             "See foretoken.ops.record_width.");
 }
 
 }  // namespace foretoken

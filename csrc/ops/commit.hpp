@@ -18,6 +18,10 @@ enum CommitField : int32_t {
   kRecordFields,
 };
 
+constexpr int64_t record_width(int64_t columns, bool logprobs) {
+  return kRecordFields + (logprobs ? 2 : 1) * columns;
+}
+
 struct CommitArgs {         // B rows of C = D + 1 tokens, S slots, L tokens of text
   TensorView tokens;        // [B, C] int32 | int64, as verification emitted them
   TensorView num_emitted;   // [B] int32; 0: a padded row, nothing of its slot is touched

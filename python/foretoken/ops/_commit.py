@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foretoken import _core
 from foretoken.ops._verdict import Verdict
@@ -66,42 +67,38 @@ class RequestState:
     def seat(
         self,
         slot: int,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | Tensor,
         *,
         max_new_tokens: int,
         num_drafts: int = 0,
         eos_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
     ) -> None:
-        """Begin a request in a slot. On a device this waits for nothing that runs there.
+        """Begin a request in a slot. On a device this waits for nothing that runs there. Tables of ids grow.
 
         Raises
         ------
         ValueError
-            More ids, or a longer text, than there is room for.
+            A longer text than there is room for.
         """
-        length = len(prompt)
-        for name, ids, room in (
-            ("prompt and max_new_tokens", length + max_new_tokens, self.text.shape[1]),
-            ("eos_ids", len(eos_ids), self.eos_ids.shape[1]),
-            ("stop_ids", len(stop_ids), self.stop_ids.shape[1]),
-        ):
-            if ids > room:
-                raise ValueError(f"{name}: expected at most {room}, got {ids}")
-        self.text[slot, :length] = _there(prompt, self.text)
+        length, room = len(prompt), self.text.shape[1]
+        if length + max_new_tokens > room:
+            raise ValueError(
+                f"prompt and max_new_tokens: expected at most {room}, got {length + max_new_tokens}"
+            )
+        self.text[slot, :length] = upload(prompt, torch.int32, self.text.device)
         self.base[slot : slot + 1].fill_(length)
         self.limits[slot : slot + 1].fill_(length + max_new_tokens)
         self.budgets[slot : slot + 1].fill_(num_drafts)
         self.next_drafts[slot : slot + 1].fill_(max(min(num_drafts, max_new_tokens - 1), 0))
         self.ends[slot : slot + 1].fill_(0)
-        for ids, table in ((eos_ids, self.eos_ids), (stop_ids, self.stop_ids)):
-            if table.shape[1] > 0:
-                table[slot] = _there([*ids, *[-1] * (table.shape[1] - len(ids))], table)
+        self.eos_ids = _with_ids(self.eos_ids, slot, eos_ids)
+        self.stop_ids = _with_ids(self.stop_ids, slot, stop_ids)
 
 
 def record_width(columns: int, logprobs: bool = False) -> int:
     """Columns of a record of rounds whose verdicts have ``columns`` tokens a row."""
-    return _core.RECORD_FIELDS + columns * (2 if logprobs else 1)
+    return _core.record_width(columns, logprobs)
 
 
 def commit(
@@ -170,7 +167,18 @@ def commit(
     )
 
 
-def _there(numbers: Sequence[int], like: Tensor) -> Tensor:
-    """On the device of ``like``, by way of pinned memory: copying from there waits for nothing."""
-    here = torch.tensor(numbers, dtype=like.dtype)
-    return here if like.device.type == "cpu" else here.pin_memory().to(like.device, non_blocking=True)
+def upload(numbers: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy on the device, by way of pinned memory: copying from there waits for nothing."""
+    here = torch.as_tensor(numbers, dtype=dtype)
+    if device.type == "cpu":
+        return here.clone()
+    return here.pin_memory().to(device, non_blocking=True)
+
+
+def _with_ids(table: Tensor, slot: int, ids: Sequence[int]) -> Tensor:
+    missing = len(ids) - table.shape[1]
+    if missing > 0:
+        table = pad(table, (0, missing), value=-1)
+    if table.shape[1] > 0:
+        table[slot] = upload([*ids, *[-1] * (table.shape[1] - len(ids))], table.dtype, table.device)
+    return table
