@@ -84,6 +84,8 @@ class Session:
     ([5, 6, 7], 'length')
     """
 
+    _may_run_ahead = True
+
     def __init__(
         self,
         *,
@@ -99,7 +101,7 @@ class Session:
         device: torch.device | str = "cpu",
     ) -> None:
         place = _device_of(device)
-        ahead = runs_ahead(place)
+        ahead = self._may_run_ahead and runs_ahead(place)
         device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
