@@ -292,6 +292,9 @@ def main() -> int:
         except (WrongAnswerError, ValueError, RuntimeError, NotImplementedError) as error:
             wrong += 1
             say(line([str(row), f"{type(error).__name__}: {str(error)[:300]}"]))
+            sys.stdout.flush()
+            if "CUDA error" in str(error):  # the device is lost to this process
+                break
             continue
         results.append(result)
         set_goals(results)
