@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from foretoken import ops
 from foretoken.device import places
-from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.drafters import NgramDrafter
 from foretoken.sampling import Sampling
-from foretoken.session import Event, Session, Step
-from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, alike, rounds, run, table
-
-LENGTH = 96
+from foretoken.session import Session
+from rounds_ahead import LENGTH, BlindModel, GatherModel, asks, pair, told
+from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, run, table
 
 
 @pytest.fixture
@@ -30,99 +28,6 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
             return Session(**options)
 
     return make
-
-
-class BlindModel(TableModel):
-    """The table model for steps whose rows may have ended: it looks at bounds, and at nothing else."""
-
-    def _check_shape(self, step: Step) -> None:
-        rows, columns = step.tokens.shape
-        slots = step.slots.tolist()
-        assert slots == sorted(set(slots))
-        assert len(step.requests) == rows
-        assert step.on_device
-        assert step.max_length_after >= int(step.lengths.max()) + columns
-        assert step.slot_range in (None, (slots[0], slots[-1] + 1))
-        assert (step.slot_range is not None) == (slots == list(range(slots[0], slots[0] + rows)))
-        assert int(step.num_tokens.max()) <= columns
-        assert int(step.num_tokens.min()) >= 1
-        assert torch.equal(step.positions, step.lengths[:, None] + torch.arange(columns))
-        for b in range(rows):
-            assert not step.tokens[b, int(step.num_tokens[b]) :].any()
-
-
-def drafter_of(kind: str, logits: Tensor, model: type[TableModel], max_batch: int, **options: Any) -> Any:
-    if kind == "none":
-        return None
-    if kind == "ngram":
-        return NgramDrafter()
-    length = options.pop("max_length", LENGTH)
-    forward = model(alike(logits, 7, 0.8), max_batch, length)
-    return ModelDrafter(forward, max_batch=max_batch, vocab_size=VOCAB, max_length=length, **options)
-
-
-def asks(seed: int, sampled: bool, most: int, count: int = 7) -> list[Ask]:
-    dice = random.Random(seed)
-    made = []
-    for number in range(count):
-        law = GREEDY
-        if sampled and number % 3 != 2:
-            law = Sampling(
-                temperature=dice.choice([0.7, 1.0]), top_k=dice.choice([0, 6]), top_p=dice.choice([1.0, 0.9]),
-                seed=dice.randrange(2**40),
-            )  # fmt: skip
-        options: dict[str, Any] = {}
-        new = dice.randint(1, 40)
-        if dice.random() < 0.3:
-            options["num_drafts"] = dice.randint(0, most)
-        if dice.random() < 0.3:
-            options["min_new_tokens"] = dice.randint(1, new)
-        made.append(
-            Ask(
-                [dice.randrange(VOCAB) for _ in range(dice.randint(1, 30))],
-                new,
-                law,
-                tuple(dice.sample(range(VOCAB), dice.randint(0, 2))),
-                tuple(dice.sample(range(VOCAB), dice.randint(0, 6))),
-                options,
-            )
-        )
-    return made
-
-
-def pair(
-    ahead: Callable[..., Session], kind: str, drafter: dict[str, Any] | None = None, **options: Any
-) -> list[tuple[Session, TableModel]]:
-    """The same session twice: on the host, and with rounds that run ahead."""
-    logits = table(VOCAB, 3)
-    arguments = {"max_batch": 3, "vocab_size": VOCAB, "max_length": LENGTH, **options}
-    both: list[tuple[Session, TableModel]] = []
-    for make, model in ((Session, TableModel), (ahead, BlindModel)):
-        made = drafter_of(kind, logits, model, arguments["max_batch"], **(drafter or {}))
-        session = make(drafter=made, **arguments)
-        both.append((session, model(logits, arguments["max_batch"], arguments["max_length"])))
-    return both
-
-
-def told(session: Session, forward: TableModel, wanted: list[Ask]) -> list[tuple[Any, ...]]:
-    """Per request: tokens, kinds and log-probabilities of all its events, its reason and its counters."""
-    requests = [ask.admit(session) for ask in wanted]
-    events: dict[int, list[Event]] = {request.id: [] for request in requests}
-    for happened in rounds(session, forward):
-        for event in happened:
-            events[event.request.id].append(event)
-    for event in session.events():
-        events[event.request.id].append(event)
-    result = []
-    for request in requests:
-        mine = events[request.id]
-        tokens = [token for event in mine for token in event.tokens]
-        assert tokens == session.generated(request)
-        assert [event.finish_reason for event in mine[:-1]] == [None] * (len(mine) - 1)
-        kinds = [kind for event in mine for kind in event.kinds]
-        logprobs = [number for event in mine for number in event.logprobs or ()]
-        result.append((tokens, kinds, logprobs, mine[-1].finish_reason, request.metrics, request.status))
-    return result
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -336,3 +241,11 @@ def test_unusable_logits_and_drafters_are_refused_in_words(ahead) -> None:
     with pytest.raises(ValueError, match=r"logits: expected \[1, 1, 23\] on cpu"):
         session.commit(torch.zeros(1, 2, VOCAB))
     session.commit(BlindModel(table(VOCAB, 3), 1, 8)(step))
+
+
+@pytest.mark.parametrize("kind", ["none", "ngram", "model"])
+def test_models_in_tensor_operations_agree_with_the_tables(ahead, kind: str) -> None:
+    """What tests on a CUDA device compare with."""
+    wanted = asks(31, True, 4)
+    host, device = pair(ahead, kind, models=(TableModel, GatherModel), num_drafts=4)
+    assert told(*device, wanted) == told(*host, wanted)
