@@ -17,19 +17,9 @@ struct Outcome {
   int32_t drafted = 0, accepted = 0, status = 0, end = 0;
 };
 
-__device__ int64_t element(const TensorView& view, int64_t i, int64_t j) {
-  const int64_t offset = i * view.strides[0] + j * view.strides[1];
-  return view.dtype == DType::int64 ? static_cast<const int64_t*>(view.data)[offset]
-                                    : static_cast<const int32_t*>(view.data)[offset];
-}
-
-__device__ void put(const TensorView& view, int32_t value, int64_t i, int64_t j) {
-  static_cast<int32_t*>(view.data)[i * view.strides[0] + j * view.strides[1]] = value;
-}
-
 __device__ bool holds(const TensorView& ids, int64_t slot, int64_t token) {
   for (int64_t i = 0; i < ids.shape[1]; ++i) {
-    if (element(ids, slot, i) == token) return token >= 0;
+    if (read_index(ids, slot, i) == token) return token >= 0;
   }
   return false;
 }
@@ -45,7 +35,7 @@ __device__ int32_t first_end(const CommitArgs& args, int64_t b, int64_t slot, in
                              int lane) {
   int32_t first = emitted << 2;
   for (int32_t i = lane; i < emitted; i += kLanes) {
-    const CommitEnd end = end_with(args, slot, element(args.tokens, b, i), i + 1 >= room);
+    const CommitEnd end = end_with(args, slot, read_index(args.tokens, b, i), i + 1 >= room);
     if (end == CommitEnd::none) continue;
     first = min(first, (i << 2) | static_cast<int32_t>(end));
     break;
@@ -76,7 +66,7 @@ __device__ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64
     outcome.end = static_cast<int32_t>(CommitEnd::length);
   }
   for (int32_t i = lane; i < outcome.kept; i += kLanes) {
-    put(args.text, static_cast<int32_t>(element(args.tokens, b, i)), slot, base + i);
+    write_index(args.text, static_cast<int32_t>(read_index(args.tokens, b, i)), slot, base + i);
   }
   const int64_t next = base + outcome.kept, left = limit - next - 1;
   const int64_t budget = read_index(args.budgets, slot);
@@ -91,8 +81,7 @@ __device__ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64
 
 __device__ Outcome settle(const CommitArgs& args, int64_t b, int lane) {
   Outcome idle;
-  int64_t slot = args.slots ? read_index(args.slots, b) : b;
-  if (slot < 0 || slot >= args.base.shape[0]) slot = -1;
+  const int64_t slot = slot_of(args.slots, b, args.base.shape[0]);
   const int64_t base = slot < 0 ? 0 : read_index(args.base, slot);
   if (base < 1 || base > args.text.shape[1]) {
     idle.status = kBadRow;
@@ -109,21 +98,22 @@ __device__ Outcome settle(const CommitArgs& args, int64_t b, int lane) {
 
 __device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome, int lane) {
   if (lane == 0) {
-    put(args.record, outcome.drafted, b, kRecordDrafted);
-    put(args.record, outcome.emitted, b, kRecordEmitted);
-    put(args.record, outcome.accepted, b, kRecordAccepted);
-    put(args.record, outcome.kept, b, kRecordKept);
-    put(args.record, outcome.status, b, kRecordStatus);
-    put(args.record, outcome.end, b, kRecordEnd);
+    write_index(args.record, outcome.drafted, b, kRecordDrafted);
+    write_index(args.record, outcome.emitted, b, kRecordEmitted);
+    write_index(args.record, outcome.accepted, b, kRecordAccepted);
+    write_index(args.record, outcome.kept, b, kRecordKept);
+    write_index(args.record, outcome.status, b, kRecordStatus);
+    write_index(args.record, outcome.end, b, kRecordEnd);
   }
   const int64_t columns = args.tokens.shape[1];
   for (int64_t i = lane; i < columns; i += kLanes) {
     const bool emitted = i < outcome.emitted;
-    put(args.record, emitted ? static_cast<int32_t>(element(args.tokens, b, i)) : -1, b, kRecordFields + i);
+    write_index(args.record, emitted ? static_cast<int32_t>(read_index(args.tokens, b, i)) : -1, b,
+                kRecordFields + i);
     if (!args.logprobs) continue;
-    const float* const logprob = static_cast<const float*>(args.logprobs.data) +
-                                 b * args.logprobs.strides[0] + i * args.logprobs.strides[1];
-    put(args.record, emitted ? __float_as_int(*logprob) : 0, b, kRecordFields + columns + i);
+    const float* const logprob =
+        static_cast<const float*>(args.logprobs.data) + offset_of(args.logprobs, b, i);
+    write_index(args.record, emitted ? __float_as_int(*logprob) : 0, b, kRecordFields + columns + i);
   }
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.device import why_no_edits_on
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.forwards import ProcessedForward, Runners
@@ -208,6 +209,10 @@ class Decoding:
             return f"drafter: {self._draft_runner.why_on_host}"
         if self._num_drafts > 0 and self._draft_runner is None and spec.drafter != "ngram":
             return f"drafter: {type(spec.drafter).__name__} reads texts on the host"
+        if any(sampling.edits() for sampling in self._samplings):
+            reason = why_no_edits_on(self._prepared.model.device)
+            if reason is not None:
+                return f"sampling: {reason}"
         if self.law.nodes:
             return f"logits processors: {_names(self.law.nodes)} are called from Python"
         if shared := shared_criteria(self._prepared.criteria):
