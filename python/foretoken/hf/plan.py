@@ -10,6 +10,8 @@ from torch import Tensor
 
 from foretoken.hf.masks import TailMasks
 
+MASK_ALIGNMENT = 16
+
 
 class Span(NamedTuple):
     """Neighbouring rows of a step that sit in neighbouring slots: one attention call over plain slices."""
@@ -155,7 +157,7 @@ class DevicePlan:
         int64 ``[B]``.
     """
 
-    __slots__ = ("_fresh", "_memo", "num_tokens", "spans", "trace")
+    __slots__ = ("_fresh", "_lengths", "_memo", "num_tokens", "spans", "trace")
 
     on_device = True
 
@@ -165,7 +167,8 @@ class DevicePlan:
         self.trace: Trace | None = None
         # No row reaches past the step's own tokens: then all lengths are 0.
         self._fresh = span.end == num_tokens
-        self._memo: dict[tuple[Any, ...], Tensor] = {(): lengths}
+        self._lengths = lengths
+        self._memo: dict[tuple[Any, ...], Tensor] = {}
 
     def reach(
         self,
@@ -189,16 +192,16 @@ class DevicePlan:
         return 0, mask, False
 
     def _mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
-        lengths = self._memo[()]
-        queries = torch.arange(self.num_tokens, device=lengths.device).repeat_interleave(repeat)
+        lengths, end = self._lengths, self.spans[0].end
+        queries = torch.arange(self.num_tokens * repeat, device=lengths.device) // repeat
         positions = (lengths[:, None] + queries)[:, None, :, None]
-        columns = torch.arange(self.spans[0].end, device=lengths.device)
+        # Kernels of a device load masks in aligned vectors.
+        columns = torch.arange(end + -end % MASK_ALIGNMENT, device=lengths.device)
         hidden = columns > positions
         if window is not None:
             hidden |= columns <= positions - window
-        return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(
-            hidden, float("-inf")
-        )
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
+        return mask.masked_fill_(hidden, float("-inf"))[..., :end]
 
 
 class SlotRows(int):
