@@ -18,7 +18,7 @@ from torch import Tensor
 from foretoken import ops
 from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.results import Results
-from foretoken.device.rows import Rows
+from foretoken.device.rows import Rows, numbers
 from foretoken.drafters import Proposal
 from foretoken.metrics import Seconds
 from foretoken.ops import RequestState
@@ -241,7 +241,7 @@ class DeviceRounds:
     def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
-        columns = torch.arange(proposal.tokens.shape[1] + 1, device=self._device)
+        columns = numbers(proposal.tokens.shape[1] + 1, self._device)
         roots = rows.tokens_at(self._state.text, lengths[:, None])
         tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
         return Step(
@@ -310,6 +310,6 @@ class DeviceRounds:
         # Of no id the mark goes one behind the vocabulary.
         marks = torch.zeros(len(ends), self._vocab_size + 1, dtype=torch.bool, device=self._device)
         marks.scatter_(1, torch.where(ends >= 0, ends, self._vocab_size), True)
-        places = base[:, None] + torch.arange(logits.shape[1], device=self._device)
+        places = base[:, None] + numbers(logits.shape[1], self._device)
         held = places < rows.of(self._held_until)[:, None]
         return logits.masked_fill(held[:, :, None] & marks[:, None, : self._vocab_size], -torch.inf)
