@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretoken import _core
+from guarded import guarded
 
 testing = _core.testing
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
@@ -462,6 +463,25 @@ def test_deep_chains_and_wide_trees(device, nodes):
         case.rows()
         case.laws()
         case.check(device)
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_nothing_lies_outside_the_tensors(front):
+    """Every tensor and the workspace end, or begin, right where memory cannot be touched."""
+    for seed in range(80):
+        case = Case(1000 + seed, 301)
+        case.tensors = {
+            name: guarded(tensor, front=front) if tensor.numel() else tensor
+            for name, tensor in case.tensors.items()
+        }
+        arguments = (case.tensors, case.sampling, case.draft_sampling, case.rule, case.draw)
+        size = testing.prepare_verify(*arguments, None, 1)["bytes"]
+        workspace = guarded(torch.full((size,), POISON, dtype=torch.uint8), front=front)
+        places = testing.prepare_verify(*arguments, workspace, case.pick.choice([1, 50]))
+        result = places | {"memory": workspace}
+        case.check_history(result)
+        case.check_target(result)
+        case.check_laws(result)
 
 
 @pytest.mark.cuda
