@@ -28,8 +28,8 @@ def prepared(device: torch.device, call, tensors: dict[str, Tensor], *arguments)
     blocks = arguments[-1]
     there = {name: tensor_on(tensor, device) for name, tensor in tensors.items()}
     size = call(there, *arguments[:-1], None, blocks)["bytes"]
-    workspace = torch.full((size + 256,), POISON, dtype=torch.uint8, device=device)
-    aligned = workspace[-workspace.data_ptr() % 256 :][:size]
+    workspace = torch.full((size + 16,), POISON, dtype=torch.uint8, device=device)
+    aligned = workspace[-workspace.data_ptr() % 16 :][:size]
     places = call(there, *arguments[:-1], aligned, blocks)
     return places | {"memory": aligned.cpu()}
 

@@ -29,13 +29,14 @@ struct PreparedRows {
   }
 };
 
-// What has to be prepared, known without looking at any data.
+// What has to be prepared, known without looking at any data: whether tables have constraints is known before
+// they are on the device.
 struct Preparation {
   bool target = false, draft = false, mapped = false, padding = false, history = false;
   bool inverse = false;  // constraints speak of target ids, the rows of the drafter's
   bool draft_by_node = false;
   int64_t batch = 0, target_rows = 0, target_size = 0, draft_rows = 0, draft_size = 0, vocab = 0;
-  int64_t bytes = 0;  // of workspace, aligned to 256
+  int64_t bytes = 0;  // of workspace, aligned to 16
 
   bool any() const { return target || draft || mapped || padding || history; }
 };
@@ -125,8 +126,9 @@ inline PreparedRows rows_of(const Preparation& what, const Places& places) {
 
 inline Preparation preparation_of(const VerifyArgs& args) {
   Preparation what;
-  const bool target_constrained = args.sampling.constraints != nullptr;
-  const bool draft_constrained = args.draft_logits && args.draft_sampling.constraints != nullptr;
+  const bool target_constrained = args.target_constrained || args.sampling.constraints != nullptr;
+  const bool draft_constrained =
+      args.draft_logits && (args.draft_constrained || args.draft_sampling.constraints != nullptr);
   const bool reads_laws = preparing::reads_draft_laws(args);
   const TensorView& laws = args.draft_logits ? args.draft_logits : args.draft_probs;
   what.batch = args.draft_tokens.shape[0];
@@ -148,12 +150,12 @@ inline Preparation preparation_of(const VerifyArgs& args) {
 }
 
 inline Preparation preparation_of(const SampleArgs& args) {
-  if (args.sampling.constraints != nullptr && args.path && args.path.shape[1] > kMaxNodes) {
+  const bool constrained = args.constrained || args.sampling.constraints != nullptr;
+  if (constrained && args.path && args.path.shape[1] > kMaxNodes) {
     throw std::invalid_argument("path: expected at most " + std::to_string(kMaxNodes) +
                                 " drafted tokens a row, got " + std::to_string(args.path.shape[1]));
   }
   Preparation what;
-  const bool constrained = args.sampling.constraints != nullptr;
   what.batch = args.logits.shape[0];
   what.target_rows = 1;
   what.target_size = args.logits.shape[1];
