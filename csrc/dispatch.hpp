@@ -105,16 +105,21 @@ class SamplingMirrors {
 #endif
 };
 
-inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Stream stream) {
-  if (backend_for(device) == Backend::cpu) return cpu::sample(args);
-  if (args.constrained || args.bitmask || args.vocab_map) {
-    throw std::invalid_argument(
-        "sample: this version has no CUDA kernel for penalties, bias, bad words, a bitmask or a vocab_map; "
-        "move "
-        "the tensors to the CPU");
-  }
+// Bytes of device scratch that sample() needs, of any contents; 0: none.
+inline int64_t sample_workspace([[maybe_unused]] const SampleArgs& args, Device device) {
+  if (backend_for(device) == Backend::cpu) return 0;
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::sample(args, device, stream);
+  return cuda::sample_workspace(args);
+#else
+  return 0;
+#endif
+}
+
+inline void sample(const SampleArgs& args, [[maybe_unused]] void* workspace, Device device,
+                   [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::sample(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::sample(args, workspace, device, stream);
 #endif
 }
 
@@ -135,11 +140,9 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
 // Bytes of device scratch that verify() needs, zero before its first use; 0: none.
 inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
-  if (args.target_constrained || args.draft_constrained || args.bitmask || args.vocab_map ||
-      args.rule == Rule::gbv) {
+  if (args.rule == Rule::gbv) {
     throw std::invalid_argument(
-        "verify: this version has no CUDA kernel for penalties, bias, bad words, a bitmask, a vocab_map or the "
-        "rule gbv; move the tensors to the CPU");
+        "verify: this version has no CUDA kernel for the rule gbv; move the tensors to the CPU");
   }
 #ifdef FORETOKEN_HAS_CUDA
   return cuda::verify_workspace(args, device);
