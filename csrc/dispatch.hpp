@@ -7,15 +7,18 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/draft_tree.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
 #include "ops/device.hpp"
+#include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/draft_tree.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #endif
@@ -119,6 +122,20 @@ inline void verify(const VerifyArgs& args, Device device, Stream) {
 inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
   if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
   cpu::tree_index(args);
+}
+
+inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::draft_topk(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::draft_topk(args, device, stream);
+#endif
+}
+
+inline void finalize_tree(const FinalizeTreeArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::finalize_tree(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::finalize_tree(args, device, stream);
+#endif
 }
 
 }  // namespace dispatch

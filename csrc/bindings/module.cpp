@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 namespace foretoken {
+void register_draft_tree(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_loop(module);
   foretoken::register_sampling(module);
   foretoken::register_tree(module);
+  foretoken::register_draft_tree(module);
   foretoken::register_verify(module);
   foretoken::register_testing(module);
 }

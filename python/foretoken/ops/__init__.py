@@ -7,6 +7,14 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
+from foretoken.ops._draft_tree import (
+    MAX_CANDIDATES,
+    MAX_CHILDREN,
+    DraftTopK,
+    FinalTree,
+    draft_topk,
+    finalize_tree,
+)
 from foretoken.ops._sample import sample
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex, tree_index
 from foretoken.ops._verdict import Status, Tolerance, Verdict
@@ -14,8 +22,12 @@ from foretoken.ops._verify import Draw, Rule, rule_codes, verify
 from foretoken.sampling import Sampling, SamplingTable
 
 __all__ = [
+    "MAX_CANDIDATES",
+    "MAX_CHILDREN",
     "MAX_DRAFTS",
+    "DraftTopK",
     "Draw",
+    "FinalTree",
     "Rule",
     "Sampling",
     "SamplingTable",
@@ -23,6 +35,8 @@ __all__ = [
     "Tolerance",
     "TreeIndex",
     "Verdict",
+    "draft_topk",
+    "finalize_tree",
     "rule_codes",
     "sample",
     "tree_index",

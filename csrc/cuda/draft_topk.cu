@@ -1,0 +1,339 @@
+// One cluster of blocks a row. The row is read once for its law; the same pass leaves the largest element
+// that each of 32 groups of it holds. k groups reach the k-th largest of these numbers, so nothing below it
+// is among the k best: the few elements at or above it are listed in the first block, ranked by counting.
+#include "cuda/cluster.cuh"
+#include "cuda/draft_tree.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/on_device.hpp"
+#include "cuda/raw_tile.cuh"
+
+namespace foretoken::cuda {
+
+namespace {
+
+constexpr int kTopkThreads = 512;
+constexpr int kTopkWarps = kTopkThreads / 32;
+constexpr int kRowTiles = static_cast<int>((kMaxVocab + kTile - 1) / kTile);
+constexpr int kListed = kTopkThreads;  // one entry a thread
+
+// Shared memory of a block. Tile t belongs to block t % size, there to warp t / size % kTopkWarps.
+struct TopkScratch {
+  float tile_max[kRowTiles];  // of this block's tiles, by t / size
+  float tile_sum[kRowTiles];
+  float warp_high[kTopkWarps][32];
+  float group_high[kMaxCluster][32];  // from each block of the cluster
+  uint64_t list[kListed];             // first block: rank words of what may be a child
+  uint64_t warp_best[kTopkWarps];     // first block, where the list was too short
+  unsigned long long mass;            // first block
+  int32_t listed;                     // first block: more than kListed: the list is of no use
+};
+
+__device__ inline float infinity() { return __int_as_float(0x7F800000); }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// The two halves of a barrier of the cluster: that every block of it has begun, before one writes to another.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+#else
+
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+
+#endif
+
+// What is known of a row once all its tiles have been seen; the same in every thread of the cluster.
+struct RowTop {
+  float max;    // infinity: NaN or infinity in the row; -infinity: nothing finite
+  float bound;  // no child is below
+};
+
+template <DType kType>
+class TopkRow {
+ public:
+  __device__ TopkRow(const DraftTopkArgs& args, int64_t b, int64_t i, TopkScratch& scratch)
+      : scratch_(scratch), rank_(cluster_rank()), size_(cluster_size()), scale_(logits_scale(1.0f)) {
+    constexpr int kBytes = kType == DType::float32 ? 4 : 2;
+    const int64_t offset = b * args.logits.strides[0] + i * args.logits.strides[1];
+    row_ = {static_cast<const char*>(args.logits.data) + offset * kBytes, args.logits.shape[2]};
+    tiles_ = (row_.size + kTile - 1) / kTile;
+  }
+
+  // Largest element and sum of each tile of this block. False, after one tile, if `skip`: the score that says
+  // so comes from memory too, and is not waited for.
+  __device__ bool summarise(bool skip) {
+    float high = -infinity();
+    for (int64_t slot = threadIdx.x / 32; slot * size_ + rank_ < tiles_; slot += kTopkWarps) {
+      RawTile<kType> tile;
+      load_raw<kType>(row_, slot * size_ + rank_, tile);
+      if (skip) return false;
+      const LaneExtremes mine = extremes_of<kType>(tile);
+      high = mine.max >= high ? mine.max : (mine.max == mine.max ? high : infinity());
+      const float anchor = warp_max(mine.max);
+      float sum = 0.0f;
+      if (anchor < infinity() && anchor > -infinity()) {
+        const float cut = logits_floor(anchor, scale_);
+        sum = __all_sync(kAllLanes, mine.min >= cut)
+                  ? sum_of_raw<kType>(tile, [&](float x) { return exp2_scaled(x - anchor, scale_); })
+                  : sum_of_raw<kType>(tile, [&](float x) { return weight_of_logit(x, anchor, scale_, cut); });
+      }
+      if (threadIdx.x % 32 == 0) {
+        scratch_.tile_max[slot] = anchor;
+        scratch_.tile_sum[slot] = sum;
+      }
+    }
+    scratch_.warp_high[threadIdx.x / 32][threadIdx.x % 32] = high;
+    return !skip;
+  }
+
+  // Two barriers: behind them the tiles of this block, and the groups of all blocks, are known.
+  __device__ RowTop exchange(int k) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    __syncthreads();
+    for (uint32_t to = threadIdx.x / 32; to < size_; to += kTopkWarps) {
+      float high = scratch_.warp_high[0][lane];
+      for (int warp = 1; warp < kTopkWarps; ++warp) high = fmaxf(high, scratch_.warp_high[warp][lane]);
+      *of_block(&scratch_.group_high[rank_][lane], to) = high;
+    }
+    cluster_sync();
+    float group = scratch_.group_high[0][lane];
+    for (uint32_t from = 1; from < size_; ++from) group = fmaxf(group, scratch_.group_high[from][lane]);
+    int better = 0;
+#pragma unroll
+    for (int other = 0; other < 32; ++other) {
+      const float theirs = __shfl_sync(kAllLanes, group, other);
+      better += theirs > group || (theirs == group && other < lane) ? 1 : 0;
+    }
+    const unsigned kth = __ballot_sync(kAllLanes, better == k - 1);
+    return {warp_max(group), __shfl_sync(kAllLanes, group, __ffs(static_cast<int>(kth)) - 1)};
+  }
+
+  // Adds this block's share to what the first block knows: the mass, and who may be a child.
+  __device__ void contribute(const RowTop& top) {
+    const float cut = logits_floor(top.max, scale_);
+    uint64_t mass = 0;
+    for (int64_t slot = threadIdx.x; slot * size_ + rank_ < tiles_; slot += kTopkThreads) {
+      const float anchor = scratch_.tile_max[slot];
+      if (!(anchor >= cut)) continue;
+      mass += mass_of_tile(scratch_.tile_sum[slot], weight_of_logit(anchor, top.max, scale_, cut));
+    }
+    if (__any_sync(kAllLanes, mass != 0)) {
+#pragma unroll
+      for (int step = 16; step >= 1; step /= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
+      if (threadIdx.x % 32 == 0)
+        atomicAdd(of_block(&scratch_.mass, 0), static_cast<unsigned long long>(mass));
+    }
+    for (int64_t slot = threadIdx.x / 32; slot * size_ + rank_ < tiles_; slot += kTopkWarps) {
+      const float high = scratch_.tile_max[slot];
+      if (high >= top.bound && high > -infinity()) list_tile(slot * size_ + rank_, top.bound);
+    }
+    __syncwarp();  // lanes have listed different numbers of elements, and a barrier comes next
+  }
+
+  // In the first block: the words of the best, in any order, `listed` of them; the list itself if it is long
+  // enough, otherwise k of them found one after another in the row.
+  __device__ int children(int k) {
+    const int listed = scratch_.listed;
+    if (listed <= kListed) return listed;
+    uint64_t last = ~uint64_t{0};
+    int found = 0;
+    for (; found < k; ++found) {
+      last = largest_below(last);
+      if (last == 0) break;
+      if (threadIdx.x == 0) scratch_.list[found] = last;
+    }
+    __syncthreads();
+    return found;
+  }
+
+  __device__ RowLaw law(const RowTop& top) const {
+    RowLaw law;
+    law.kind = LawKind::logits;
+    law.max = top.max;
+    law.scale = scale_;
+    law.mass = scratch_.mass;
+    return law;
+  }
+
+ private:
+  __device__ void list_tile(int64_t index, float bound) {
+    RawTile<kType> tile;
+    load_raw<kType>(row_, index, tile);
+    uint32_t hits = 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) hits |= tile[i] >= bound && tile[i] > -infinity() ? 1u << i : 0u;
+    for (; hits != 0; hits &= hits - 1) {
+      const int64_t id = index * kTile + LaneTile::element_of(__ffs(static_cast<int>(hits)) - 1);
+      const int32_t place = atomicAdd(of_block(&scratch_.listed, 0), 1);
+      if (place >= kListed) continue;
+      *of_block(&scratch_.list[place], 0) = rank_word(element_at<kType>(row_, id), static_cast<uint32_t>(id));
+    }
+  }
+
+  // The largest word of a finite element below `bound`, 0 if there is none; by one block, over the whole row.
+  __device__ uint64_t largest_below(uint64_t bound) {
+    uint64_t best = 0;
+    for (int64_t index = threadIdx.x / 32; index < tiles_; index += kTopkWarps) {
+      RawTile<kType> tile;
+      load_raw<kType>(row_, index, tile);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const uint32_t id = static_cast<uint32_t>(index * kTile + LaneTile::element_of(i));
+        const uint64_t word = rank_word(tile[i], id);
+        if (tile[i] > -infinity() && word < bound && word > best) best = word;
+      }
+    }
+#pragma unroll
+    for (int step = 16; step >= 1; step /= 2) {
+      const uint64_t other = __shfl_xor_sync(kAllLanes, best, step);
+      best = other > best ? other : best;
+    }
+    __syncthreads();  // the words of the call before have been read
+    if (threadIdx.x % 32 == 0) scratch_.warp_best[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int warp = 0; warp < kTopkWarps; ++warp) {
+      best = scratch_.warp_best[warp] > best ? scratch_.warp_best[warp] : best;
+    }
+    return best;
+  }
+
+  TopkScratch& scratch_;
+  uint32_t rank_, size_;
+  float scale_;
+  DeviceRow row_;
+  int64_t tiles_;
+};
+
+__device__ inline int64_t place_of(const TensorView& view, int64_t b, int64_t i, int64_t j) {
+  return b * view.strides[0] + i * view.strides[1] + j * view.strides[2];
+}
+
+__device__ void write_child(const DraftTopkArgs& args, int64_t b, int64_t i, int child, int64_t token,
+                            float score) {
+  int64_t entry = -1;
+  if (args.entries) {
+    const int64_t at = b * args.entries.strides[0] + i * args.entries.strides[1];
+    entry = args.entries.dtype == DType::int64 ? static_cast<const int64_t*>(args.entries.data)[at]
+                                               : static_cast<const int32_t*>(args.entries.data)[at];
+  }
+  const bool there = score > -infinity();
+  static_cast<int32_t*>(args.tokens.data)[place_of(args.tokens, b, i, child)] =
+      there ? static_cast<int32_t>(token) : -1;
+  static_cast<float*>(args.children_scores.data)[place_of(args.children_scores, b, i, child)] =
+      there ? score : -infinity();
+  static_cast<int32_t*>(args.parents.data)[place_of(args.parents, b, i, child)] = static_cast<int32_t>(entry);
+}
+
+// By one block: children `from` .. k - 1 do not exist.
+__device__ void write_none(const DraftTopkArgs& args, int64_t b, int64_t i, int from, int32_t status) {
+  const int child = static_cast<int>(threadIdx.x);
+  if (child >= from && child < args.tokens.shape[2]) write_child(args, b, i, child, -1, -infinity());
+  if (child == 0) {
+    static_cast<int32_t*>(args.status.data)[b * args.status.strides[0] + i * args.status.strides[1]] = status;
+  }
+}
+
+template <DType kType>
+__global__ void __launch_bounds__(kTopkThreads, 2)
+    draft_topk_kernel(const __grid_constant__ DraftTopkArgs args) {
+  __shared__ TopkScratch scratch;
+  const int64_t node = blockIdx.x / cluster_size();
+  const int64_t b = node / args.logits.shape[1], i = node % args.logits.shape[1];
+  const int k = static_cast<int>(args.tokens.shape[2]);
+  const bool first = cluster_rank() == 0;
+  if (threadIdx.x == 0) {
+    scratch.mass = 0;
+    scratch.listed = 0;
+  }
+  __syncwarp();
+  cluster_arrive();
+  const float score = args.scores
+                          ? static_cast<const float*>(
+                                args.scores.data)[b * args.scores.strides[0] + i * args.scores.strides[1]]
+                          : 0.0f;
+  TopkRow<kType> row(args, b, i, scratch);
+  row.summarise(!is_finite(score));
+  cluster_wait();
+  if (!is_finite(score)) {  // the same for the whole cluster, here and below
+    if (first) write_none(args, b, i, 0, score == -infinity() ? 0 : kBadDraft);
+    return;
+  }
+  const RowTop top = row.exchange(k);
+  if (!is_finite(top.max)) {
+    if (first) write_none(args, b, i, 0, kLawLost);
+    return;
+  }
+  row.contribute(top);
+  cluster_sync();
+  if (!first) return;
+  const int found = row.children(k);
+  if (static_cast<int>(threadIdx.x) < found) {
+    const uint64_t mine = scratch.list[threadIdx.x];
+    int better = 0;
+    for (int other = 0; other < found; ++other) better += scratch.list[other] > mine ? 1 : 0;
+    if (better < k) {
+      const RowLaw law = row.law(top);
+      write_child(args, b, i, better, index_in(mine),
+                  child_score(score, value_in(mine), law, log_of_mass(law.mass)));
+    }
+  }
+  write_none(args, b, i, found, 0);
+}
+
+// Blocks that share a row, by how long it will take: rounds of tiles, and what a block costs besides, as
+// often as blocks have to wait for a place. Results do not depend on it.
+int blocks_for(Device device, int64_t rows, int64_t tiles) {
+  constexpr int64_t kBlockRounds = 2;
+  const DeviceLimits limits = limits_of(device);
+  if (!limits.has_clusters) return 1;
+  const int64_t places = 2 * static_cast<int64_t>(limits.multiprocessors);
+  int64_t least = INT64_MAX;
+  int best = 1;
+  for (int blocks = 1; blocks <= kMaxCluster && blocks <= tiles; blocks *= 2) {
+    const int64_t waves = (rows * blocks + places - 1) / places;
+    const int64_t rounds = (tiles + blocks * kTopkWarps - 1) / (blocks * kTopkWarps);
+    if (waves * (rounds + kBlockRounds) >= least) continue;
+    least = waves * (rounds + kBlockRounds);
+    best = blocks;
+  }
+  return best;
+}
+
+template <DType kType>
+void launch_topk(const DraftTopkArgs& args, Device device, Stream stream) {
+  const int64_t rows = args.logits.shape[0] * args.logits.shape[1];
+  const int blocks = blocks_for(device, rows, (args.logits.shape[2] + kTile - 1) / kTile);
+  const OnDevice current(device);
+  if (blocks > 8) {
+    throw_if_failed(
+        cudaFuncSetAttribute(draft_topk_kernel<kType>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        "draft_topk");
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+  config.blockDim = dim3(kTopkThreads);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &attribute;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  throw_if_failed(cudaLaunchKernelEx(&config, draft_topk_kernel<kType>, args), "draft_topk");
+}
+
+}  // namespace
+
+void draft_topk(const DraftTopkArgs& args, Device device, Stream stream) {
+  if (args.logits.shape[0] * args.logits.shape[1] == 0) return;
+  switch (args.logits.dtype) {
+    case DType::float32: return launch_topk<DType::float32>(args, device, stream);
+    case DType::bfloat16: return launch_topk<DType::bfloat16>(args, device, stream);
+    default: return launch_topk<DType::float16>(args, device, stream);
+  }
+}
+
+}  // namespace foretoken::cuda
