@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from foretoken import _core
+from mirrored import TEST_DEVICE, Mirror, mirroring
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--also-on", metavar="DEVICE", help="make every call of the kernels on this device too")
 
 
 def cuda_is_usable() -> bool:
@@ -17,9 +25,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _also_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    device = request.config.getoption("--also-on")
+    with mirroring(device) if device else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def mirror() -> Iterator[Mirror]:
+    """Of this test's calls, on the CUDA device."""
+    with mirroring(TEST_DEVICE) as mirror:
+        yield mirror
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("cuda")]
-    if marked and not cuda_is_usable():
+    if marked and TEST_DEVICE == "cuda" and not cuda_is_usable():
         skip = pytest.mark.skip(reason="needs a CUDA build of foretoken and a CUDA device")
         for item in marked:
             item.add_marker(skip)

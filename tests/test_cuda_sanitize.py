@@ -1,0 +1,67 @@
+"""One small call of each rule, law and filter, for ``.ci/sanitize-cuda``, where a call takes seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import foretoken as ft
+from covering import pairwise as small_pairwise
+from experiments import Experiment
+from large_rounds import KINDS, RULES, Large, Rounds, makes_sense
+from mirrored import Mirror
+
+pytestmark = pytest.mark.cuda
+PLAIN = Large("auto", "logits", "iid", "chain5", "mixed", "float32", 2500, 1, "whole", "own", "none", "few")
+LAWS = {
+    "point": {"draw": "deterministic"},
+    "logits": {},
+    "records": {"shape": "uneven"},
+    "probs": {"shape": "siblings", "draw": "without_replacement"},
+    "topk": {"shape": "tree16"},
+    "map": {"dtype": "float16"},
+}
+
+
+def rows() -> list[Large]:
+    """Every rule with two laws, over a small, a middling and a large vocabulary."""
+    found = []
+    for number, rule in enumerate((*RULES, "by slot")):
+        for law in list(LAWS)[number % 2 :: 2][:2]:
+            row = dataclasses.replace(PLAIN, rule=rule, law=law, **LAWS[law])
+            if rule == "gbv":
+                row = dataclasses.replace(row, shape="paths3", draw="iid_paths", law="probs")
+            row = dataclasses.replace(row, vocab=(37, 2500, 33_000)[len(found) % 3], batch=(1, 6)[number % 2])
+            found.append(row if makes_sense(row) else dataclasses.replace(row, draw="iid"))
+    whole = {"rows": "flattened", "slots": "shuffled", "edits": "both", "outputs": "all", "batch": 6}
+    found += [dataclasses.replace(PLAIN, rule=rule, **whole) for rule in ("rrs", "traversal", "target_only")]
+    found.append(dataclasses.replace(PLAIN, dtype="bfloat16", vocab=128_256, filters="all"))
+    return found
+
+
+@pytest.mark.parametrize("row", rows(), ids=str)
+def test_verify(mirror: Mirror, row: Large):
+    assert makes_sense(row)
+    ft.ops.verify(**Rounds(row).arguments())
+
+
+@pytest.mark.parametrize("row", small_pairwise()[::12], ids=str)
+def test_small_vocabularies(mirror: Mirror, row):
+    Experiment(row, 5).round(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [37, 2500, 33_000])
+def test_sample(mirror: Mirror, kind: str, vocab: int):
+    table = ft.Sampling(*KINDS[kind], seed=3).prepare(3)
+    logits = (3.0 * torch.randn(3, vocab)).to(torch.bfloat16 if vocab > 3000 else torch.float32)
+    more = {"sampling": table, "base": torch.tensor([1, 2, 3]), "logprobs": True}
+    ft.ops.sample(logits, records=torch.zeros(3, 4, dtype=torch.int64), **more)
+
+
+def test_tree_index(mirror: Mirror):
+    parents = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 9, 0, 0]])
+    counts = torch.tensor([4, 2, 4], dtype=torch.int32)
+    ft.ops.tree_index(parents, num_drafts=counts, lengths=torch.tensor([5, 6, 7]))
