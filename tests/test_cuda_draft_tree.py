@@ -9,6 +9,7 @@ import torch
 
 from foretoken import ops
 from foretoken.ops import DraftTopK, FinalTree
+from mirrored import TEST_DEVICE
 
 pytestmark = pytest.mark.cuda
 
@@ -16,8 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = torch.inf, torch.nan
 
 
-def to(device: str, given: dict) -> dict:
-    return {name: None if tensor is None else tensor.to(device) for name, tensor in given.items()}
+def moved(given: dict) -> dict:
+    return {name: None if tensor is None else tensor.to(TEST_DEVICE) for name, tensor in given.items()}
 
 
 def assert_same(one: torch.Tensor | None, other: torch.Tensor | None, name: str) -> None:
@@ -47,7 +48,7 @@ def assert_trees(mine: FinalTree, theirs: FinalTree) -> None:
 
 def check_topk(logits: torch.Tensor, k: int, **given: torch.Tensor | None) -> None:
     here = ops.draft_topk(logits, k, **given)
-    there = ops.draft_topk(logits.cuda(), k, **to("cuda", given))
+    there = ops.draft_topk(logits.to(TEST_DEVICE), k, **moved(given))
     assert_children(there, here)
 
 
@@ -108,16 +109,16 @@ def test_children_where_candidates_are_gathered():
     torch.manual_seed(5)
     wide = torch.randn(2, 6, 3001)
     memory = {
-        name: torch.full((2, 60), -7, dtype=dtype, device="cuda")
+        name: torch.full((2, 60), -7, dtype=dtype, device=TEST_DEVICE)
         for name, dtype in (("tokens", torch.int32), ("scores", torch.float32), ("parents", torch.int32))
     }
     out = DraftTopK(
         **{name: tensor[:, 7:31].unflatten(1, (3, 8)) for name, tensor in memory.items()},
-        status=torch.empty(2, 3, dtype=torch.int32, device="cuda"),
+        status=torch.empty(2, 3, dtype=torch.int32, device=TEST_DEVICE),
     )
     entries = torch.arange(6).view(2, 3)
     logits = wide[:, ::2, 1:]
-    ops.draft_topk(wide.cuda()[:, ::2, 1:], 8, entries=entries.cuda(), out=out)
+    ops.draft_topk(wide.to(TEST_DEVICE)[:, ::2, 1:], 8, entries=entries.to(TEST_DEVICE), out=out)
     assert_children(out, ops.draft_topk(logits, 8, entries=entries))
     for tensor in memory.values():
         assert tensor[:, :7].eq(-7).all()
@@ -126,7 +127,7 @@ def test_children_where_candidates_are_gathered():
 
 def test_children_do_not_depend_on_the_batch():
     torch.manual_seed(6)
-    logits = torch.randn(700, 20_000, device="cuda", dtype=torch.bfloat16)
+    logits = torch.randn(700, 20_000, device=TEST_DEVICE, dtype=torch.bfloat16)
     whole = ops.draft_topk(logits, 12)
     for first, size in ((0, 1), (7, 3), (100, 40), (300, 200)):
         part = slice(first, first + size)
@@ -137,7 +138,9 @@ def test_children_do_not_depend_on_the_batch():
 
 def test_rows_beyond_32_bits():
     """Two rows whose elements lie 2^32 apart."""
-    logits = torch.zeros(2**32 + 2048, dtype=torch.bfloat16, device="cuda").as_strided((2, 2000), (2**32, 1))
+    logits = torch.zeros(2**32 + 2048, dtype=torch.bfloat16, device=TEST_DEVICE).as_strided(
+        (2, 2000), (2**32, 1)
+    )
     logits[1, 1999], logits[0, 3] = 2.0, 1.0
     assert_children(ops.draft_topk(logits, 2), ops.draft_topk(logits.cpu(), 2))
 
@@ -169,7 +172,7 @@ def random_candidates(rows: int, count: int, reach: int, grain: float) -> dict[s
 
 def check_finalize(given: dict[str, torch.Tensor], num_nodes: int, **more: torch.Tensor | None) -> FinalTree:
     here = ops.finalize_tree(**given, num_nodes=num_nodes, **more)
-    there = ops.finalize_tree(**to("cuda", given), num_nodes=num_nodes, **to("cuda", more))
+    there = ops.finalize_tree(**moved(given), num_nodes=num_nodes, **moved(more))
     assert_trees(there, here)
     return here
 
@@ -220,12 +223,14 @@ def test_damaged_candidates_are_flagged_alike():
 
 def test_a_captured_expansion_replays_on_changed_contents():
     """Three levels and the cut, in one graph, over buffers that stay where they are."""
+    if TEST_DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
     torch.manual_seed(10)
     rows, k, vocab, num_nodes = 3, 4, 5000, 12
-    table = torch.randn(vocab, vocab, device="cuda", dtype=torch.bfloat16)
-    roots = torch.randint(0, vocab, (rows,), device="cuda")
-    lengths = torch.randint(0, 100, (rows,), device="cuda")
-    out = FinalTree.empty(rows, num_nodes, device="cuda", positions=True)
+    table = torch.randn(vocab, vocab, device=TEST_DEVICE, dtype=torch.bfloat16)
+    roots = torch.randint(0, vocab, (rows,), device=TEST_DEVICE)
+    lengths = torch.randint(0, 100, (rows,), device=TEST_DEVICE)
+    out = FinalTree.empty(rows, num_nodes, device=TEST_DEVICE, positions=True)
 
     def draft(table, roots, lengths, out=None):
         level = ops.draft_topk(table[roots], k)

@@ -5,30 +5,29 @@
 #include "cuda/draft_tree.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/on_device.hpp"
-#include "cuda/raw_tile.cuh"
+#include "cuda/tile_stats.cuh"
+#include "cuda/views.cuh"
+#include "math/draft_tree.hpp"
 
 namespace foretoken::cuda {
 
 namespace {
 
 constexpr int kTopkThreads = 512;
-constexpr int kTopkWarps = kTopkThreads / 32;
+constexpr int kTopkWarps = kTopkThreads / kWarpSize;
 constexpr int kRowTiles = static_cast<int>((kMaxVocab + kTile - 1) / kTile);
 constexpr int kListed = kTopkThreads;  // one entry a thread
 
 // Shared memory of a block. Tile t belongs to block t % size, there to warp t / size % kTopkWarps.
 struct TopkScratch {
-  float tile_max[kRowTiles];  // of this block's tiles, by t / size
-  float tile_sum[kRowTiles];
-  float warp_high[kTopkWarps][32];
-  float group_high[kMaxCluster][32];  // from each block of the cluster
-  uint64_t list[kListed];             // first block: rank words of what may be a child
-  uint64_t warp_best[kTopkWarps];     // first block, where the list was too short
-  unsigned long long mass;            // first block
-  int32_t listed;                     // first block: more than kListed: the list is of no use
+  TileStats stats[kRowTiles];  // of this block's tiles, by t / size
+  float warp_high[kTopkWarps][kWarpSize];
+  float group_high[kMaxCluster][kWarpSize];  // from each block of the cluster
+  uint64_t list[kListed];                    // first block: rank words of what may be a child
+  uint64_t warp_best[kTopkWarps];            // first block, where the list was too short
+  unsigned long long mass;                   // first block
+  int32_t listed;                            // first block: more than kListed: the list is of no use
 };
-
-__device__ inline float infinity() { return __int_as_float(0x7F800000); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
@@ -45,6 +44,31 @@ __device__ inline void cluster_wait() {}
 
 #endif
 
+// By value, as all of it: a tile whose address were handed out would lie in memory.
+template <DType kType>
+__device__ __noinline__ RawTile<kType> tile_at_the_end(const void* data, int64_t size, int64_t index) {
+  RawTile<kType> tile;
+  tile.load({data, kType, size}, index, minus_infinity_bits<kType>());
+  return tile;
+}
+
+template <DType kType>
+__device__ inline RawTile<kType> tile_of(const void* data, int64_t size, int64_t index) {
+  using Tile = RawTile<kType>;
+  const char* base = static_cast<const char*>(data) + index * kTile * Tile::kBytes;
+  if ((index + 1) * kTile > size || reinterpret_cast<uintptr_t>(base) % 16 != 0) {
+    return tile_at_the_end<kType>(data, size, index);
+  }
+  Tile tile;
+  base += lane_id() * 8 * Tile::kBytes;
+#pragma unroll
+  for (int i = 0; i < 4 * Tile::kLoads; ++i) {
+    const char* at = base + i / Tile::kLoads * 256 * Tile::kBytes + i % Tile::kLoads * 16;
+    tile.words[i] = __ldg(reinterpret_cast<const uint4*>(at));
+  }
+  return tile;
+}
+
 // What is known of a row once all its tiles have been seen; the same in every thread of the cluster.
 struct RowTop {
   float max;    // infinity: NaN or infinity in the row; -infinity: nothing finite
@@ -55,86 +79,76 @@ template <DType kType>
 class TopkRow {
  public:
   __device__ TopkRow(const DraftTopkArgs& args, int64_t b, int64_t i, TopkScratch& scratch)
-      : scratch_(scratch), rank_(cluster_rank()), size_(cluster_size()), scale_(logits_scale(1.0f)) {
-    constexpr int kBytes = kType == DType::float32 ? 4 : 2;
-    const int64_t offset = b * args.logits.strides[0] + i * args.logits.strides[1];
-    row_ = {static_cast<const char*>(args.logits.data) + offset * kBytes, args.logits.shape[2]};
-    tiles_ = (row_.size + kTile - 1) / kTile;
-  }
+      : scratch_(scratch),
+        rank_(static_cast<int>(cluster_rank())),
+        size_(static_cast<int>(cluster_size())),
+        warp_(static_cast<int>(threadIdx.x / kWarpSize)),
+        data_(static_cast<const char*>(args.logits.data) +
+              offset_of(args.logits, b, i) * RawTile<kType>::kBytes),
+        vocab_(args.logits.shape[2]),
+        tiles_(static_cast<int>((vocab_ + kTile - 1) / kTile)) {}
 
-  // Largest element and sum of each tile of this block. False, after one tile, if `skip`: the score that says
-  // so comes from memory too, and is not waited for.
-  __device__ bool summarise(bool skip) {
+  // Largest element and sum of each tile of this block. If `skip`, for nothing: the score that says so comes
+  // from memory too, and is not waited for.
+  __device__ void summarise(bool skip) {
+    const RowReading reading = RowReading::of_logits(1.0f);
     float high = -infinity();
-    for (int64_t slot = threadIdx.x / 32; slot * size_ + rank_ < tiles_; slot += kTopkWarps) {
-      RawTile<kType> tile;
-      load_raw<kType>(row_, slot * size_ + rank_, tile);
-      if (skip) return false;
-      const LaneExtremes mine = extremes_of<kType>(tile);
-      high = mine.max >= high ? mine.max : (mine.max == mine.max ? high : infinity());
-      const float anchor = warp_max(mine.max);
-      float sum = 0.0f;
-      if (anchor < infinity() && anchor > -infinity()) {
-        const float cut = logits_floor(anchor, scale_);
-        sum = __all_sync(kAllLanes, mine.min >= cut)
-                  ? sum_of_raw<kType>(tile, [&](float x) { return exp2_scaled(x - anchor, scale_); })
-                  : sum_of_raw<kType>(tile, [&](float x) { return weight_of_logit(x, anchor, scale_, cut); });
-      }
-      if (threadIdx.x % 32 == 0) {
-        scratch_.tile_max[slot] = anchor;
-        scratch_.tile_sum[slot] = sum;
-      }
+    for (int slot = warp_; tile_in(slot) < tiles_; slot += kTopkWarps) {
+      const RawTile<kType> tile = tile_of<kType>(data_, vocab_, tile_in(slot));
+      if (skip) return;
+      float mine;
+      const TileStats stats = stats_of_logits(tile, reading, mine);
+      const bool regular = stats.max < infinity() && stats.sum <= static_cast<float>(kTile + 1);
+      high = regular ? fmaxf(high, mine) : infinity();
+      if (lane_id() == 0) scratch_.stats[slot] = stats;
     }
-    scratch_.warp_high[threadIdx.x / 32][threadIdx.x % 32] = high;
-    return !skip;
+    scratch_.warp_high[warp_][lane_id()] = high;
   }
 
   // Two barriers: behind them the tiles of this block, and the groups of all blocks, are known.
   __device__ RowTop exchange(int k) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int lane = lane_id();
     __syncthreads();
-    for (uint32_t to = threadIdx.x / 32; to < size_; to += kTopkWarps) {
+    for (int to = warp_; to < size_; to += kTopkWarps) {
       float high = scratch_.warp_high[0][lane];
       for (int warp = 1; warp < kTopkWarps; ++warp) high = fmaxf(high, scratch_.warp_high[warp][lane]);
       *of_block(&scratch_.group_high[rank_][lane], to) = high;
     }
     cluster_sync();
     float group = scratch_.group_high[0][lane];
-    for (uint32_t from = 1; from < size_; ++from) group = fmaxf(group, scratch_.group_high[from][lane]);
+    for (int from = 1; from < size_; ++from) group = fmaxf(group, scratch_.group_high[from][lane]);
     int better = 0;
 #pragma unroll
-    for (int other = 0; other < 32; ++other) {
+    for (int other = 0; other < kWarpSize; ++other) {
       const float theirs = __shfl_sync(kAllLanes, group, other);
       better += theirs > group || (theirs == group && other < lane) ? 1 : 0;
     }
     const unsigned kth = __ballot_sync(kAllLanes, better == k - 1);
-    return {warp_max(group), __shfl_sync(kAllLanes, group, __ffs(static_cast<int>(kth)) - 1)};
+    return {max_of_warp(group), __shfl_sync(kAllLanes, group, __ffs(static_cast<int>(kth)) - 1)};
   }
 
   // Adds this block's share to what the first block knows: the mass, and who may be a child.
   __device__ void contribute(const RowTop& top) {
-    const float cut = logits_floor(top.max, scale_);
+    const float scale = logits_scale(1.0f), cut = logits_floor(top.max, scale);
     uint64_t mass = 0;
-    for (int64_t slot = threadIdx.x; slot * size_ + rank_ < tiles_; slot += kTopkThreads) {
-      const float anchor = scratch_.tile_max[slot];
-      if (!(anchor >= cut)) continue;
-      mass += mass_of_tile(scratch_.tile_sum[slot], weight_of_logit(anchor, top.max, scale_, cut));
+    for (int slot = static_cast<int>(threadIdx.x); tile_in(slot) < tiles_; slot += kTopkThreads) {
+      const TileStats& tile = scratch_.stats[slot];
+      if (!(tile.max >= cut)) continue;
+      mass += mass_of_tile(tile.sum, weight_of_logit(tile.max, top.max, scale, cut));
     }
     if (__any_sync(kAllLanes, mass != 0)) {
-#pragma unroll
-      for (int step = 16; step >= 1; step /= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
-      if (threadIdx.x % 32 == 0)
-        atomicAdd(of_block(&scratch_.mass, 0), static_cast<unsigned long long>(mass));
+      mass = sum_of_warp(mass);
+      if (lane_id() == 0) atomicAdd(of_block(&scratch_.mass, 0), static_cast<unsigned long long>(mass));
     }
-    for (int64_t slot = threadIdx.x / 32; slot * size_ + rank_ < tiles_; slot += kTopkWarps) {
-      const float high = scratch_.tile_max[slot];
-      if (high >= top.bound && high > -infinity()) list_tile(slot * size_ + rank_, top.bound);
+    for (int slot = warp_; tile_in(slot) < tiles_; slot += kTopkWarps) {
+      const float high = scratch_.stats[slot].max;
+      if (high >= top.bound && high > -infinity()) list_tile(tile_in(slot), top.bound);
     }
     __syncwarp();  // lanes have listed different numbers of elements, and a barrier comes next
   }
 
-  // In the first block: the words of the best, in any order, `listed` of them; the list itself if it is long
-  // enough, otherwise k of them found one after another in the row.
+  // In the first block: how many words are in the list, the best among them, in any order. Where it was too
+  // short, k of them are found one after another in the row.
   __device__ int children(int k) {
     const int listed = scratch_.listed;
     if (listed <= kListed) return listed;
@@ -153,37 +167,40 @@ class TopkRow {
     RowLaw law;
     law.kind = LawKind::logits;
     law.max = top.max;
-    law.scale = scale_;
+    law.scale = logits_scale(1.0f);
     law.mass = scratch_.mass;
     return law;
   }
 
  private:
+  __device__ int tile_in(int slot) const { return slot * size_ + rank_; }
+
   __device__ void list_tile(int64_t index, float bound) {
-    RawTile<kType> tile;
-    load_raw<kType>(row_, index, tile);
+    LaneTile tile;
+    tile_of<kType>(data_, vocab_, index).unpack(tile);
     uint32_t hits = 0;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) hits |= tile[i] >= bound && tile[i] > -infinity() ? 1u << i : 0u;
+    for (int i = 0; i < 32; ++i) hits |= tile.x[i] >= bound && tile.x[i] > -infinity() ? 1u << i : 0u;
     for (; hits != 0; hits &= hits - 1) {
       const int64_t id = index * kTile + LaneTile::element_of(__ffs(static_cast<int>(hits)) - 1);
       const int32_t place = atomicAdd(of_block(&scratch_.listed, 0), 1);
       if (place >= kListed) continue;
-      *of_block(&scratch_.list[place], 0) = rank_word(element_at<kType>(row_, id), static_cast<uint32_t>(id));
+      *of_block(&scratch_.list[place], 0) =
+          rank_word(element_at({data_, kType, vocab_}, id), static_cast<uint32_t>(id));
     }
   }
 
   // The largest word of a finite element below `bound`, 0 if there is none; by one block, over the whole row.
   __device__ uint64_t largest_below(uint64_t bound) {
     uint64_t best = 0;
-    for (int64_t index = threadIdx.x / 32; index < tiles_; index += kTopkWarps) {
-      RawTile<kType> tile;
-      load_raw<kType>(row_, index, tile);
+    for (int index = warp_; index < tiles_; index += kTopkWarps) {
+      LaneTile tile;
+      tile_of<kType>(data_, vocab_, index).unpack(tile);
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
-        const uint32_t id = static_cast<uint32_t>(index * kTile + LaneTile::element_of(i));
-        const uint64_t word = rank_word(tile[i], id);
-        if (tile[i] > -infinity() && word < bound && word > best) best = word;
+        const uint32_t id = static_cast<uint32_t>(int64_t{index} * kTile + LaneTile::element_of(i));
+        const uint64_t word = rank_word(tile.x[i], id);
+        if (tile.x[i] > -infinity() && word < bound && word > best) best = word;
       }
     }
 #pragma unroll
@@ -192,7 +209,7 @@ class TopkRow {
       best = other > best ? other : best;
     }
     __syncthreads();  // the words of the call before have been read
-    if (threadIdx.x % 32 == 0) scratch_.warp_best[threadIdx.x / 32] = best;
+    if (lane_id() == 0) scratch_.warp_best[warp_] = best;
     __syncthreads();
     for (int warp = 0; warp < kTopkWarps; ++warp) {
       best = scratch_.warp_best[warp] > best ? scratch_.warp_best[warp] : best;
@@ -201,39 +218,25 @@ class TopkRow {
   }
 
   TopkScratch& scratch_;
-  uint32_t rank_, size_;
-  float scale_;
-  DeviceRow row_;
-  int64_t tiles_;
+  int rank_, size_, warp_;
+  const char* data_;
+  int64_t vocab_;
+  int tiles_;
 };
-
-__device__ inline int64_t place_of(const TensorView& view, int64_t b, int64_t i, int64_t j) {
-  return b * view.strides[0] + i * view.strides[1] + j * view.strides[2];
-}
 
 __device__ void write_child(const DraftTopkArgs& args, int64_t b, int64_t i, int child, int64_t token,
                             float score) {
-  int64_t entry = -1;
-  if (args.entries) {
-    const int64_t at = b * args.entries.strides[0] + i * args.entries.strides[1];
-    entry = args.entries.dtype == DType::int64 ? static_cast<const int64_t*>(args.entries.data)[at]
-                                               : static_cast<const int32_t*>(args.entries.data)[at];
-  }
   const bool there = score > -infinity();
-  static_cast<int32_t*>(args.tokens.data)[place_of(args.tokens, b, i, child)] =
-      there ? static_cast<int32_t>(token) : -1;
-  static_cast<float*>(args.children_scores.data)[place_of(args.children_scores, b, i, child)] =
-      there ? score : -infinity();
-  static_cast<int32_t*>(args.parents.data)[place_of(args.parents, b, i, child)] = static_cast<int32_t>(entry);
+  write_index(args.tokens, there ? token : -1, b, i, child);
+  write_float(args.children_scores, there ? score : -infinity(), b, i, child);
+  write_index(args.parents, args.entries ? read_index(args.entries, b, i) : -1, b, i, child);
 }
 
 // By one block: children `from` .. k - 1 do not exist.
 __device__ void write_none(const DraftTopkArgs& args, int64_t b, int64_t i, int from, int32_t status) {
   const int child = static_cast<int>(threadIdx.x);
   if (child >= from && child < args.tokens.shape[2]) write_child(args, b, i, child, -1, -infinity());
-  if (child == 0) {
-    static_cast<int32_t*>(args.status.data)[b * args.status.strides[0] + i * args.status.strides[1]] = status;
-  }
+  if (child == 0) write_index(args.status, status, b, i);
 }
 
 template <DType kType>
@@ -250,10 +253,8 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   }
   __syncwarp();
   cluster_arrive();
-  const float score = args.scores
-                          ? static_cast<const float*>(
-                                args.scores.data)[b * args.scores.strides[0] + i * args.scores.strides[1]]
-                          : 0.0f;
+  const float score =
+      args.scores ? static_cast<const float*>(args.scores.data)[offset_of(args.scores, b, i)] : 0.0f;
   TopkRow<kType> row(args, b, i, scratch);
   row.summarise(!is_finite(score));
   cluster_wait();

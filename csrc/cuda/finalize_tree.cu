@@ -4,6 +4,7 @@
 
 #include "cuda/draft_tree.hpp"
 #include "cuda/on_device.hpp"
+#include "cuda/views.cuh"
 #include "math/draft_tree.hpp"
 #include "math/tree_index.hpp"
 
@@ -29,23 +30,6 @@ struct TreeScratch {
   int16_t step[kMaxNodes];           // by rank: from the parent's number to the node's
   int16_t node[kMaxNodes];           // by rank: number in the tree
 };
-
-__device__ inline int64_t at(const TensorView& view, int64_t b, int64_t i) {
-  return b * view.strides[0] + i * view.strides[1];
-}
-
-__device__ inline int64_t index_at(const TensorView& view, int64_t offset) {
-  return view.dtype == DType::int64 ? static_cast<const int64_t*>(view.data)[offset]
-                                    : static_cast<const int32_t*>(view.data)[offset];
-}
-
-__device__ inline void put(const TensorView& view, int64_t offset, int64_t value) {
-  if (view.dtype == DType::int64) {
-    static_cast<int64_t*>(view.data)[offset] = value;
-  } else {
-    static_cast<int32_t*>(view.data)[offset] = static_cast<int32_t>(value);
-  }
-}
 
 // What thread `rank` knows of its node.
 struct Node {
@@ -73,9 +57,9 @@ __device__ uint64_t take_candidate(const FinalizeTreeArgs& args, int64_t b, Tree
   float score = none;
   int64_t parent = -1, token = 0;
   if (inside) {
-    score = static_cast<const float*>(args.scores.data)[at(args.scores, b, i)];
-    parent = index_at(args.parents, at(args.parents, b, i));
-    token = index_at(args.candidates, at(args.candidates, b, i));
+    score = static_cast<const float*>(args.scores.data)[offset_of(args.scores, b, i)];
+    parent = read_index(args.parents, b, i);
+    token = read_index(args.candidates, b, i);
     scratch.score[i] = score;
     scratch.token[i] = token;
     scratch.parent[i] = static_cast<int16_t>(parent);
@@ -185,23 +169,21 @@ __device__ void write_node(const FinalizeTreeArgs& args, int64_t b, const Node& 
   if (rank > 0) {
     const int parent = scratch.node[node.parent];
     if (behind < parent + scratch.size[node.parent]) sibling = behind;
-    put(args.tokens, at(args.tokens, b, number - 1), scratch.token[node.source]);
-    put(args.source, at(args.source, b, number - 1), node.source);
-    put(index.parents, at(index.parents, b, number - 1), parent);
+    write_index(args.tokens, scratch.token[node.source], b, number - 1);
+    write_index(args.source, node.source, b, number - 1);
+    write_index(index.parents, parent, b, number - 1);
   }
-  put(index.depth, at(index.depth, b, number), depth);
-  put(index.first_child, at(index.first_child, b, number), scratch.size[rank] > 1 ? number + 1 : kNoNode);
-  put(index.next_sibling, at(index.next_sibling, b, number), sibling);
+  write_index(index.depth, depth, b, number);
+  write_index(index.first_child, scratch.size[rank] > 1 ? number + 1 : kNoNode, b, number);
+  write_index(index.next_sibling, sibling, b, number);
 #pragma unroll
   for (int word = 0; word < kWords; ++word) {
     if (word >= index.ancestors.shape[2]) break;
-    put(index.ancestors, at(index.ancestors, b, number) + word * index.ancestors.strides[2],
-        static_cast<int64_t>(ancestors[word]));
+    write_index(index.ancestors, static_cast<int64_t>(ancestors[word]), b, number, word);
   }
   if (!index.positions) return;
-  const uint64_t length = static_cast<uint64_t>(index_at(index.lengths, b * index.lengths.strides[0]));
-  put(index.positions, at(index.positions, b, number),
-      static_cast<int64_t>(length + static_cast<uint64_t>(depth)));
+  const uint64_t length = static_cast<uint64_t>(read_index(index.lengths, b));
+  write_index(index.positions, static_cast<int64_t>(length + static_cast<uint64_t>(depth)), b, number);
 }
 
 // Node threadIdx.x lies behind the row's nodes.
@@ -209,23 +191,23 @@ __device__ void write_nothing(const FinalizeTreeArgs& args, int64_t b) {
   const int64_t number = threadIdx.x;
   const TreeIndexArgs& index = args.index;
   if (number > 0) {
-    put(args.tokens, at(args.tokens, b, number - 1), 0);
-    put(args.source, at(args.source, b, number - 1), -1);
-    put(index.parents, at(index.parents, b, number - 1), 0);
+    write_index(args.tokens, 0, b, number - 1);
+    write_index(args.source, -1, b, number - 1);
+    write_index(index.parents, 0, b, number - 1);
   }
-  put(index.depth, at(index.depth, b, number), -1);
-  put(index.first_child, at(index.first_child, b, number), kNoNode);
-  put(index.next_sibling, at(index.next_sibling, b, number), kNoNode);
+  write_index(index.depth, -1, b, number);
+  write_index(index.first_child, kNoNode, b, number);
+  write_index(index.next_sibling, kNoNode, b, number);
   for (int64_t word = 0; word < index.ancestors.shape[2]; ++word) {
-    put(index.ancestors, at(index.ancestors, b, number) + word * index.ancestors.strides[2], 0);
+    write_index(index.ancestors, 0, b, number, word);
   }
-  if (index.positions) put(index.positions, at(index.positions, b, number), 0);
+  if (index.positions) write_index(index.positions, 0, b, number);
 }
 
 __device__ void write_row(const FinalizeTreeArgs& args, int64_t b, int drafts, bool bad) {
   if (threadIdx.x != 0) return;
-  put(args.index.num_drafts, b * args.index.num_drafts.strides[0], drafts);
-  put(args.index.status, b * args.index.status.strides[0], bad ? kBadDraft : 0);
+  write_index(args.index.num_drafts, drafts, b);
+  write_index(args.index.status, bad ? kBadDraft : 0, b);
 }
 
 __global__ void __launch_bounds__(kMaxCandidates)
