@@ -7,10 +7,13 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
+#include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
+#include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
@@ -18,7 +21,9 @@
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
+#include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/verify.hpp"
@@ -116,6 +121,20 @@ inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Strea
 #endif
 }
 
+// For the proofs: on the CPU the kernels' work is done thread by thread, in about `least_blocks` blocks.
+template <class Args>
+PreparedRows prepare(const Args& args, const Preparation& what, void* workspace, Device device,
+                     [[maybe_unused]] Stream stream, int64_t least_blocks) {
+  if (backend_for(device) == Backend::cpu) {
+    return cpu::prepare(prepare_args(args, what, workspace), what, workspace, least_blocks);
+  }
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::prepare(args, what, workspace, device, stream);
+#else
+  return {};
+#endif
+}
+
 // Bytes of device scratch that verify() needs, zero before its first use; 0: none.
 inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
@@ -137,6 +156,13 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
   if (backend_for(device) == Backend::cpu) return cpu::verify(args);
 #ifdef FORETOKEN_HAS_CUDA
   cuda::verify(args, workspace, device, stream);
+#endif
+}
+
+inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::commit(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::commit(args, device, stream);
 #endif
 }
 

@@ -44,31 +44,6 @@ __device__ inline void cluster_wait() {}
 
 #endif
 
-// By value, as all of it: a tile whose address were handed out would lie in memory.
-template <DType kType>
-__device__ __noinline__ RawTile<kType> tile_at_the_end(const void* data, int64_t size, int64_t index) {
-  RawTile<kType> tile;
-  tile.load({data, kType, size}, index, minus_infinity_bits<kType>());
-  return tile;
-}
-
-template <DType kType>
-__device__ inline RawTile<kType> tile_of(const void* data, int64_t size, int64_t index) {
-  using Tile = RawTile<kType>;
-  const char* base = static_cast<const char*>(data) + index * kTile * Tile::kBytes;
-  if ((index + 1) * kTile > size || reinterpret_cast<uintptr_t>(base) % 16 != 0) {
-    return tile_at_the_end<kType>(data, size, index);
-  }
-  Tile tile;
-  base += lane_id() * 8 * Tile::kBytes;
-#pragma unroll
-  for (int i = 0; i < 4 * Tile::kLoads; ++i) {
-    const char* at = base + i / Tile::kLoads * 256 * Tile::kBytes + i % Tile::kLoads * 16;
-    tile.words[i] = __ldg(reinterpret_cast<const uint4*>(at));
-  }
-  return tile;
-}
-
 // What is known of a row once all its tiles have been seen; the same in every thread of the cluster.
 struct RowTop {
   float max;    // infinity: NaN or infinity in the row; -infinity: nothing finite
@@ -92,12 +67,14 @@ class TopkRow {
   // from memory too, and is not waited for.
   __device__ void summarise(bool skip) {
     const RowReading reading = RowReading::of_logits(1.0f);
+    const DeviceRow row = this->row();
     float high = -infinity();
     for (int slot = warp_; tile_in(slot) < tiles_; slot += kTopkWarps) {
-      const RawTile<kType> tile = tile_of<kType>(data_, vocab_, tile_in(slot));
+      RawTile<kType> tile;
+      tile.load(row, tile_in(slot), minus_infinity_bits<kType>());
       if (skip) return;
       float mine;
-      const TileStats stats = stats_of_logits(tile, reading, mine);
+      const TileStats stats = stats_of_logits(tile, row, tile_in(slot), reading, mine);
       const bool regular = stats.max < infinity() && stats.sum <= static_cast<float>(kTile + 1);
       high = regular ? fmaxf(high, mine) : infinity();
       if (lane_id() == 0) scratch_.stats[slot] = stats;
@@ -173,11 +150,18 @@ class TopkRow {
   }
 
  private:
+  __device__ DeviceRow row() const { return {data_, kType, vocab_}; }
   __device__ int tile_in(int slot) const { return slot * size_ + rank_; }
+
+  __device__ void load(int64_t index, LaneTile& tile) const {
+    RawTile<kType> raw;
+    raw.load(row(), index, minus_infinity_bits<kType>());
+    raw.unpack(tile);
+  }
 
   __device__ void list_tile(int64_t index, float bound) {
     LaneTile tile;
-    tile_of<kType>(data_, vocab_, index).unpack(tile);
+    load(index, tile);
     uint32_t hits = 0;
 #pragma unroll
     for (int i = 0; i < 32; ++i) hits |= tile.x[i] >= bound && tile.x[i] > -infinity() ? 1u << i : 0u;
@@ -185,8 +169,7 @@ class TopkRow {
       const int64_t id = index * kTile + LaneTile::element_of(__ffs(static_cast<int>(hits)) - 1);
       const int32_t place = atomicAdd(of_block(&scratch_.listed, 0), 1);
       if (place >= kListed) continue;
-      *of_block(&scratch_.list[place], 0) =
-          rank_word(element_at({data_, kType, vocab_}, id), static_cast<uint32_t>(id));
+      *of_block(&scratch_.list[place], 0) = rank_word(element_at(row(), id), static_cast<uint32_t>(id));
     }
   }
 
@@ -195,7 +178,7 @@ class TopkRow {
     uint64_t best = 0;
     for (int index = warp_; index < tiles_; index += kTopkWarps) {
       LaneTile tile;
-      tile_of<kType>(data_, vocab_, index).unpack(tile);
+      load(index, tile);
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const uint32_t id = static_cast<uint32_t>(int64_t{index} * kTile + LaneTile::element_of(i));

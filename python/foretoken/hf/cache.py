@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.hf.masks import TailMasks
-from foretoken.hf.plan import SlotPlan, SlotRows, Trace, cut_spans
+from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
+from foretoken.session import Step
 
 # What one more attention call costs, as bytes of cache read in the same time: about 20 us on a CPU core.
 CALL_BYTES = {"cpu": 1 << 20}
 CALL_BYTES_DEVICE = 1 << 26
+# Where the host only knows bounds of lengths, attention reads whole blocks of so many cache rows.
+END_STEP = 64
 
 
 class LayerShape(NamedTuple):
@@ -81,6 +84,7 @@ class _Store:
         self.flat = [[part.view(-1, part.shape[-1]) for part in half] for half in whole]
         self._heads = torch.arange(shape.heads, device=shape.device)
         self._targets = self._heads
+        self._firsts: tuple[Tensor | None, Tensor] = None, self._heads
 
     def slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of every layer, ``[slots, G, rows, D]`` each, without a copy."""
@@ -103,6 +107,14 @@ class _Store:
         ]
         first_head = torch.tensor(rows, device=self.shape.device)
         self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
+
+    def aim_on_device(self, slots: Tensor, positions: Tensor) -> None:
+        """The same for ``slots`` ``[B]`` and ``positions`` ``[B, T]`` that only the device knows."""
+        known, firsts = self._firsts
+        if known is not slots:  # the same object as long as the rows of a session stay the same
+            firsts = (slots.long()[:, None] * self.shape.heads + self._heads) * self.rows
+            self._firsts = slots, firsts
+        self._targets = (positions.clamp_max(self.rows - 1)[:, :, None] + firsts[:, None]).view(-1)
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
@@ -213,6 +225,24 @@ class SlotCache(Cache):
         self._rows = end - num_tokens
         self._trace = trace
         return SlotPlan(spans, num_tokens, self._masks, trace)
+
+    def plan_on_device(self, step: Step) -> DevicePlan:
+        """The same for a step whose lengths are on the device: nothing of it is read, and bounds do."""
+        num_tokens = step.tokens.shape[1]
+        end = step.max_length_after
+        if end > num_tokens:
+            end += -end % END_STEP
+        end = min(end, self.max_length)
+        first, last = (0, self.max_batch) if step.slot_range is None else step.slot_range
+        self._reads = self._slices(slice(first, last), slice(0, end))
+        self._picked = step.slots if step.slot_range is None else None
+        self._scattered = True
+        for store, _ in self._stores:
+            store.aim_on_device(step.slots, step.positions)
+        self._rows = end - num_tokens
+        self._trace = None
+        span = Span(slice(0, len(step.slots)), slice(first, last), (), end)
+        return DevicePlan(span, step.positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

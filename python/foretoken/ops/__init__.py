@@ -7,6 +7,7 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
+from foretoken.ops._commit import RequestState, commit, record_width
 from foretoken.ops._draft_tree import (
     MAX_CANDIDATES,
     MAX_CHILDREN,
@@ -28,6 +29,7 @@ __all__ = [
     "DraftTopK",
     "Draw",
     "FinalTree",
+    "RequestState",
     "Rule",
     "Sampling",
     "SamplingTable",
@@ -35,8 +37,10 @@ __all__ = [
     "Tolerance",
     "TreeIndex",
     "Verdict",
+    "commit",
     "draft_topk",
     "finalize_tree",
+    "record_width",
     "rule_codes",
     "sample",
     "tree_index",
