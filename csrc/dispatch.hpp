@@ -8,18 +8,21 @@
 #include <vector>
 
 #include "cpu/commit.hpp"
+#include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
+#include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/commit.hpp"
+#include "cuda/draft_tree.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
@@ -169,6 +172,20 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
   if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
   cpu::tree_index(args);
+}
+
+inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::draft_topk(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::draft_topk(args, device, stream);
+#endif
+}
+
+inline void finalize_tree(const FinalizeTreeArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::finalize_tree(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::finalize_tree(args, device, stream);
+#endif
 }
 
 }  // namespace dispatch
