@@ -9,7 +9,8 @@ of 0.8.
 
 Times are differences of CUDA events: ``round`` from the start of one round to the start of the next, idle
 gaps included, ``forwards`` the target's and the drafter's together, ``rest`` what is left. ``host`` is the
-time that the host takes to issue a round outside the forwards.
+time that the host takes to issue a round outside the forwards, ``wait`` what it then waits for the round
+before: where that is nothing, the device has been waiting for the host.
 """
 
 from __future__ import annotations
@@ -74,7 +75,22 @@ class Clock:
     rounds: list[Any] = field(default_factory=list)
     forwards: list[list[tuple[Any, Any]]] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     inside: float = 0.0
+    waited: float = 0.0
+
+    def watch(self, session: ft.Session) -> None:
+        """Time what the session waits for."""
+        results: Any = session._ahead._results  # type: ignore[union-attr]
+        receive = results.receive
+
+        def timed() -> Any:
+            began = perf_counter()
+            record = receive()
+            self.waited += perf_counter() - began
+            return record
+
+        results.receive = timed
 
     def timed(self, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def call(step: Any) -> Any:
@@ -107,6 +123,7 @@ class Clock:
             "forwards_us": statistics.median(forwards),
             "rest_us": statistics.median(rest),
             "host_us": 1e6 * statistics.median(self.host[WARM:]),
+            "wait_us": 1e6 * statistics.median(self.waits[WARM:]),
         }
 
 
@@ -151,10 +168,13 @@ class Stand:
             **self.sizes,
             **options,
         )
+        if clock is not None:
+            clock.watch(session)
         law = ft.Sampling(temperature=0.0) if rule == "auto" else ft.Sampling(seed=1)
         requests = [session.admit(prompt, law, max_new_tokens=self.new) for prompt in self.prompts]
         while True:
-            began, inside = perf_counter(), clock.inside if clock is not None else 0.0
+            began = perf_counter()
+            inside, waited = (clock.inside, clock.waited) if clock is not None else (0.0, 0.0)
             if clock is not None and not any(request.phase == "prefill" for request in requests):
                 clock.start()
             step = session.plan()
@@ -164,7 +184,8 @@ class Stand:
             session.commit(None if step.kind == "prefill" else logits)
             list(session.events())
             if clock is not None and step.kind == "decode":
-                clock.host.append(perf_counter() - began - (clock.inside - inside))
+                clock.waits.append(clock.waited - waited)
+                clock.host.append(perf_counter() - began - (clock.inside - inside) - clock.waits[-1])
         self.acceptance = session.metrics.counters.acceptance_length
         return [session.generated(request) for request in requests]
 

@@ -114,7 +114,7 @@ def test_the_longest_match_wins_and_of_equals_the_last(ahead, shape: tuple[int, 
 
 
 def test_a_drafter_with_a_shorter_cache_stops_drafting(ahead) -> None:
-    wanted = [Ask([3, 4, 5], 60), Ask(list(range(20)), 40), Ask([1], 30)]
+    wanted = [Ask([3, 4, 5], 60), Ask(list(range(20)), 40), Ask([1], 30), Ask([2] * 50, 9), Ask([4] * 25, 9)]
     host, device = pair(ahead, "model", {"max_length": 24}, num_drafts=4)
     assert told(*device, wanted) == told(*host, wanted)
 

@@ -140,7 +140,9 @@ class DeviceModel:
 
     def _take_in_prompts(self, context: DeviceContext) -> None:
         slot_of = {request.slot: request for request in context.requests}
-        lacking = {slot: self._fresh[slot] for slot in sorted(self._fresh) if slot in slot_of}
+        # A prompt that does not fit is cut: its row never drafts.
+        most = self._drafter.max_length
+        lacking = {slot: min(self._fresh[slot], most) for slot in sorted(self._fresh) if slot in slot_of}
         start, chunk = 0, self._drafter.prefill_chunk
         while any(length > start for length in lacking.values()):
             slots = [slot for slot, length in lacking.items() if length > start]
