@@ -18,6 +18,7 @@
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/verify.hpp"
 #endif
 
 namespace foretoken {
@@ -101,19 +102,39 @@ class SamplingMirrors {
 
 inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::sample(args);
-  if (args.constrained || args.bitmask || args.vocab_map || args.method != SampleMethod::inverse) {
+  if (args.constrained || args.bitmask || args.vocab_map) {
     throw std::invalid_argument(
-        "sample: this version has no CUDA kernel for penalties, bias, bad words, a bitmask, a vocab_map or "
-        "Gumbel noise; move the tensors to the CPU");
+        "sample: this version has no CUDA kernel for penalties, bias, bad words, a bitmask or a vocab_map; "
+        "move "
+        "the tensors to the CPU");
   }
 #ifdef FORETOKEN_HAS_CUDA
   cuda::sample(args, device, stream);
 #endif
 }
 
-inline void verify(const VerifyArgs& args, Device device, Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("verify");
-  cpu::verify(args);
+// Bytes of device scratch that verify() needs, zero before its first use; 0: none.
+inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
+  if (backend_for(device) == Backend::cpu) return 0;
+  if (args.target_constrained || args.draft_constrained || args.bitmask || args.vocab_map ||
+      args.rule == Rule::gbv) {
+    throw std::invalid_argument(
+        "verify: this version has no CUDA kernel for penalties, bias, bad words, a bitmask, a vocab_map or the "
+        "rule gbv; move the tensors to the CPU");
+  }
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::verify_workspace(args, device);
+#else
+  return 0;
+#endif
+}
+
+inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Device device,
+                   [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::verify(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::verify(args, workspace, device, stream);
+#endif
 }
 
 inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {

@@ -27,8 +27,8 @@ cpu::Processing processing_from(const FilterTuple& filters) {
           static_cast<float>(std::get<2>(filters)), static_cast<float>(std::get<3>(filters))};
 }
 
-cpu::WalkOptions options_from(Rule rule, Draw draw, int32_t num_paths) {
-  cpu::WalkOptions options;
+WalkOptions options_from(Rule rule, Draw draw, int32_t num_paths) {
+  WalkOptions options;
   options.rule = rule;
   options.draw = draw;
   options.num_paths = num_paths;

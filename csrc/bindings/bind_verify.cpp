@@ -151,16 +151,18 @@ void check_rule(const VerifyArgs& args) {
   }
 }
 
-void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_tokens, py::handle parents,
-            py::handle num_drafts, py::handle draft_logits, py::handle draft_probs, py::handle topk_ids,
-            py::handle topk_probs, py::handle draft_row, py::handle draft_records, py::handle vocab_map,
-            py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle base,
-            py::handle slots, const SamplingTable& sampling, const SamplingTable& draft_sampling, Rule rule,
-            py::handle rules, Draw draw, int32_t num_paths, const ToleranceValues& tolerance,
-            py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle path,
-            py::handle path_rows, py::handle next_token, py::handle next_lengths, py::handle status,
-            py::handle logprobs, py::handle top_tokens, py::handle top_logprobs, py::handle raw_logprobs,
-            py::handle raw_top_tokens, py::handle raw_top_logprobs) {
+// Bytes of device scratch that are missing: then nothing was done, and the call is to be made again with a
+// workspace of that size, all zero. 0: done.
+int64_t verify(py::handle target_logits, py::handle row_offsets, py::handle draft_tokens, py::handle parents,
+               py::handle num_drafts, py::handle draft_logits, py::handle draft_probs, py::handle topk_ids,
+               py::handle topk_probs, py::handle draft_row, py::handle draft_records, py::handle vocab_map,
+               py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle base,
+               py::handle slots, const SamplingTable& sampling, const SamplingTable& draft_sampling,
+               Rule rule, py::handle rules, Draw draw, int32_t num_paths, const ToleranceValues& tolerance,
+               py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle path,
+               py::handle path_rows, py::handle next_token, py::handle next_lengths, py::handle status,
+               py::handle logprobs, py::handle top_tokens, py::handle top_logprobs, py::handle raw_logprobs,
+               py::handle raw_top_tokens, py::handle raw_top_logprobs, py::handle workspace) {
   const Inputs in{target_logits, row_offsets, draft_tokens,   parents,   num_drafts,    draft_logits,
                   draft_probs,   topk_ids,    topk_probs,     draft_row, draft_records, vocab_map,
                   bitmask,       history,     prompt_lengths, base,      slots};
@@ -185,6 +187,8 @@ void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_t
   args.slots = intake.read_or_null(in.slots, "slots", DType::int32, {size.batch}, Layout::any);
   check_table("sampling", sampling, in.slots, size.batch);
   check_table("draft_sampling", draft_sampling, in.slots, size.batch);
+  args.target_constrained = sampling.constrained();
+  args.draft_constrained = draft_sampling.constrained();
   const bool needs_history = sampling.needs_history() || draft_sampling.needs_history();
   read_history(intake, in.history, in.prompt_lengths, needs_history, sampling.size(), args.history);
   args.rules = intake.read_or_null(rules, "rule", DType::uint8,
@@ -195,12 +199,18 @@ void verify(py::handle target_logits, py::handle row_offsets, py::handle draft_t
   args.tolerance = tolerance.view();
   check_rule(args);
   write_outputs(intake, out, args, size);
+  int64_t room = 0;
+  const TensorView scratch =
+      intake.write_or_null(workspace, "out.workspace", DType::uint8, {Dim::bind(room, "bytes")});
   const Device device = intake.device();
+  const int64_t needed = dispatch::verify_workspace(args, device);
+  if (needed > room) return needed;
   const Stream stream = intake.stream();
   args.sampling = sampling.view(device, stream);
   args.draft_sampling = draft_sampling.view(device, stream);
   py::gil_scoped_release unlocked;
-  dispatch::verify(args, device, stream);
+  dispatch::verify(args, scratch.data, device, stream);
+  return 0;
 }
 
 void bind_enums(py::module_& module) {
@@ -241,7 +251,8 @@ void register_verify(py::module_& module) {
              py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"), py::arg("path"),
              py::arg("path_rows"), py::arg("next_token"), py::arg("next_lengths"), py::arg("status"),
              py::arg("logprobs"), py::arg("top_tokens"), py::arg("top_logprobs"), py::arg("raw_logprobs"),
-             py::arg("raw_top_tokens"), py::arg("raw_top_logprobs"), "See foretoken.ops.verify.");
+             py::arg("raw_top_tokens"), py::arg("raw_top_logprobs"), py::arg("workspace"),
+             "See foretoken.ops.verify. Returns the bytes of workspace that are missing; 0: done.");
 }
 
 }  // namespace foretoken

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/rows.hpp"
-#include "cpu/walk.hpp"
+#include "ops/walk.hpp"
 
 namespace foretoken::cpu {
 

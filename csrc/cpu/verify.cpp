@@ -6,7 +6,7 @@
 #include "cpu/parallel.hpp"
 #include "cpu/tree_rows.hpp"
 #include "cpu/verdict.hpp"
-#include "cpu/walk.hpp"
+#include "ops/walk.hpp"
 
 namespace foretoken::cpu {
 

@@ -51,25 +51,4 @@ __device__ inline T* of_block(T* shared, uint32_t) {
 
 #endif
 
-// Everyone's contribution, combined; the same value in every thread of the cluster. `combine` has to be exact
-// in any order: maxima, integer sums. One barrier of the cluster; calls in a row need two `slots` in turn.
-template <class T, class Combine>
-__device__ inline T combine_cluster(T mine, T neutral, Combine combine, T (&warps)[kWarps],
-                                    T (&slots)[kMaxCluster]) {
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) mine = combine(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
-  __syncthreads();
-  const uint32_t size = cluster_size();
-  if (threadIdx.x < size) {
-    T block = warps[0];
-    for (int warp = 1; warp < kWarps; ++warp) block = combine(block, warps[warp]);
-    *of_block(&slots[cluster_rank()], threadIdx.x) = block;
-  }
-  cluster_sync();
-  T all = neutral;
-  for (uint32_t rank = 0; rank < size; ++rank) all = combine(all, slots[rank]);
-  return all;
-}
-
 }  // namespace foretoken::cuda

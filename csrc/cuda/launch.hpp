@@ -44,19 +44,27 @@ inline int cluster_for(Device device, int64_t rows, int64_t tiles) {
   return cluster;
 }
 
+// Large clusters and much shared memory have to be asked for, once for each kernel and device.
+inline void allow(const void* kernel, size_t shared) {
+  throw_if_failed(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+      "launch");
+  throw_if_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "launch");
+}
+
+// `shared`: bytes of dynamic shared memory a block.
 template <class Args>
-void launch(void (*kernel)(Args), int64_t rows, int cluster, Stream stream, const Args& args) {
-  if (cluster > 8) {
-    throw_if_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                    "launch");
-  }
+void launch_clusters(void (*kernel)(Args), int64_t clusters, int cluster, size_t shared, Stream stream,
+                     const Args& args) {
+  allow(reinterpret_cast<const void*>(kernel), shared);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;

@@ -2,6 +2,8 @@
 // lane l holds elements 8l .. 8l + 7 of each quarter.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "math/half.hpp"
@@ -11,147 +13,228 @@
 namespace foretoken::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kWarpSize = 32;
 
 struct DeviceRow {
-  const void* data;
-  int64_t size;
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t size = 0;
 };
+
+__device__ inline float infinity() { return __int_as_float(0x7F800000); }
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarpSize); }
+
+// Order-preserving: larger floats have larger keys.
+__device__ inline uint32_t key_of(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float value_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// Of numbers without NaN; in one instruction, where floats would take five exchanges.
+__device__ inline float max_of_warp(float value) {
+  return value_of(__reduce_max_sync(kAllLanes, key_of(value)));
+}
+
+template <class T>
+__device__ inline T sum_of_warp(T value) {
+#pragma unroll
+  for (int step = 16; step >= 1; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// Of this lane and those before it.
+template <class T>
+__device__ inline T sum_up_to_lane(T value) {
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const T lower = __shfl_up_sync(kAllLanes, value, step);
+    if (lane_id() >= step) value += lower;
+  }
+  return value;
+}
+
+__device__ inline float element_at(const DeviceRow& row, int64_t index) {
+  if (row.dtype == DType::float32) return static_cast<const float*>(row.data)[index];
+  const uint32_t bits = static_cast<const uint16_t*>(row.data)[index];
+  return row.dtype == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
+}
 
 struct LaneTile {
   float x[32];  // quarter q, neighbour j at 8q + j
 
-  static __device__ int64_t element_of(int i) {
-    return (i / 8) * 256 + static_cast<int64_t>(threadIdx.x % 32) * 8 + i % 8;
-  }
+  static __device__ int element_of(int i) { return (i / 8) * 256 + lane_id() * 8 + i % 8; }
 };
 
+// A tile as it lies in memory: what may be on its way while another one is worked on.
 template <DType kType>
-__device__ inline float element_at(const DeviceRow& row, int64_t index) {
-  if constexpr (kType == DType::float32) return static_cast<const float*>(row.data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(row.data)[index];
-  return kType == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
-}
+struct RawTile {
+  static constexpr int kBytes = kType == DType::float32 ? 4 : 2;
+  static constexpr int kLoads = kBytes * 8 / 16;  // of 16 bytes, for the eight neighbours of a quarter
+  uint4 words[4 * kLoads];
 
-template <DType kType>
-__device__ inline void unpack(const uint4& words, float* out) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  // What lies behind the row's end is `pad`, given as the bits of an element.
+  __device__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
+    const char* base = static_cast<const char*>(row.data) + index * kTile * kBytes;
+    if ((index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0) {
+      base += lane_id() * 8 * kBytes;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kType == DType::float32) {
-      out[i] = __uint_as_float(word[i]);
-    } else if constexpr (kType == DType::bfloat16) {
-      out[2 * i] = __uint_as_float(word[i] << 16);
-      out[2 * i + 1] = __uint_as_float(word[i] & 0xFFFF0000u);
+      for (int i = 0; i < 4 * kLoads; ++i) {
+        words[i] = __ldg(reinterpret_cast<const uint4*>(base + i / kLoads * 256 * kBytes + i % kLoads * 16));
+      }
     } else {
-      out[2 * i] = float_of_half(word[i] & 0xFFFFu);
-      out[2 * i + 1] = float_of_half(word[i] >> 16);
+      load_slowly(row, index, pad);
     }
   }
-}
 
-// What lies behind the row's end is `pad`. 16 bytes at a time where the row's address allows it.
-template <DType kType>
-__device__ inline void load_tile(const DeviceRow& row, int64_t index, float pad, LaneTile& tile) {
-  constexpr int kBytes = kType == DType::float32 ? 4 : 2;
-  const char* base = static_cast<const char*>(row.data) + index * kTile * kBytes;
-  const bool whole = (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0;
-  if (whole) {
-    constexpr int kLoads = kBytes * 8 / 16;
-    uint4 words[4 * kLoads];
+  __device__ void unpack(LaneTile& tile) const {
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+      float* out = tile.x + i * (16 / kBytes);
 #pragma unroll
-      for (int part = 0; part < kLoads; ++part) {
-        const char* at = base + (q * 256 + static_cast<int>(threadIdx.x % 32) * 8) * kBytes + part * 16;
-        words[q * kLoads + part] = __ldg(reinterpret_cast<const uint4*>(at));
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (kType == DType::float32) {
+          out[w] = __uint_as_float(word[w]);
+        } else if constexpr (kType == DType::bfloat16) {
+          out[2 * w] = __uint_as_float(word[w] << 16);
+          out[2 * w + 1] = __uint_as_float(word[w] & 0xFFFF0000u);
+        } else {
+          const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[w]));
+          out[2 * w] = pair.x;
+          out[2 * w + 1] = pair.y;
+        }
       }
     }
+  }
+
+  // This lane's largest and smallest element; NaN passed over where there is anything else.
+  __device__ void extremes(float& high, float& low) const {
+    if constexpr (kType == DType::float32) {
+      high = low = __uint_as_float(words[0].x);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+      for (int i = 0; i < 4 * kLoads; ++i) {
+        const uint4& word = words[i];
+        high = fmaxf(fmaxf(high, __uint_as_float(word.x)),
+                     fmaxf(__uint_as_float(word.y), __uint_as_float(word.z)));
+        low = fminf(fminf(low, __uint_as_float(word.x)),
+                    fminf(__uint_as_float(word.y), __uint_as_float(word.z)));
+        high = fmaxf(high, __uint_as_float(word.w));
+        low = fminf(low, __uint_as_float(word.w));
+      }
+    } else if constexpr (kType == DType::bfloat16) {
+      packed_extremes<__nv_bfloat162>(high, low);
+    } else {
+      packed_extremes<__half2>(high, low);
+    }
+  }
+
+ private:
+  template <class Pair>
+  __device__ void packed_extremes(float& high, float& low) const {
+    Pair most = reinterpret_cast<const Pair&>(words[0].x), least = most;
 #pragma unroll
-      for (int part = 0; part < kLoads; ++part) {
-        unpack<kType>(words[q * kLoads + part], tile.x + q * 8 + part * (16 / kBytes));
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        most = __hmax2(most, reinterpret_cast<const Pair&>(word[w]));
+        least = __hmin2(least, reinterpret_cast<const Pair&>(word[w]));
       }
     }
-    return;
+    high = fmaxf(float(most.x), float(most.y));
+    low = fminf(float(least.x), float(least.y));
   }
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int64_t element = index * kTile + LaneTile::element_of(i);
-    tile.x[i] = element < row.size ? element_at<kType>(row, element) : pad;
-  }
-}
 
-struct WarpMax {
-  float max;  // NaN passed over
-  bool has_nan;
+  __device__ __noinline__ void load_slowly(const DeviceRow& row, int64_t index, uint32_t pad) {
+#pragma unroll
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      uint32_t word[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int first = i / kLoads * 256 + lane_id() * 8 + i % kLoads * 4 + w * (4 / kBytes);
+        if constexpr (kBytes == 4) {
+          const int64_t at = index * kTile + first;
+          word[w] = at < row.size ? static_cast<const uint32_t*>(row.data)[at] : pad;
+        } else {
+          const int64_t at = index * kTile + i * 256 + lane_id() * 8 + 2 * w;
+          const uint16_t* data = static_cast<const uint16_t*>(row.data);
+          const uint32_t low = at < row.size ? data[at] : pad, high = at + 1 < row.size ? data[at + 1] : pad;
+          word[w] = low | high << 16;
+        }
+      }
+      words[i] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
 };
 
-__device__ inline WarpMax max_of_tile(const LaneTile& tile) {
-  float high = -__int_as_float(0x7F800000);
-  bool nan = false;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    high = fmaxf(high, tile.x[i]);  // IEEE maximum: a NaN loses
-    nan |= tile.x[i] != tile.x[i];
-  }
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, step));
-  return {high, __any_sync(kAllLanes, nan) != 0};
+template <DType kType>
+__device__ constexpr uint32_t minus_infinity_bits() {
+  return kType == DType::float32 ? 0xFF800000u : kType == DType::bfloat16 ? 0xFF80u : 0xFC00u;
 }
 
-// Quarters, then neighbours three times, then halves five times. The same value in every lane.
+template <class Body>
+__device__ inline auto with_dtype(DType dtype, Body body) {
+  if (dtype == DType::float32) return body(std::integral_constant<DType, DType::float32>{});
+  if (dtype == DType::bfloat16) return body(std::integral_constant<DType, DType::bfloat16>{});
+  return body(std::integral_constant<DType, DType::float16>{});
+}
+
+// A tile as float32. `of_probs`: what lies behind the end has no probability, rather than no logit.
+__device__ inline void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
+  with_dtype(row.dtype, [&](auto type) {
+    RawTile<decltype(type)::value> raw;
+    raw.load(row, index, of_probs ? 0u : minus_infinity_bits<decltype(type)::value>());
+    raw.unpack(tile);
+  });
+}
+
+// Quarters, then neighbours three times, then halves five times. The same value in every lane. `weight(x, i)`
 template <class Weight>
-__device__ inline float sum_of_tile(const LaneTile& tile, Weight weight) {
+__device__ inline float sum_of_tile(Weight weight) {
   float v[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    v[j] = (weight(tile.x[j]) + weight(tile.x[8 + j])) + (weight(tile.x[16 + j]) + weight(tile.x[24 + j]));
-  }
-  float sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return sum;
+  for (int j = 0; j < 8; ++j) v[j] = (weight(j) + weight(8 + j)) + (weight(16 + j) + weight(24 + j));
+  const float sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  return sum_of_warp(sum);
 }
 
-// Integers: any order will do.
-template <class Mass>
-__device__ inline uint64_t mass_sum_of_tile(const LaneTile& tile, Mass mass) {
-  uint64_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) sum += mass(tile.x[i]);
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return sum;
-}
+// The element in whose interval `left` falls, counted from element 0, and where it begins and ends; `left` is
+// below the tile's mass. The same in every lane.
+struct Interval {
+  int element;
+  uint64_t begin, end;
+};
 
-// The element in whose interval `left` falls, counted from element 0; `left` is below the tile's mass.
 template <class Mass>
-__device__ inline int find_in_tile(const LaneTile& tile, Mass mass, uint64_t left) {
+__device__ inline Interval find_in_tile(Mass mass, uint64_t left) {
   int found = -1;
+  uint64_t begin = 0, end = 0, before = 0;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     uint64_t mine = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) mine += mass(tile.x[8 * q + j]);
-    uint64_t end = mine;  // of this lane's eight, counted from the start of the quarter
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint64_t lower = __shfl_up_sync(kAllLanes, end, step);
-      if (static_cast<int>(threadIdx.x % 32) >= step) end += lower;
-    }
-    uint64_t at = end - mine;
+    for (int j = 0; j < 8; ++j) mine += mass(8 * q + j);
+    const uint64_t up_to = sum_up_to_lane(mine);
+    uint64_t at = before + up_to - mine;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const uint64_t next = at + mass(tile.x[8 * q + j]);
-      if (left >= at && left < next) found = q * 256 + static_cast<int>(threadIdx.x % 32) * 8 + j;
+      const uint64_t next = at + mass(8 * q + j);
+      if (left >= at && left < next) {
+        found = q * 256 + lane_id() * 8 + j;
+        begin = at;
+        end = next;
+      }
       at = next;
     }
-    // Behind the quarter that holds it, what is left has wrapped and lies above every sum to come.
-    left -= __shfl_sync(kAllLanes, end, 31);
+    before += __shfl_sync(kAllLanes, up_to, 31);
   }
-  const unsigned owner = __ballot_sync(kAllLanes, found >= 0);
-  return __shfl_sync(kAllLanes, found, __ffs(static_cast<int>(owner)) - 1);
+  const int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, found >= 0))) - 1;
+  return {__shfl_sync(kAllLanes, found, owner), __shfl_sync(kAllLanes, begin, owner),
+          __shfl_sync(kAllLanes, end, owner)};
 }
 
 }  // namespace foretoken::cuda

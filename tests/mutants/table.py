@@ -37,7 +37,7 @@ def equivalent(name: str, why: str, *edits: tuple[str, str, str]) -> Mutant:
 ACCEPTANCE = "math/acceptance.hpp"
 WALKS = "math/tree_walk.hpp"
 TREE = "math/tree_index.hpp"
-CHOICE = "cpu/walk.hpp"
+CHOICE = "ops/walk.hpp"
 VERIFY = "cpu/verify.cpp"
 ROWS = "cpu/tree_rows.cpp"
 PATHS = "cpu/first_path.hpp"

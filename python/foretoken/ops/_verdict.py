@@ -65,6 +65,10 @@ class Verdict:
     """As ``top_tokens``, of that softmax."""
     raw_top_logprobs: Tensor | None = None
     """As ``top_logprobs``, of that softmax."""
+    workspace: Tensor | None = None
+    """uint8 or None: scratch of the kernels on CUDA, made at the first call that needs it. Nothing else may
+    use it while a call is under way.
+    """
 
     @classmethod
     def empty(

@@ -275,7 +275,7 @@ def verify(
     has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
     kind, num_paths = _draw_of(draw, has_law)
     code, by_slot = _rule_of(rule)
-    _core.verify(
+    arguments = (
         target_logits,
         row_offsets,
         draft_tokens,
@@ -315,4 +315,8 @@ def verify(
         out.raw_top_tokens,
         out.raw_top_logprobs,
     )
+    missing = _core.verify(*arguments, out.workspace)
+    if missing:
+        out.workspace = torch.zeros(missing, dtype=torch.uint8, device=target_logits.device)
+        _core.verify(*arguments, out.workspace)
     return out

@@ -5,7 +5,7 @@
 #include "math/lossy_walk.hpp"
 #include "ops/verify.hpp"
 
-namespace foretoken::cpu {
+namespace foretoken {
 
 struct WalkOptions {
   Rule rule = Rule::automatic;
@@ -15,13 +15,14 @@ struct WalkOptions {
 };
 
 // exp(-nats), the same on every device.
-inline double exp_minus(double nats) {
+FORETOKEN_HD inline double exp_minus(double nats) {
   return nats < 80.0 ? static_cast<double>(exp2_scaled(static_cast<float>(-nats), static_cast<float>(kLog2E)))
                      : 0.0;
 }
 
 template <class Rows, class Decisions>
-TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& options, Decisions& decide) {
+FORETOKEN_HD inline TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
+                                           Decisions& decide) {
   const Tolerance& tolerance = options.tolerance;
   const auto typical = [&](int32_t row, int32_t node) {
     const double bound = static_cast<double>(tolerance.typical_delta) * exp_minus(rows.entropy(row));
@@ -49,8 +50,8 @@ TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& opt
 
 // `states` has room for the nodes of the tree.
 template <class Rows, class Decisions>
-TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options, NodeState* states,
-                 Decisions& decide) {
+FORETOKEN_HD inline TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
+                                     NodeState* states, Decisions& decide) {
   const bool without_replacement = options.draw == Draw::without_replacement;
   const Siblings siblings = without_replacement ? Siblings::without_replacement : Siblings::independent;
   if (options.rule == Rule::lossy_synthetic) return walk_lossy(rows, tree, options, decide);
@@ -76,4 +77,4 @@ TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options, 
   return walk_siblings(rows, tree, siblings, decide);
 }
 
-}  // namespace foretoken::cpu
+}  // namespace foretoken

@@ -1,0 +1,193 @@
+// What rejected drafts leave of a target's row, and tokens drawn from it: cpu/residual.cpp on a device. Tiles
+// are summed by all warps of a cluster, the token is found by one.
+#pragma once
+
+#include "cuda/law.cuh"
+
+namespace foretoken::cuda {
+
+struct MassEdit {
+  int64_t token;
+  uint64_t mass;    // of the token now
+  uint64_t before;  // and in the target's law
+};
+
+// The target itself, [target - gain * draft]+ with a draft row, or the target with the masses of some tokens
+// changed.
+struct Residual {
+  DeviceRow target;
+  RowLaw target_law;
+  const TileStats* stats = nullptr;  // of the target's tiles
+  DeviceRow draft;                   // data == nullptr: none
+  RowLaw draft_law;
+  float gain = 0.0f;                // in weights
+  const float* sums = nullptr;      // what the tiles of a residual with a draft row weigh
+  const MassEdit* edits = nullptr;  // distinct tokens; without a draft row only
+  int num_edits = 0;
+};
+
+__device__ inline float residual_weight(float of_target, float of_draft, float gain) {
+  return fmaxf(fused(-gain, of_draft, of_target), 0.0f);
+}
+
+// The weights of a tile, in the registers of a warp.
+__device__ inline void load_weights(const Residual& residual, int64_t index, LaneTile& weights) {
+  const RowLaw& target = residual.target_law;
+  load_tile(residual.target, index, false, weights);
+#pragma unroll
+  for (int i = 0; i < 32; ++i)
+    weights.x[i] = weight_of_logit(weights.x[i], target.max, target.scale, target.cut);
+  if (residual.draft.data == nullptr) return;
+  const RowLaw& draft = residual.draft_law;
+  LaneTile other;
+  load_tile(residual.draft, index, draft.kind == LawKind::probs, other);
+  if (draft.kind == LawKind::probs) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      weights.x[i] =
+          residual_weight(weights.x[i], weight_of_prob(other.x[i], draft.scale, draft.cut), residual.gain);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const float of_draft = weight_of_logit(other.x[i], draft.max, draft.scale, draft.cut);
+      weights.x[i] = residual_weight(weights.x[i], of_draft, residual.gain);
+    }
+  }
+}
+
+// Exact mass of a tile; edits are accounted for by whoever adds tiles up.
+__device__ inline uint64_t exact_mass(const Residual& residual, int64_t index) {
+  LaneTile weights;
+  load_weights(residual, index, weights);
+  uint64_t mass = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) mass += mass_of(weights.x[i]);
+  return sum_of_warp(mass);
+}
+
+constexpr int64_t kUndecided = -2;
+
+// Finds the token of 64 random bits among the masses of the tiles. By one warp; `masses` is shared memory.
+class TokenDraw {
+ public:
+  __device__ TokenDraw(const Residual& residual, uint64_t* masses)
+      : residual_(residual), masses_(masses), tiles_(tiles_of(residual.target.size)) {}
+
+  // From sums of tiles, each within a known error of the exact masses: nearly always that decides, see
+  // cpu/residual.cpp. kUndecided if it does not.
+  __device__ int64_t by_estimate(uint64_t bits) {
+    const bool with_draft = residual_.draft.data != nullptr;
+    constexpr double kErrorOfSums = 6.5e-7, kErrorOfLaws = 3.0e-6;
+    constexpr uint64_t kUnitsOfSums = 2 * kTile, kUnitsOfLaws = 256 * kTile;
+    uint64_t sum = 0;
+    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) {
+      const uint64_t mass = with_draft
+                                ? mass_of_tile(residual_.sums[index], 1.0f)
+                                : mass_of_stats(read_stats(residual_.stats + index), residual_.target_law);
+      masses_[index] = mass;
+      sum += mass;
+    }
+    sum = sum_of_warp(sum);
+    const uint64_t slack =
+        static_cast<uint64_t>(static_cast<double>(sum) * (with_draft ? kErrorOfSums : kErrorOfLaws)) +
+        (with_draft ? kUnitsOfSums : kUnitsOfLaws) * static_cast<uint64_t>(tiles_);
+    __syncwarp();
+    apply_edits(true);
+    const uint64_t total = total_mass(), reach = 2 * slack + 2;
+    if (total / 4 < reach) return kUndecided;
+    uint64_t left = multiply_high(bits, total);
+    const int64_t index = tile_holding(left);
+    const uint64_t of_estimate = masses_[index];
+    const bool first = index == 0, last = index == tiles_ - 1;
+    if ((!first && left < reach) || (!last && of_estimate - left <= reach)) return kUndecided;
+    uint64_t mass[32];
+    const uint64_t of_tile = fill(index, mass);
+    if (left >= of_tile) return kUndecided;
+    const Interval found = find_in_tile([&](int i) { return mass[i]; }, left);
+    if ((found.begin != 0 && left - found.begin < reach) ||
+        (found.end != of_tile && found.end - left <= reach)) {
+      return kUndecided;
+    }
+    return index * kTile + found.element;
+  }
+
+  // From exact masses, as all warps have found them; -1 if the residual has no mass at all.
+  __device__ int64_t exactly(uint64_t bits, const uint64_t* exact) {
+    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) masses_[index] = exact[index];
+    __syncwarp();
+    apply_edits(false);
+    const uint64_t total = total_mass();
+    if (total == 0) return -1;
+    uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
+    const int64_t index = tile_holding(left);
+    uint64_t mass[32];
+    fill(index, mass);
+    return index * kTile + find_in_tile([&](int i) { return mass[i]; }, left).element;
+  }
+
+ private:
+  // Of an estimate a tile may have less than what an edit takes away.
+  __device__ void apply_edits(bool saturate) {
+    if (residual_.num_edits == 0) return;
+    if (lane_id() == 0) {
+      for (int i = 0; i < residual_.num_edits; ++i) {
+        const MassEdit edit = residual_.edits[i];
+        uint64_t& mass = masses_[edit.token / kTile];
+        const uint64_t removed = edit.before - edit.mass;
+        mass = !saturate || mass > removed ? mass - removed : 0;
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ uint64_t total_mass() const {
+    uint64_t sum = 0;
+    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) sum += masses_[index];
+    return sum_of_warp(sum);
+  }
+
+  // The tile in which `left` falls; takes off what lies before it.
+  __device__ int64_t tile_holding(uint64_t& left) const {
+    for (int64_t first = 0; first < tiles_; first += kWarpSize) {
+      const int64_t index = first + lane_id();
+      const uint64_t mine = index < tiles_ ? masses_[index] : 0;
+      const uint64_t up_to = sum_up_to_lane(mine);
+      const unsigned holders = __ballot_sync(kAllLanes, left < up_to);
+      if (holders != 0) {
+        const int owner = __ffs(static_cast<int>(holders)) - 1;
+        left -= __shfl_sync(kAllLanes, up_to - mine, owner);
+        return first + owner;
+      }
+      left -= __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
+    }
+    return tiles_ - 1;
+  }
+
+  // Exact masses of a tile's elements; returns their sum.
+  __device__ uint64_t fill(int64_t index, uint64_t (&mass)[32]) const {
+    LaneTile weights;
+    load_weights(residual_, index, weights);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) mass[i] = mass_of(weights.x[i]);
+    for (int e = 0; e < residual_.num_edits; ++e) {
+      const MassEdit edit = residual_.edits[e];
+      if (edit.token / kTile != index) continue;
+      const int element = static_cast<int>(edit.token % kTile);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        if (LaneTile::element_of(i) == element) mass[i] = edit.mass;
+      }
+    }
+    uint64_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum += mass[i];
+    return sum_of_warp(sum);
+  }
+
+  const Residual& residual_;
+  uint64_t* masses_;
+  const int64_t tiles_;
+};
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,520 @@
+// Thresholds of top-k, top-p and min-p without sorting or renormalising; numbers as in cpu/filters.cpp. One
+// block finds the threshold of a row from the few elements that matter, where the largest elements of the
+// lanes (32 apart) say which those are; a cluster does it for rows where too many matter, by histograms over
+// the row. Both count in integers, so neither order nor route changes a threshold.
+#pragma once
+
+#include "cuda/cluster.cuh"
+#include "cuda/law.cuh"
+
+namespace foretoken::cuda {
+
+struct Filters {
+  float temperature = 1.0f;
+  int32_t top_k = 0;
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+
+  __device__ bool cuts_count(int64_t size) const { return top_k > 0 && top_k < size; }
+  __device__ bool any(int64_t size) const { return cuts_count(size) || top_p < 1.0f || min_p > 0.0f; }
+};
+
+constexpr int kBins = 1024;
+constexpr int kList = 2048;
+constexpr int kLaneGroups = 512;
+
+// Shared memory of a block.
+struct FilterScratch {
+  uint64_t bins[kBins];
+  uint64_t masses[kList];
+  uint32_t keys[kList];          // of the listed elements
+  int32_t ids[kList];            // their places in the row
+  uint32_t groups[kLaneGroups];  // (tile, lane) whose elements are looked at
+  uint32_t kept[kMaxTiles];      // listed elements of a tile that stay ...
+  uint32_t least[kMaxTiles];     // ... and the key of the smallest of them
+  int32_t listed, grouped;
+  uint64_t warp_words[kWarps];
+  uint64_t found[2];
+  uint64_t answer[2];  // what block 0 of the cluster tells everyone
+  uint64_t part[kMaxCluster];
+};
+
+__device__ inline float distance_of_weight(double weight, float scale) {
+  return static_cast<float>(log_positive(weight) * kLog2E / static_cast<double>(scale));
+}
+
+__device__ inline uint64_t needed_mass(float top_p, uint64_t total) {
+  const uint64_t need = static_cast<uint64_t>(static_cast<double>(top_p) * static_cast<double>(total));
+  return need > 0 ? need : 1;
+}
+
+__device__ inline void add_shared(uint64_t* place, uint64_t amount) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(amount));
+}
+
+__device__ inline void clear_bins(FilterScratch& scratch) {
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) scratch.bins[bin] = 0;
+}
+
+// First bin at which the running sum reaches `need`, and the sum before it; -1 if none. By the whole block,
+// behind a barrier; leaves the bins empty.
+__device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64_t& before) {
+  constexpr int kEach = kBins / kThreads;
+  uint64_t own[kEach], mine = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) mine += own[i] = scratch.bins[threadIdx.x * kEach + i];
+  uint64_t up_to = sum_up_to_lane(mine);
+  if (lane_id() == kWarpSize - 1) scratch.warp_words[threadIdx.x / kWarpSize] = up_to;
+  if (threadIdx.x == 0) scratch.found[0] = ~uint64_t{0};
+  __syncthreads();
+  clear_bins(scratch);
+  for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) up_to += scratch.warp_words[warp];
+  uint64_t at = up_to - mine;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (at < need && need <= at + own[i]) {
+      scratch.found[0] = static_cast<uint64_t>(threadIdx.x * kEach + i);
+      scratch.found[1] = at;
+    }
+    at += own[i];
+  }
+  __syncthreads();
+  before = scratch.found[1];
+  return static_cast<int>(static_cast<int64_t>(scratch.found[0]));
+}
+
+__device__ inline uint64_t sum_of_block(FilterScratch& scratch, uint64_t mine) {
+  mine = sum_of_warp(mine);
+  if (lane_id() == 0) scratch.warp_words[threadIdx.x / kWarpSize] = mine;
+  __syncthreads();
+  uint64_t sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += scratch.warp_words[warp];
+  __syncthreads();
+  return sum;
+}
+
+// Bins of equal width in key space, of 2^shift keys each, from the top down.
+struct KeyRange {
+  uint32_t bottom, top;
+
+  __device__ int shift() const {
+    const uint32_t span = top - bottom;
+    return span < kBins ? 0 : 22 - __clz(static_cast<int>(span));
+  }
+  __device__ bool holds(uint32_t key) const { return key >= bottom && key <= top; }
+  __device__ void narrow(int shift, uint32_t bin) {
+    top -= bin << shift;
+    const uint32_t last = top - ((1u << shift) - 1);
+    bottom = last > bottom && last <= top ? last : bottom;
+  }
+};
+
+// Threshold of one row by one block.
+class BlockFilter {
+ public:
+  __device__ BlockFilter(const RowTask& task, FilterScratch& scratch) : task_(task), scratch_(scratch) {}
+
+  // Sets law.cut (law.max and law.scale are known) and counts the tiles anew; false: left to a cluster.
+  __device__ bool run(const Filters& filters, RowLaw& law) {
+    const int64_t tiles = tiles_of(task_.row.size);
+    const float floor = task_.reading.floor_below(law.max);
+    max_ = law.max;
+    fine_ = law.scale * static_cast<float>(kBinsPerBit);
+    law.cut = floor;
+    const float least_kept = filters.min_p > 0.0f
+                                 ? law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale)
+                                 : -infinity();
+    if (task_.lanes == nullptr || !choose_limit(filters, law, least_kept, tiles)) return false;
+    if (!gather(tiles)) return false;
+    float cut = -infinity();
+    if (filters.cuts_count(task_.row.size)) {
+      cut = reach(static_cast<uint64_t>(filters.top_k), [](uint32_t, uint64_t) { return uint64_t{1}; });
+      if (!(cut > floor)) return false;
+    }
+    if (filters.top_p < 1.0f && !cut_mass(filters, law, floor, tiles, cut)) return false;
+    cut = fmaxf(cut, least_kept);
+    law.cut = fmaxf(floor, cut);
+    if (law.cut > floor) count_anew(law, tiles);
+    return true;
+  }
+
+ private:
+  static constexpr int kBinsPerBit = 8;
+  static constexpr int kWeightless = 125 * kBinsPerBit - 8;
+  static constexpr uint64_t kGroupsAtOnce = 256;
+
+  // Smaller for larger elements, and never the other way round.
+  __device__ int bin_of(float x) const {
+    const int bin = static_cast<int>((max_ - x) * fine_);
+    return bin < kBins ? bin : kBins - 1;
+  }
+
+  // Elements in bins up to limit_ are looked at. Of disjoint groups of elements the k largest maxima are k
+  // elements, so the k-th largest element is not below the k-th largest maximum.
+  __device__ bool choose_limit(const Filters& filters, const RowLaw&, float least_kept, int64_t tiles) {
+    if (!filters.cuts_count(task_.row.size) && filters.top_p >= 1.0f) {
+      limit_ = bin_of(least_kept);
+      return limit_ < kWeightless;
+    }
+    const uint64_t need =
+        filters.cuts_count(task_.row.size) ? static_cast<uint64_t>(filters.top_k) : kGroupsAtOnce;
+    if (need > kLaneGroups) return false;
+    clear_bins(scratch_);
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < tiles * kWarpSize; i += kThreads) {
+      add_shared(&scratch_.bins[bin_of(task_.lanes[i])], 1);
+    }
+    __syncthreads();
+    uint64_t before = 0;
+    limit_ = bin_reaching(scratch_, need, before);
+    if (limit_ < 0) limit_ = kBins;  // fewer groups than asked for
+    if (!filters.cuts_count(task_.row.size)) limit_ = limit_ > kWeightless ? kWeightless - 1 : limit_ - 1;
+    return limit_ >= 0 && limit_ < kWeightless;
+  }
+
+  // Lists the elements in question; false if they are too many.
+  __device__ bool gather(int64_t tiles) {
+    if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < tiles * kWarpSize; i += kThreads) {
+      if (bin_of(task_.lanes[i]) > limit_) continue;
+      const int place = atomicAdd(&scratch_.grouped, 1);
+      if (place < kLaneGroups) scratch_.groups[place] = static_cast<uint32_t>(i);
+    }
+    __syncthreads();
+    const int grouped = scratch_.grouped;
+    if (grouped > kLaneGroups) return false;
+    for (int item = threadIdx.x; item < 4 * grouped; item += kThreads) {
+      const uint32_t group = scratch_.groups[item / 4];
+      const int64_t first =
+          static_cast<int64_t>(group / kWarpSize) * kTile + item % 4 * 256 + group % kWarpSize * 8;
+      float x[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        x[j] = first + j < task_.row.size ? element_at(task_.row, first + j) : -infinity();
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (bin_of(x[j]) > limit_) continue;
+        const int place = atomicAdd(&scratch_.listed, 1);
+        if (place >= kList) continue;
+        scratch_.keys[place] = key_of(x[j]);
+        scratch_.ids[place] = static_cast<int32_t>(first + j);
+      }
+    }
+    __syncthreads();
+    return scratch_.listed <= kList;
+  }
+
+  // Largest listed element t such that {element >= t} measures at least `need`; -infinity if all of them do
+  // not. `measure(key, mass)`.
+  template <class Measure>
+  __device__ float reach(uint64_t need, Measure measure) {
+    const int listed = scratch_.listed;
+    KeyRange range{key_of(-infinity()), key_of(max_)};
+    if (listed <= kCounted) return reach_by_counting(need, measure);
+    while (true) {
+      const int shift = range.shift();
+      for (int i = threadIdx.x; i < listed; i += kThreads) {
+        const uint32_t key = scratch_.keys[i];
+        if (range.holds(key))
+          add_shared(&scratch_.bins[(range.top - key) >> shift], measure(key, scratch_.masses[i]));
+      }
+      __syncthreads();
+      uint64_t before = 0;
+      const int bin = bin_reaching(scratch_, need, before);
+      if (bin < 0) return -infinity();
+      need -= before;
+      range.narrow(shift, static_cast<uint32_t>(bin));
+      if (shift == 0) return value_of(range.top);
+    }
+  }
+
+  static constexpr int kCounted = 512;  // few enough for each to look at all
+
+  template <class Measure>
+  __device__ float reach_by_counting(uint64_t need, Measure measure) {
+    const int listed = scratch_.listed;
+    if (threadIdx.x == 0) scratch_.found[0] = key_of(-infinity());
+    __syncthreads();
+    for (int i = threadIdx.x; i < listed; i += kThreads) {
+      const uint32_t key = scratch_.keys[i];
+      uint64_t above = 0, level = 0;
+      for (int j = 0; j < listed; ++j) {
+        const uint32_t other = scratch_.keys[j];
+        const uint64_t amount = measure(other, scratch_.masses[j]);
+        above += other > key ? amount : 0;
+        level += other == key ? amount : 0;
+      }
+      if (above < need && need <= above + level) scratch_.found[0] = key;  // equal keys write the same
+    }
+    __syncthreads();
+    const float found = value_of(static_cast<uint32_t>(scratch_.found[0]));
+    __syncthreads();
+    return found;
+  }
+
+  __device__ bool cut_mass(const Filters& filters, const RowLaw& law, float floor, int64_t tiles,
+                           float& cut) {
+    RowLaw whole = law;
+    whole.cut = fmaxf(floor, cut);
+    uint64_t listed_mass = 0;
+    for (int i = threadIdx.x; i < scratch_.listed; i += kThreads) {
+      const float x = value_of(scratch_.keys[i]);
+      const uint64_t mass = mass_of(weight_of_logit(x, whole.max, whole.scale, whole.cut));
+      scratch_.masses[i] = mass;
+      listed_mass += mass;
+    }
+    listed_mass = sum_of_block(scratch_, listed_mass);
+    uint64_t total = listed_mass;
+    if (cut == -infinity()) total = mass_of_row(task_.stats, tiles, whole);
+    const uint64_t need = needed_mass(filters.top_p, total);
+    if (cut == -infinity() && listed_mass < need) return false;
+    cut = fmaxf(cut, reach(need, [](uint32_t, uint64_t mass) { return mass; }));
+    return true;
+  }
+
+  // The sums of the first pass contain what the filters have removed since. One or two elements have one sum
+  // in any order; tiles with more are summed in theirs.
+  __device__ void count_anew(const RowLaw& law, int64_t tiles) {
+    for (int64_t index = threadIdx.x; index < tiles; index += kThreads) {
+      scratch_.kept[index] = 0;
+      scratch_.least[index] = ~0u;
+    }
+    if (threadIdx.x == 0) scratch_.grouped = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < scratch_.listed; i += kThreads) {
+      const uint32_t key = scratch_.keys[i];
+      if (value_of(key) < law.cut) continue;
+      atomicAdd(&scratch_.kept[scratch_.ids[i] / kTile], 1u);
+      atomicMin(&scratch_.least[scratch_.ids[i] / kTile], key);
+    }
+    __syncthreads();
+    for (int64_t index = threadIdx.x; index < tiles; index += kThreads) {
+      const uint32_t kept = scratch_.kept[index];
+      if (kept == 0) continue;
+      if (kept > 2) {
+        scratch_.ids[atomicAdd(&scratch_.grouped, 1)] = static_cast<int32_t>(index);  // the list is done with
+        continue;
+      }
+      const float anchor = read_stats(task_.stats + index).max;
+      const float least = value_of(scratch_.least[index]);
+      task_.stats[index].sum = kept == 1 ? 1.0f : 1.0f + exp2_scaled(least - anchor, law.scale);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / kWarpSize; i < scratch_.grouped; i += kWarps) {
+      const int64_t index = scratch_.ids[i];
+      const float anchor = read_stats(task_.stats + index).max;
+      LaneTile tile;
+      load_tile(task_.row, index, false, tile);
+      const float sum =
+          sum_of_weights(tile, anchor, law.scale, fmaxf(law.cut, task_.reading.floor_below(anchor)));
+      if (lane_id() == 0) task_.stats[index].sum = sum;
+    }
+    __syncthreads();
+  }
+
+  const RowTask& task_;
+  FilterScratch& scratch_;
+  float max_ = 0.0f, fine_ = 0.0f;
+  int limit_ = 0;
+};
+
+// Threshold of one row by all blocks of a cluster. Every member is called by all threads of the cluster.
+class ClusterFilter {
+ public:
+  __device__ ClusterFilter(const RowTask& task, FilterScratch& scratch)
+      : task_(task),
+        scratch_(scratch),
+        rank_(cluster_rank()),
+        size_(cluster_size()),
+        tiles_(tiles_of(task.row.size)) {
+    clear_bins(scratch_);
+    if (threadIdx.x == 0) scratch_.listed = 0;
+    cluster_sync();
+  }
+
+  // Sets law.cut (law.max and law.scale are known) and counts the tiles anew.
+  __device__ void run(const Filters& filters, RowLaw& law) {
+    const float floor = task_.reading.floor_below(law.max);
+    float cut = -infinity();
+    if (filters.cuts_count(task_.row.size)) {
+      cut = reaching(-infinity(), law.max, static_cast<uint64_t>(filters.top_k),
+                     [](float) { return uint64_t{1}; });
+    }
+    law.cut = floor;
+    if (filters.top_p < 1.0f) cut = fmaxf(cut, top_p_cut(law, filters.top_p, cut, floor));
+    if (filters.min_p > 0.0f) {
+      cut = fmaxf(cut, law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale));
+    }
+    law.cut = fmaxf(floor, cut);
+    if (law.cut > floor) count_anew(law);
+    cluster_sync();
+  }
+
+ private:
+  // body(tile) for the tiles of this warp.
+  template <class Body>
+  __device__ void for_tiles(Body body) {
+    const int64_t step = static_cast<int64_t>(size_) * kWarps;
+    for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles_;
+         index += step) {
+      body(index);
+    }
+  }
+
+  // body(element) for the elements of this block in [low, high].
+  template <class Body>
+  __device__ void for_elements(const KeyRange& range, Body body) {
+    for_tiles([&](int64_t index) {
+      if (key_of(read_stats(task_.stats + index).max) < range.bottom) return;
+      LaneTile tile;
+      load_tile(task_.row, index, false, tile);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const uint32_t key = key_of(tile.x[i]);
+        if (range.holds(key) && index * kTile + LaneTile::element_of(i) < task_.row.size)
+          body(key, tile.x[i]);
+      }
+    });
+  }
+
+  // Two words from block 0 to everyone.
+  __device__ void tell(uint64_t first, uint64_t second) {
+    __syncthreads();
+    if (rank_ == 0 && threadIdx.x < size_) {
+      uint64_t* place = of_block(scratch_.answer, threadIdx.x);
+      place[0] = first;
+      place[1] = second;
+    }
+    cluster_sync();
+  }
+
+  __device__ uint64_t total(uint64_t mine) {
+    const uint64_t of_block_ = sum_of_block(scratch_, mine);
+    if (threadIdx.x < size_) of_block(scratch_.part, threadIdx.x)[rank_] = of_block_;
+    cluster_sync();
+    uint64_t sum = 0;
+    for (uint32_t rank = 0; rank < size_; ++rank) sum += scratch_.part[rank];
+    return sum;
+  }
+
+  __device__ float top_p_cut(const RowLaw& law, float top_p, float kept_from, float floor) {
+    RowLaw whole = law;
+    whole.cut = fmaxf(floor, kept_from);
+    float bound = fminf(whole.cut, law.max);
+    uint64_t mass = 0;
+    if (kept_from == -infinity()) {
+      mass = mass_of_row(task_.stats, tiles_, whole);
+      // What can never be needed, see cpu/filters.cpp.
+      const double light = 0.5 * (1.0 - static_cast<double>(top_p)) *
+                           (static_cast<double>(mass) / kMassUnit) / static_cast<double>(task_.row.size);
+      if (light > 1e-30) bound = fmaxf(bound, law.max + distance_of_weight(light, law.scale));
+      bound = fminf(bound, law.max);
+    } else {
+      uint64_t mine = 0;
+      for_elements({key_of(bound), key_of(law.max)}, [&](uint32_t, float x) { mine += mass_in(whole, x); });
+      mass = total(mine);
+    }
+    return reaching(bound, law.max, needed_mass(top_p, mass), [&](float x) { return mass_in(whole, x); });
+  }
+
+  static __device__ uint64_t mass_in(const RowLaw& law, float x) {
+    return mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
+  }
+
+  // Largest threshold t >= low such that the elements >= t together have `need`; -infinity if all do not. The
+  // elements in question are spread over bins; those of the bin that holds the answer are listed in block 0,
+  // which finishes alone, or spread anew where they are too many.
+  template <class Measure>
+  __device__ float reaching(float low, float high, uint64_t need, Measure measure) {
+    KeyRange range{key_of(low), key_of(high)};
+    while (true) {
+      const int shift = range.shift();
+      count_elements(range, shift, measure);
+      uint64_t before = 0;
+      const int bin = rank_ == 0 ? bin_reaching(scratch_, need, before) : 0;
+      tell(static_cast<uint64_t>(static_cast<int64_t>(bin)), before);
+      if (static_cast<int64_t>(scratch_.answer[0]) < 0) return -infinity();
+      need -= scratch_.answer[1];
+      range.narrow(shift, static_cast<uint32_t>(scratch_.answer[0]));
+      if (shift == 0) return value_of(range.top);
+      list_elements(range);
+      const bool overflow = rank_ == 0 && scratch_.listed > kList;
+      const uint64_t found = rank_ == 0 && !overflow ? finish(range, need, measure) : 0;
+      __syncthreads();
+      if (threadIdx.x == 0) scratch_.listed = 0;
+      tell(found, overflow ? 1 : 0);
+      if (scratch_.answer[1] == 0) return value_of(static_cast<uint32_t>(scratch_.answer[0]));
+    }
+  }
+
+  // Bins of block 0: what all elements in the range measure. Bins are empty before, everywhere; behind it
+  // they are so again in all blocks but the first.
+  template <class Measure>
+  __device__ void count_elements(const KeyRange& range, int shift, Measure measure) {
+    for_elements(range, [&](uint32_t key, float x) {
+      const uint64_t amount = measure(x);
+      if (amount > 0) add_shared(&scratch_.bins[(range.top - key) >> shift], amount);
+    });
+    if (rank_ != 0) {
+      __syncthreads();
+      uint64_t* first = of_block(scratch_.bins, 0);
+      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+        if (scratch_.bins[bin] > 0) add_shared(&first[bin], scratch_.bins[bin]);
+        scratch_.bins[bin] = 0;
+      }
+    }
+    cluster_sync();
+  }
+
+  __device__ void list_elements(const KeyRange& range) {
+    int32_t* listed = of_block(&scratch_.listed, 0);
+    uint32_t* keys = of_block(scratch_.keys, 0);
+    for_elements(range, [&](uint32_t key, float) {
+      const int32_t place = atomicAdd(listed, 1);
+      if (place < kList) keys[place] = key;
+    });
+    cluster_sync();
+  }
+
+  // The key of the threshold among the listed ones, by block 0; that of -infinity if there is none.
+  template <class Measure>
+  __device__ uint64_t finish(KeyRange range, uint64_t need, Measure measure) {
+    const int32_t listed = scratch_.listed;
+    while (true) {
+      const int shift = range.shift();
+      for (int i = threadIdx.x; i < listed; i += kThreads) {
+        const uint32_t key = scratch_.keys[i];
+        if (range.holds(key)) add_shared(&scratch_.bins[(range.top - key) >> shift], measure(value_of(key)));
+      }
+      __syncthreads();
+      uint64_t before = 0;
+      const int bin = bin_reaching(scratch_, need, before);
+      if (bin < 0) return key_of(-infinity());
+      need -= before;
+      range.narrow(shift, static_cast<uint32_t>(bin));
+      if (shift == 0) return range.top;
+    }
+  }
+
+  // The sums of the first pass contain what the filters have removed since.
+  __device__ void count_anew(const RowLaw& law) {
+    for_tiles([&](int64_t index) {
+      const float anchor = read_stats(task_.stats + index).max;
+      if (anchor < law.cut) return;
+      LaneTile tile;
+      load_tile(task_.row, index, false, tile);
+      const float sum =
+          sum_of_weights(tile, anchor, law.scale, fmaxf(law.cut, task_.reading.floor_below(anchor)));
+      if (lane_id() == 0) task_.stats[index].sum = sum;
+    });
+  }
+
+  const RowTask& task_;
+  FilterScratch& scratch_;
+  const uint32_t rank_, size_;
+  const int64_t tiles_;
+};
+
+}  // namespace foretoken::cuda
