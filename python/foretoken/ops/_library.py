@@ -36,7 +36,7 @@ _VERIFY_INPUTS = """Tensor target_logits, Tensor? row_offsets, Tensor draft_toke
 _VERIFY_OUTPUTS = """Tensor(a!) tokens, Tensor(b!) num_emitted, Tensor(c!) num_accepted, Tensor(d!)? path,
     Tensor(e!)? path_rows, Tensor(f!) next_token, Tensor(g!) next_lengths, Tensor(h!) status,
     Tensor(i!)? logprobs, Tensor(j!)? top_tokens, Tensor(k!)? top_logprobs, Tensor(l!)? raw_logprobs,
-    Tensor(m!)? raw_top_tokens, Tensor(n!)? raw_top_logprobs"""
+    Tensor(m!)? raw_top_tokens, Tensor(n!)? raw_top_logprobs, Tensor(o!)? workspace"""
 _SAMPLE = """Tensor logits, SymInt sampling, Tensor base, Tensor? slots, Tensor? bitmask, Tensor? history,
     Tensor? prompt_lengths, Tensor? path, Tensor? vocab_map, SymInt vocab_size, str purpose, str method,
     SymInt step, Tensor(a!) out, Tensor(b!)? logprobs, Tensor(c!)? status, Tensor(d!)? records"""
@@ -58,7 +58,10 @@ def _run_verify(*arguments: Any) -> None:
     given[19] = choose("rule", _verify._RULES, rule)
     given[21] = _core.Draw.iid_paths if draw == "iid_paths" else choose("draw", _verify._DRAWS, draw)
     given[23] = _core.Tolerance(*numbers)
-    _core.verify(*given)
+    missing = _core.verify(*given)
+    if missing:
+        given[-1] = torch.zeros(missing, dtype=torch.uint8, device=arguments[0].device)
+        _core.verify(*given)
 
 
 def _run_sample(*arguments: Any) -> None:
@@ -215,6 +218,7 @@ def verify(
         out.raw_logprobs,
         out.raw_top_tokens,
         out.raw_top_logprobs,
+        out.workspace,
     )
     return out
 
