@@ -7,15 +7,18 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/commit.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
+#include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/commit.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/verify.hpp"
@@ -134,6 +137,13 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
   if (backend_for(device) == Backend::cpu) return cpu::verify(args);
 #ifdef FORETOKEN_HAS_CUDA
   cuda::verify(args, workspace, device, stream);
+#endif
+}
+
+inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::commit(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::commit(args, device, stream);
 #endif
 }
 

@@ -2,7 +2,8 @@
 
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
-         hf -> generate -> session -> {drafters, request, metrics} -> step -> ops -> sampling -> _core
+         hf -> generate -> session -> device -> {drafters, request, metrics} -> step -> ops
+         ops -> sampling -> _core
          tree stands beside the drafters
 """
 
@@ -44,7 +45,7 @@ NARROW_GRID = re.compile(r"(?<!static_cast<int64_t>\()blockIdx\.[xyz]\)?\s*\*")
 
 # Which modules of the package a module may import, besides itself. `foretoken` itself: its lazy attributes.
 BASE = {"_core", "sampling", "ops"}
-LOOP = BASE | {"step", "metrics", "request", "drafters", "session"}
+LOOP = BASE | {"step", "metrics", "request", "drafters", "device", "session"}
 PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
@@ -54,6 +55,7 @@ PYTHON = {
     "step": BASE,
     "drafters": BASE | {"step"},
     "tree": BASE,
+    "device": BASE | {"step", "metrics", "request", "drafters"},
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate"},

@@ -99,13 +99,13 @@ def test_published_names():
 def test_times_go_to_their_parts():
     made = bench(TABLE, "model")
     drafter = made.session._drafter
-    model, naps = drafter._forward, {"draft": 0.002, "prefill": 0.003, "decode": 0.004}
+    model, naps = drafter.forward, {"draft": 0.002, "prefill": 0.003, "decode": 0.004}
 
     def slow_draft(step):
         time.sleep(naps["draft"])
         return model(step)
 
-    drafter._forward = slow_draft
+    drafter.forward = slow_draft
     made.session.admit([1, 2, 3], GREEDY, max_new_tokens=6)
     began = time.perf_counter()
     steps = {"prefill": 0, "decode": 0}

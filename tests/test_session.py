@@ -191,7 +191,7 @@ def test_admit_refuses_in_words_and_changes_nothing(prompt, options, error, mess
         ("max_length", 1),
         ("num_drafts", -1),
         ("prefill_chunk", 0),
-        ("device", "cuda"),
+        ("device", "meta"),
     ],
 )
 def test_session_refuses_bad_sizes(option, value):

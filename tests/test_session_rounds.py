@@ -134,7 +134,7 @@ def test_a_failed_drafter_changes_nothing():
     expected = bench(TABLE, "model", max_batch=3).run(asks)
     made = bench(TABLE, "model", max_batch=3)
     drafter = made.session._drafter
-    drafter._forward = Failing(drafter._forward, range(1, 4000, 3))
+    drafter.forward = Failing(drafter.forward, range(1, 4000, 3))
     requests = [ask.admit(made.session) for ask in asks]
     failures = 0
     while True:

@@ -6,6 +6,7 @@
 #include "bindings/views.hpp"
 #include "loop/draft_steps.hpp"
 #include "loop/session.hpp"
+#include "ops/commit.hpp"
 
 namespace foretoken {
 
@@ -93,6 +94,22 @@ py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts) {
       intake.read(num_drafts, "proposal.num_drafts", DType::int32, {rows}, Layout::contiguous);
   session.draft(data<const int64_t>(drafts), drafts.strides[0], columns, data<const int32_t>(counts));
   return shape_of(session.step());
+}
+
+// (shape of the step, the outstanding one again, most drafts of a row, version of the rows, any held open,
+// any got a slot)
+py::tuple plan_ahead(Session& session) {
+  const bool again = session.plan_ahead();
+  return py::make_tuple(shape_of(session.step()), again, session.max_budget(), session.rows_version(),
+                        session.any_held_open(), !session.assigned().empty());
+}
+
+void settle(Session& session, py::handle record, int64_t columns) {
+  Intake intake("settle");
+  if (session.in_flight() == 0) throw std::logic_error("settle: no round is in flight");
+  const int64_t width = record_width(columns, session.config().logprobs);
+  const TensorView lines = intake.read(record, "record", DType::int32, {session.rows_in_flight(), width});
+  session.settle(data<const int32_t>(lines), lines.strides[0], columns);
 }
 
 int64_t tokens_from(Session& session, py::handle starts) {
@@ -196,6 +213,10 @@ void bind_session(py::module_& module) {
            py::arg("num_drafts"), py::arg("eos_ids"), py::arg("stop_ids"))
       .def("plan", &plan, py::arg("drafting"))
       .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"))
+      .def("plan_ahead", &plan_ahead)
+      .def("launch", &Session::launch)
+      .def("settle", &settle, py::arg("record"), py::arg("columns"))
+      .def_property_readonly("in_flight", &Session::in_flight, "Rounds issued and not settled.")
       .def("tokens_from", &tokens_from, py::arg("starts"))
       .def("keep_history", &keep_history)
       .def("commit_prefill", &Session::commit_prefill)

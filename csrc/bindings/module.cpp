@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 namespace foretoken {
+void register_commit(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
@@ -13,6 +14,7 @@ void register_verify(pybind11::module_& module);
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
+  foretoken::register_commit(module);
   foretoken::register_drafters(module);
   foretoken::register_info(module);
   foretoken::register_loop(module);

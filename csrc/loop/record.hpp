@@ -49,6 +49,9 @@ struct Emission {
 struct Record {
   int64_t generated() const { return static_cast<int64_t>(tokens.size()) - prompt_length; }
 
+  // The most new tokens still to go: every round in flight emits at least one.
+  int64_t most_left() const { return limits.max_new_tokens - generated() - in_flight; }
+
   // After this, emit() of as many tokens cannot throw.
   void reserve_round(int64_t tokens_of_round, bool keep_logprobs);
 
@@ -73,6 +76,9 @@ struct Record {
   std::vector<float> logprobs;  // [generated], when the session keeps them
   std::vector<Round> rounds;
   Counters counters;
+
+  int64_t in_flight = 0;     // rounds of it that were issued and not settled, ...
+  int64_t ahead_tokens = 0;  // ... and the most tokens they can emit
 
   bool pending = false;      // stands in the session's queue of events
   int64_t delivered = 0;     // generated tokens that events have handed out

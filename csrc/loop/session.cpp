@@ -225,10 +225,13 @@ bool Session::choose_rows() {
     return slot.owner != nullptr && slot.owner->phase == Phase::prefill;
   });
   const Phase phase = prefill ? Phase::prefill : Phase::decode;
+  const auto takes_part = [phase](const Slot& slot) {
+    return slot.owner != nullptr && slot.owner->phase == phase && slot.owner->most_left() > 0;
+  };
   int64_t count = 0;
   bool same = true;
   for (const Slot& slot : slots_) {
-    if (slot.owner == nullptr || slot.owner->phase != phase) continue;
+    if (!takes_part(slot)) continue;
     same = same && count < static_cast<int64_t>(row_ids_.size()) && row_ids_[count] == slot.owner->id;
     ++count;
   }
@@ -237,7 +240,7 @@ bool Session::choose_rows() {
   row_ids_.clear();
   kept_rows_.clear();
   for (const Slot& slot : slots_) {
-    if (slot.owner == nullptr || slot.owner->phase != phase) continue;
+    if (!takes_part(slot)) continue;
     kept_rows_.push_back(static_cast<int32_t>(rows_.size()));
     rows_.push_back(slot.owner);
     row_ids_.push_back(slot.owner->id);
@@ -251,7 +254,7 @@ void Session::choose_budgets() {
   any_held_open_ = false;
   for (size_t b = 0; b < rows_.size(); ++b) {
     const Record& record = *rows_[b];
-    const int64_t remaining = record.limits.max_new_tokens - record.generated();
+    const int64_t remaining = record.most_left();
     const int64_t room = config_.max_length - 1 - lengths_[record.slot];
     const int64_t budget = std::max<int64_t>(std::min({record.limits.num_drafts, remaining - 1, room}), 0);
     budget_[b] = static_cast<int32_t>(budget);

@@ -60,6 +60,17 @@ class Session {
   bool needs_drafts() const { return drafting_; }
   void draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts);
 
+  // Running ahead of the results, where verdicts stay on a device. plan_ahead() is plan() for rounds whose
+  // predecessors may not be settled yet: it knows bounds instead of lengths, and leaves out requests that
+  // have surely ended. Its decode step has slots, columns and max_length_after, and no tokens. launch() says
+  // that the round was issued; settle() takes the record of the oldest that was (ops/commit.hpp), of
+  // `columns` tokens a row.
+  bool plan_ahead();
+  void launch();
+  void settle(const int32_t* record, int64_t stride, int64_t columns);
+  int64_t in_flight() const { return static_cast<int64_t>(launched_.size()); }
+  int64_t rows_in_flight() const { return static_cast<int64_t>(launched_.front().ids.size()); }
+
   void commit_prefill();
   void commit_decode(const Verdict& verdict);
 
@@ -116,6 +127,10 @@ class Session {
     Record* owner = nullptr;
     int64_t last_id = -1;  // whose rows the cache still holds
   };
+  struct Launched {
+    std::vector<int64_t> ids;
+    int64_t columns;
+  };
 
   Record& at(int64_t id);
   void check_limits(int64_t count, const Limits& limits) const;
@@ -126,6 +141,10 @@ class Session {
   void choose_budgets();
   void build_prefill();
   void build_decode();
+  void build_ahead();
+  Record* find(int64_t id);
+  void check_record(const int32_t* line, int64_t columns, const Record& record) const;
+  void settle_row(const int32_t* line, int64_t columns, Record& record);
   void note(Record& record);
   void set_finished(Record& record, Finish reason);
   void check_verdict(const Verdict& verdict) const;
@@ -152,6 +171,7 @@ class Session {
   int64_t rows_version_ = 0;
   int64_t max_budget_ = 0;
   int64_t drafted_columns_ = 0;
+  std::deque<Launched> launched_;
   std::vector<int64_t> row_ids_;
   std::vector<Record*> rows_;
   std::vector<int32_t> kept_rows_;

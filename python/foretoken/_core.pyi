@@ -95,13 +95,19 @@ class Session:
         ...
     def kept_rows(self) -> list[int]:
         ...
+    def launch(self) -> None:
+        ...
     def plan(self, drafting: bool) -> tuple[typing.Any, ...]:
+        ...
+    def plan_ahead(self) -> tuple[typing.Any, ...]:
         ...
     def release(self, request: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def request_counters(self, request: typing.SupportsInt | typing.SupportsIndex) -> dict[typing.Any, typing.Any]:
         ...
     def row_ids(self) -> list[int]:
+        ...
+    def settle(self, record: typing.Any, columns: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def state(self, request: typing.SupportsInt | typing.SupportsIndex) -> tuple[typing.Any, ...]:
         ...
@@ -113,6 +119,11 @@ class Session:
         ...
     def truncate(self, request: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, reason: typing.SupportsInt | typing.SupportsIndex) -> int:
         ...
+    @property
+    def in_flight(self) -> int:
+        """
+        Rounds issued and not settled.
+        """
     @property
     def live(self) -> int:
         ...
@@ -416,6 +427,10 @@ def build_info() -> dict[str, typing.Any]:
     """
     How this binary was built.
     """
+def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, num_drafts: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any) -> None:
+    """
+    See foretoken.ops.commit.
+    """
 def cpu_info() -> dict[str, typing.Any]:
     """
     Which of the compiled row loops runs on this processor, and why.
@@ -432,6 +447,10 @@ def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.
     """
+def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> int:
+    """
+    See foretoken.ops.record_width.
+    """
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any) -> None:
     """
     See foretoken.ops.sample.
@@ -444,7 +463,7 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
     """
     See foretoken.ops.tree_index.
     """
-def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any) -> None:
+def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any) -> int:
     """
-    See foretoken.ops.verify.
+    See foretoken.ops.verify. Returns the bytes of workspace that are missing; 0: done.
     """

@@ -205,6 +205,7 @@ class NgramDrafter:
     """
 
     def __init__(self, max_ngram: int = 4, min_ngram: int = 1, max_bytes: int = 32 << 20) -> None:
+        self.min_ngram, self.max_ngram = min_ngram, max_ngram
         self._pool = _core.NgramPool(min_ngram=min_ngram, max_ngram=max_ngram, max_bytes=max_bytes)
         self._taken = torch.zeros(1, dtype=torch.int64)  # by slot: tokens the index holds
         self._fresh: set[int] = set()
@@ -276,9 +277,11 @@ class ModelDrafter:
         max_length: int,
         prefill_chunk: int = 512,
     ) -> None:
-        self._forward = forward
+        self.forward = forward
+        self.max_length = max_length
+        self.vocab_size = vocab_size
+        self.prefill_chunk = prefill_chunk
         self._max_batch = max_batch
-        self._vocab_size = vocab_size
         self._steps = _core.DraftSteps(max_batch=max_batch, max_length=max_length, chunk=prefill_chunk)
         self._views = StepViews(self._steps.arrays())
         self._held = self._views.flat("held")
@@ -341,7 +344,7 @@ class ModelDrafter:
 
     def _run(self, step: Step) -> Tensor:
         began = perf_counter()
-        logits = self._forward(step)
+        logits = self.forward(step)
         self.forward_seconds += perf_counter() - began
         return logits
 
@@ -375,10 +378,10 @@ class ModelDrafter:
         return draws
 
     def _fit(self, last: Tensor) -> Tensor:
-        missing = self._vocab_size - last.shape[1]
+        missing = self.vocab_size - last.shape[1]
         if missing == 0:
             return last
-        return last[:, : self._vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
+        return last[:, : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
 
     def _keep(self, last: Tensor, law: Tensor | None, rows: int, most: int, k: int) -> Tensor:
         """Write what draft k is drawn from into the law ``[B, K, V]``."""
@@ -392,7 +395,7 @@ class ModelDrafter:
 
     def _law_buffer(self, most: int, dtype: torch.dtype) -> Tensor:
         if self._law is None or self._law.shape[1] < most or self._law.dtype != dtype:
-            self._law = torch.zeros(self._max_batch, most, self._vocab_size, dtype=dtype)
+            self._law = torch.zeros(self._max_batch, most, self.vocab_size, dtype=dtype)
         return self._law
 
 

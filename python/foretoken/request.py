@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ KINDS: tuple[Kind, ...] = ("accepted", "recovery", "bonus")
 PHASES = ("waiting", "prefill", "decode", "finished")
 
 
+class Terms(NamedTuple):
+    """What ends a request, and how much it drafts."""
+
+    eos_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    min_new_tokens: int
+    num_drafts: int
+
+
 class Request:
     """A handle that :meth:`Session.admit` gives out. Its record lives in the session until ``release``."""
 
@@ -33,6 +42,7 @@ class Request:
         "_law",
         "_native",
         "_rule",
+        "_terms",
         "id",
         "max_new_tokens",
         "prompt_length",
@@ -45,7 +55,7 @@ class Request:
         number: int,
         prompt_length: int,
         max_new_tokens: int,
-        stops: tuple[int, ...],
+        terms: Terms,
         law: SamplingTable,
         rule: ops.Rule,
     ) -> None:
@@ -56,7 +66,8 @@ class Request:
         self.id = number
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
-        self.stops = stops
+        self._terms = terms
+        self.stops = terms.eos_ids + terms.stop_ids
 
     def __repr__(self) -> str:
         return f"Request({self.id})"

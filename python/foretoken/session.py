@@ -11,9 +11,21 @@ import torch
 from torch import Tensor
 
 from foretoken import _core, ops
+from foretoken.device import DeviceRounds, drafter_on, runs_ahead, why_not_on
 from foretoken.drafters import Context, Drafter, Proposal
 from foretoken.metrics import Metrics
-from foretoken.request import KINDS, REASONS, Event, FinishReason, Kind, Request, as_ids, code_of, id_tuple
+from foretoken.request import (
+    KINDS,
+    REASONS,
+    Event,
+    FinishReason,
+    Kind,
+    Request,
+    Terms,
+    as_ids,
+    code_of,
+    id_tuple,
+)
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Step, StepViews
 
@@ -44,13 +56,14 @@ class Session:
     logprobs
         Keep the log-probability of every emitted token.
     device
-        Where logits come from: ``"cpu"``.
+        Where logits come from: ``"cpu"``, or a CUDA device, on which all of a round then stays: steps have
+        their tensors there, and the host learns of a round one round late (docs/cuda.md).
 
     Attributes
     ----------
     metrics : Metrics
     slot_lengths : Tensor
-        int64 ``[max_batch]``: valid cache rows of every slot.
+        int64 ``[max_batch]``: valid cache rows of every slot, as far as the host knows.
 
     Raises
     ------
@@ -71,6 +84,8 @@ class Session:
     ([5, 6, 7], 'length')
     """
 
+    _may_run_ahead = True
+
     def __init__(
         self,
         *,
@@ -85,8 +100,9 @@ class Session:
         logprobs: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if torch.device(device).type != "cpu":
-            raise ValueError(f"device: expected cpu, got {device}")
+        place = _device_of(device)
+        ahead = self._may_run_ahead and runs_ahead(place)
+        device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
             vocab_size=vocab_size,
@@ -125,6 +141,23 @@ class Session:
         self._mark: float | None = None
         self.metrics = Metrics(self._native, drafter)
         self.slot_lengths = self._views.flat("slot_lengths")
+        self._ahead: DeviceRounds | None = None
+        if ahead:
+            self._ahead = DeviceRounds(
+                self._native,
+                self._views,
+                self._table,
+                self._requests,
+                device_drafter,
+                self.metrics.seconds,
+                vocab_size=vocab_size,
+                max_length=max_length,
+                num_drafts=num_drafts,
+                rule=self._rule,
+                tolerance=tolerance,
+                logprobs=logprobs,
+                device=place,
+            )
 
     # ---- requests ----
 
@@ -178,7 +211,8 @@ class Session:
         eos, stop = id_tuple(eos_ids), id_tuple(stop_ids)
         drafts = (self._num_drafts if num_drafts is None else num_drafts) if speculate else 0
         number = self._native.admit(prompt, max_new_tokens, min_new_tokens, drafts, list(eos), list(stop))
-        request = Request(self._native, number, prompt.shape[0], max_new_tokens, eos + stop, law, rule)
+        terms = Terms(eos, stop, min_new_tokens, drafts)
+        request = Request(self._native, number, prompt.shape[0], max_new_tokens, terms, law, rule)
         self._requests[number] = request
         return request
 
@@ -203,7 +237,7 @@ class Session:
             ``n`` is negative or more than there are.
         """
         slot = self._native.truncate(self._id(request), n, code_of(finish_reason))
-        if slot >= 0 and self._drafter is not None:
+        if slot >= 0 and self._drafter is not None and self._ahead is None:
             self._drafter.truncate(slot, request.prompt_length + n)
 
     def release(self, request: Request) -> None:
@@ -245,6 +279,8 @@ class Session:
         A step is outstanding until it is committed. If the forward fails, call ``plan`` again: it gives an
         equal step, with the same drafts and random numbers, less the rows of requests that have ended since.
         """
+        if self._ahead is not None:
+            return self._ahead.plan(self._seat)
         began = perf_counter()
         shape, again, drafting, most, version, self._held_open, seated = self._native.plan(
             self._drafter is not None
@@ -304,6 +340,8 @@ class Session:
         RuntimeError
             No step is planned.
         """
+        if self._ahead is not None:
+            return self._ahead.commit(logits)
         step = self._step
         if step is None:
             raise RuntimeError("commit: no step is planned")
@@ -351,7 +389,9 @@ class Session:
             request = self._requests[number]
             self._table.copy(slot, request._law, 0)
             self._set_rule(slot, request._rule)
-            if self._drafter is not None:
+            if self._ahead is not None:
+                self._ahead.seat(slot, request, self._rules)
+            elif self._drafter is not None:
                 self._drafter.reset(slot)
         self._native.forget_assigned()
 
@@ -438,6 +478,17 @@ class Session:
             stops = torch.tensor(self._row_requests[row].stops, dtype=torch.int64)
             logits[row, :columns].index_fill_(1, stops, -torch.inf)
         return logits
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    if place.type == "cuda" and (reason := why_not_on(place)) is not None:
+        raise ValueError(f"device: expected cpu, got {device}: {reason}")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _rule_for_chains(rule: ops.Rule) -> ops.Rule:

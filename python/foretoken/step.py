@@ -49,6 +49,11 @@ class Step:
     """Every row has T tokens."""
     slot_range: tuple[int, int] | None
     """``(first, last + 1)`` when the slots are neighbours."""
+    on_device: bool = False
+    """The tensors are on the device of the session, which has yet to write them: reading one on the host
+    waits for it. ``max_length_after`` is a bound then, rows of requests that have ended take part without
+    being looked at, and ``uniform`` says nothing.
+    """
 
 
 class StepViews:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from foretoken.hf.plan import SlotPlan, SlotRows
+from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows
 
 NAME = "foretoken"
 
@@ -20,6 +20,8 @@ NAME = "foretoken"
 # which pays from this many heads per key head on, and up to this many rows (not in prefill chunks).
 FOLD_GROUP = 4
 FOLD_ROWS = 128
+# On a device several tokens always come with a mask, and fused kernels take either masks or shared heads.
+FOLD_GROUP_ON_DEVICE = 2
 
 
 def register() -> None:
@@ -47,7 +49,7 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    foretoken: SlotPlan | None = None,
+    foretoken: SlotPlan | DevicePlan | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -91,7 +93,7 @@ def slot_attention(
 
 
 def _attend(
-    plan: SlotPlan,
+    plan: SlotPlan | DevicePlan,
     index: int,
     query: Tensor,
     key: Tensor,
@@ -104,7 +106,8 @@ def _attend(
     batch, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    fold = num_tokens == 1 or (group >= FOLD_GROUP and num_tokens * group <= FOLD_ROWS) or extra is not None
+    least = FOLD_GROUP_ON_DEVICE if plan.on_device else FOLD_GROUP
+    fold = num_tokens == 1 or (group >= least and num_tokens * group <= FOLD_ROWS) or extra is not None
     repeat = group if fold else 1
     first, mask, causal = plan.reach(index, window, repeat, query.dtype, query.device, extra is None)
     if first:

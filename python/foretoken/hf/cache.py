@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.hf.masks import TailMasks
-from foretoken.hf.plan import SlotPlan, SlotRows, Trace, cut_spans
+from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
+from foretoken.session import Step
 
 # What one more attention call costs, as bytes of cache read in the same time: about 20 us on a CPU core.
 CALL_BYTES = {"cpu": 1 << 20}
 CALL_BYTES_DEVICE = 1 << 26
+# Where the host only knows bounds of lengths, attention reads whole blocks of so many cache rows.
+END_STEP = 64
 
 
 class LayerShape(NamedTuple):
@@ -102,6 +105,12 @@ class _Store:
             for slot, length in zip(slots, lengths, strict=True)
         ]
         first_head = torch.tensor(rows, device=self.shape.device)
+        self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
+
+    def aim_on_device(self, slots: Tensor, lengths: Tensor, num_tokens: int) -> None:
+        """The same for ``slots`` and ``lengths`` ``[B]`` that only the device knows."""
+        rows = (lengths[:, None] + torch.arange(num_tokens, device=lengths.device)).clamp_max(self.rows - 1)
+        first_head = slots.long()[:, None] * (self.shape.heads * self.rows) + rows
         self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
@@ -213,6 +222,24 @@ class SlotCache(Cache):
         self._rows = end - num_tokens
         self._trace = trace
         return SlotPlan(spans, num_tokens, self._masks, trace)
+
+    def plan_on_device(self, step: Step) -> DevicePlan:
+        """The same for a step whose lengths are on the device: nothing of it is read, and bounds do."""
+        num_tokens = step.tokens.shape[1]
+        end = step.max_length_after
+        if end > num_tokens:
+            end += -end % END_STEP
+        end = min(end, self.max_length)
+        first, last = (0, self.max_batch) if step.slot_range is None else step.slot_range
+        self._reads = self._slices(slice(first, last), slice(0, end))
+        self._picked = step.slots if step.slot_range is None else None
+        self._scattered = True
+        for store, _ in self._stores:
+            store.aim_on_device(step.slots, step.lengths, num_tokens)
+        self._rows = end - num_tokens
+        self._trace = None
+        span = Span(slice(0, len(step.slots)), slice(first, last), (), end)
+        return DevicePlan(span, step.lengths, num_tokens)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

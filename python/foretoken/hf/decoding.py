@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretoken.device import why_no_edits_on
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.forwards import ProcessedForward, Runners
 from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
 from foretoken.hf.runner import ModuleRunner
-from foretoken.hf.stopping import Replay
+from foretoken.hf.stopping import Replay, shared_criteria
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
 from foretoken.session import Event, Request, Session, Step
@@ -59,6 +60,16 @@ class Figures:
     """Host time in "prefill", "target", "draft", "processors", "verify" and "rest"."""
     seeds: tuple[int, ...]
     """Of each row; `Sampling(seed=...)` repeats the call with them."""
+    why_on_host: str | None
+    """None: rounds stayed on the model's device, each issued before the last was known. Else what kept them
+    on the host, where only the forward passes ran on the device.
+    """
+
+
+class _HostSession(Session):
+    """Waits for every round, wherever its logits come from."""
+
+    _may_run_ahead = False
 
 
 class Decoding:
@@ -80,9 +91,14 @@ class Decoding:
         self._runner = self._take_runner("target", prepared.model)
         self._vocab_size: int = self._runner.vocab_size
         config = prepared.config
-        recorded = bool(config.return_dict_in_generate)
+        recorded = bool(config.return_dict_in_generate) and bool(config.output_scores or config.output_logits)
+        draft_model = spec.drafter if isinstance(spec.drafter, torch.nn.Module) else None
+        wanted = draft_model is not None and self._num_drafts > 0
+        self._draft_runner = self._take_runner("draft", draft_model) if wanted else None
+        self.why_on_host = self._find_why_on_host(recorded)
+        place = torch.device("cpu") if self.why_on_host is not None else prepared.model.device
         self._replay = Replay(
-            prepared.input_ids,
+            prepared.input_ids if self.why_on_host is not None else prepared.input_ids.cpu(),
             prepared.criteria,
             max_new_tokens=prepared.max_new_tokens,
             eos_ids=prepared.eos_ids,
@@ -95,13 +111,15 @@ class Decoding:
         self._processors = NodeProcessors(self.law.nodes, self._replay.ids, self._replay.filler)
         self._requests: list[Request] = []
         self._row: dict[Request, int] = {}
-        self._session = Session(
+        kind = Session if self.why_on_host is None else _HostSession
+        self._session = kind(
             max_batch=prepared.batch,
             vocab_size=self._vocab_size,
             max_length=self._max_length,
             num_drafts=self._num_drafts,
             drafter=self._drafter(),
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
+            device=place,
         )
         self._processing = 0.0
         self._kinds: list[list[str]] = [[] for _ in range(prepared.batch)]
@@ -126,7 +144,12 @@ class Decoding:
         """Prefill if there is something to fill in, then one round; False when there was none left."""
         if not self._requests:
             self._admit()
-        while not self._replay.done and (step := self._session.plan()) is not None:
+        while not self._replay.done:
+            step = self._session.plan()
+            if step is None:
+                if self._take_events({}, None, None):
+                    return True
+                break
             if self._forward(step):
                 return True
         if not self._replay.done:
@@ -138,7 +161,7 @@ class Decoding:
 
     def sequences(self) -> Tensor:
         """int64 [B, L + new]: prompts as they came, what was generated, padding."""
-        return self._replay.sequences()
+        return self._replay.sequences().to(self._prepared.input_ids.device)
 
     def scores(self) -> tuple[Tensor, ...] | None:
         """Processed scores, float32 [B, V] per generated column; zeros where a row had ended."""
@@ -163,6 +186,7 @@ class Decoding:
                 "verify": spent.verify_commit,
                 "rest": spent.rest,
             },
+            why_on_host=self.why_on_host,
             seeds=tuple(int(s.seed) for s in self._samplings if isinstance(s.seed, int)),
         )
 
@@ -176,15 +200,34 @@ class Decoding:
         self._taken[role] = runner
         return runner
 
+    def _find_why_on_host(self, recorded: bool) -> str | None:
+        """What of this call needs the host to know each round before the next is issued."""
+        spec = self._prepared.speculation
+        if self._runner.why_on_host is not None:
+            return f"target: {self._runner.why_on_host}"
+        if self._draft_runner is not None and self._draft_runner.why_on_host is not None:
+            return f"drafter: {self._draft_runner.why_on_host}"
+        if self._num_drafts > 0 and self._draft_runner is None and spec.drafter != "ngram":
+            return f"drafter: {type(spec.drafter).__name__} reads texts on the host"
+        if any(sampling.edits() for sampling in self._samplings):
+            reason = why_no_edits_on(self._prepared.model.device)
+            if reason is not None:
+                return f"sampling: {reason}"
+        if self.law.nodes:
+            return f"logits processors: {_names(self.law.nodes)} are called from Python"
+        if shared := shared_criteria(self._prepared.criteria):
+            return f"stopping criteria: {_names(shared)} are asked before every token"
+        return "output_scores and output_logits are taken from every round" if recorded else None
+
     def _drafter(self) -> Any:
         spec = self._prepared.speculation
         if self._num_drafts == 0:
             return None
         if spec.drafter == "ngram":
             return NgramDrafter() if spec.max_ngram is None else NgramDrafter(max_ngram=spec.max_ngram)
-        if not isinstance(spec.drafter, torch.nn.Module):
+        runner = self._draft_runner
+        if runner is None:
             return spec.drafter
-        runner = self._take_runner("draft", spec.drafter)
         # A drafter made for fewer positions than the target stops drafting there.
         limit = min(self._max_length, runner.max_positions or self._max_length)
         forward: Forward = runner
@@ -229,23 +272,31 @@ class Decoding:
             logits = self._processors(raw, step.tokens, step.num_tokens.tolist(), rows, lengths)
             self._processing += time.perf_counter() - began
         self._session.commit(logits)
+        return self._take_events(place, raw, logits)
+
+    def _take_events(self, place: dict[Request, int], raw: Tensor | None, logits: Tensor | None) -> bool:
+        """What has become known of rounds, `place` being the rows of the last one; whether anything has."""
+        known = False
         for event in self._session.events():
+            known = True
             row = self._row[event.request]
             if not self._replay.ended(row):
-                at = place[event.request]
-                self._take(row, event, raw[at], logits[at])
+                at = place.get(event.request)
+                self._take(row, event, at, raw, logits)
         self._replay.advance()
         self._close()
-        return True
+        return known
 
-    def _take(self, row: int, event: Event, raw: Tensor, processed: Tensor) -> None:
+    def _take(
+        self, row: int, event: Event, at: int | None, raw: Tensor | None, processed: Tensor | None
+    ) -> None:
         count = len(event.tokens)
         self._kinds[row] += event.kinds
         scores = logits = None
-        if self._replay.logits is not None:
-            logits = raw[:count].to(torch.float32, copy=True)
-        if self._replay.scores is not None:
-            scores = processed[:count].to(torch.float32, copy=True)
+        if self._replay.logits is not None and raw is not None:
+            logits = raw[at, :count].to(torch.float32, copy=True)
+        if self._replay.scores is not None and processed is not None:
+            scores = processed[at, :count].to(torch.float32, copy=True)
             for warper in self._warpers(row):
                 scores = warper(self._replay.ids, scores)  # none of these looks at the ids
         self._replay.append(row, event.tokens, scores, logits)
@@ -279,6 +330,10 @@ class Decoding:
                 tuple(self._kinds[row][told:certain]),
                 self._replay.reason(row) if ended else None,
             )
+
+
+def _names(things: Sequence[Any]) -> str:
+    return ", ".join(sorted({type(thing).__name__ for thing in things}))
 
 
 def _law(prepared: Prepared) -> Law:

@@ -64,6 +64,8 @@ class SlotPlan:
 
     __slots__ = ("_masks", "_memo", "num_tokens", "spans", "trace")
 
+    on_device = False
+
     def __init__(self, spans: Sequence[Span], num_tokens: int, masks: TailMasks, trace: Trace | None) -> None:
         self.spans = spans
         self.num_tokens = num_tokens
@@ -140,6 +142,63 @@ class SlotPlan:
             device=device,
         )
         return first, mask, False
+
+
+class DevicePlan:
+    """A step whose lengths are on the device: one span, whose mask is made there.
+
+    Parameters
+    ----------
+    span
+        Every row of the step; ``end`` bounds what they reach.
+    lengths
+        int64 ``[B]``.
+    """
+
+    __slots__ = ("_fresh", "_memo", "num_tokens", "spans", "trace")
+
+    on_device = True
+
+    def __init__(self, span: Span, lengths: Tensor, num_tokens: int) -> None:
+        self.spans = (span,)
+        self.num_tokens = num_tokens
+        self.trace: Trace | None = None
+        # No row reaches past the step's own tokens: then all lengths are 0.
+        self._fresh = span.end == num_tokens
+        self._memo: dict[tuple[Any, ...], Tensor] = {(): lengths}
+
+    def reach(
+        self,
+        index: int,
+        window: int | None,
+        repeat: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: bool,
+    ) -> tuple[int, Tensor | None, bool]:
+        """As `SlotPlan.reach`; the first cache row is 0, as nobody knows how short the shortest row is."""
+        if fused and window is None and repeat == 1 and self._fresh:
+            return 0, None, True
+        end = self.spans[0].end
+        if window is not None and end <= window:
+            window = None
+        key = (window, repeat, dtype)
+        mask = self._memo.get(key)
+        if mask is None:
+            mask = self._memo[key] = self._mask(window, repeat, dtype)
+        return 0, mask, False
+
+    def _mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
+        lengths = self._memo[()]
+        queries = torch.arange(self.num_tokens, device=lengths.device).repeat_interleave(repeat)
+        positions = (lengths[:, None] + queries)[:, None, :, None]
+        columns = torch.arange(self.spans[0].end, device=lengths.device)
+        hidden = columns > positions
+        if window is not None:
+            hidden |= columns <= positions - window
+        return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(
+            hidden, float("-inf")
+        )
 
 
 class SlotRows(int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,6 +80,19 @@ def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
         max_length_after=max(lengths) + columns,
         uniform=all(count == columns for count in used),
         slot_range=(0, rows),
+    )
+
+
+def moved(step: Step, device: torch.device) -> Step:
+    """The step as a session on `device` would hand it out."""
+    return replace(
+        step,
+        tokens=step.tokens.to(device),
+        positions=step.positions.to(device),
+        num_tokens=step.num_tokens.to(device),
+        lengths=step.lengths.to(device),
+        slots=step.slots.to(device),
+        on_device=True,
     )
 
 

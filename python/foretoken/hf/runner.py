@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from foretoken.device import runs_ahead, why_not_on
 from foretoken.hf.attention import NAME
 from foretoken.hf.cache import SlotCache
 from foretoken.hf.families import (
@@ -26,7 +27,7 @@ from foretoken.hf.families import (
     text_config,
 )
 from foretoken.hf.plan import Trace
-from foretoken.hf.probe import disagreement, plain_forward
+from foretoken.hf.probe import disagreement, moved, plain_forward
 from foretoken.session import Step
 
 _SETTING = "_attn_implementation_internal"
@@ -57,6 +58,9 @@ class ModuleRunner:
     cache : SlotCache
     mode : str
         One of the three ways above.
+    why_on_host : str or None
+        Why lengths of this model's steps have to be known on the host, so that its rounds cannot run ahead of
+        their results on a device; None: they need not.
     max_positions : int or None
         Positions the model was made for; no token should be drafted past them.
     position_table : int or None
@@ -94,7 +98,10 @@ class ModuleRunner:
         shapes = layer_shapes(model, plain_cache)
         self.cache = SlotCache(shapes, max_batch=max_batch, max_length=max_length)
         self._mask_dtype = shapes[0].dtype
+        self._layer_devices = {shape.device for shape in shapes}
+        self.why_on_host: str | None = "its steps have not been tried on the device"
         self.mode = self._find_mode(tokens, logits)
+        self.why_on_host = self._find_why_on_host(tokens, logits)
         self.reset()
 
     def __call__(self, step: Step) -> Tensor:
@@ -115,6 +122,8 @@ class ModuleRunner:
         ValueError
             Tokens that do not fit their slot.
         """
+        if step.on_device and self.why_on_host is None:
+            return self._run_on_device(step)
         return self._run(step, None)
 
     def reset(self) -> None:
@@ -145,6 +154,18 @@ class ModuleRunner:
                     return self._forward(few, tokens, positions, foretoken=plan)
             mask = plan.stacked_mask(self._mask_dtype, self._device)
             return self._forward(few, tokens, positions, attention_mask=mask)
+
+    def _run_on_device(self, step: Step) -> Tensor:
+        """Nothing of the step is read here: what its rows hold is known to the device alone."""
+        positions = step.positions
+        if step.max_length_after > self._last_position:
+            positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
+            if self.position_table is not None:  # a request that has ended is fed its last token
+                positions = positions.clamp_max(self.position_table - 1)
+        with torch.inference_mode():
+            plan = self.cache.plan_on_device(step)
+            with self._switched():
+                return self._forward(step.kind == "prefill", step.tokens, positions, foretoken=plan)
 
     def _run_rows(
         self,
@@ -200,6 +221,29 @@ class ModuleRunner:
                         _switched[id(table)] = users - 1, before
                     else:
                         table[_SETTING] = before
+
+    def _find_why_on_host(self, tokens: Tensor, logits: Tensor) -> str | None:
+        if (reason := why_not_on(self._device)) is not None:
+            return reason
+        if not runs_ahead(self._device):
+            return f"rounds do not run ahead on {self._device.type}"
+        if self.mode != "attention":
+            return f"it is run through its own attention ({self.mode})"
+        if not self._takes_positions:
+            return "its forward takes no position_ids"
+        places = self._layer_devices | {logits.device}
+        if places != {self._device}:
+            return f"it is spread over {', '.join(sorted(map(str, places | {self._device})))}"
+
+        def run(step: Step, trace: Trace | None) -> Tensor:
+            return self._run_on_device(moved(step, self._device))
+
+        self.cache.reset()
+        try:
+            fault = disagreement(run, tokens, logits, self.max_batch, 0)
+        except Exception as error:  # as in _find_mode
+            return f"{type(error).__name__}: {error}"
+        return None if fault is None else f"with lengths on the device its {fault[1]}"
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""

@@ -28,6 +28,11 @@ _BEYOND = 2**31 - 1  # more would not survive pad(), which takes a float
 _ROW_BY_ROW = (EosTokenCriteria, MaxLengthCriteria)
 
 
+def shared_criteria(criteria: StoppingCriteriaList) -> list[Any]:
+    """Those that may look at the whole batch, or at anything."""
+    return [c for c in criteria if type(c) not in _ROW_BY_ROW and type(c) is not StopStringCriteria]
+
+
 class Replay:
     """The batch as transformers' loop would hold it.
 
@@ -68,9 +73,7 @@ class Replay:
         self._eos = frozenset(eos_ids)
         self._strings = [c for c in criteria if type(c) is StopStringCriteria]
         self._lengths = [c for c in criteria if type(c) is MaxLengthCriteria]
-        self._shared = StoppingCriteriaList(
-            c for c in criteria if type(c) not in _ROW_BY_ROW and type(c) is not StopStringCriteria
-        )
+        self._shared = StoppingCriteriaList(shared_criteria(criteria))
         self._streamer = streamer
         # Rows end one by one where transformers pads them; a single row has nobody to wait for.
         self._end_alone = pad_id is not None or self.batch == 1

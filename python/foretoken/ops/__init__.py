@@ -7,6 +7,7 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
+from foretoken.ops._commit import RequestState, commit, record_width
 from foretoken.ops._sample import sample
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex, tree_index
 from foretoken.ops._verdict import Status, Tolerance, Verdict
@@ -16,6 +17,7 @@ from foretoken.sampling import Sampling, SamplingTable
 __all__ = [
     "MAX_DRAFTS",
     "Draw",
+    "RequestState",
     "Rule",
     "Sampling",
     "SamplingTable",
@@ -23,6 +25,8 @@ __all__ = [
     "Tolerance",
     "TreeIndex",
     "Verdict",
+    "commit",
+    "record_width",
     "rule_codes",
     "sample",
     "tree_index",

@@ -1,0 +1,78 @@
+// ops.commit.
+#include <pybind11/pybind11.h>
+
+#include "bindings/boundary.hpp"
+#include "dispatch.hpp"
+
+namespace foretoken {
+
+namespace py = pybind11;
+
+namespace {
+
+using boundary::Dim;
+using boundary::Intake;
+using boundary::kIndexDTypes;
+
+constexpr auto kAny = boundary::Layout::any;
+
+struct State {
+  py::handle text, base, next_drafts, ends, limits, budgets, eos_ids, stop_ids;
+};
+
+void read_state(Intake& intake, const State& state, CommitArgs& args) {
+  int64_t slots = 0, length = 0, eos = 0, stops = 0;
+  args.text = intake.write(state.text, "state.text", DType::int32,
+                           {Dim::bind(slots, "S", 1), Dim::bind(length, "L", 1)}, kAny);
+  args.base = intake.write(state.base, "state.base", DType::int64, {slots}, kAny);
+  args.next_drafts = intake.write(state.next_drafts, "state.next_drafts", DType::int32, {slots}, kAny);
+  args.ends = intake.write(state.ends, "state.ends", DType::int32, {slots}, kAny);
+  args.limits = intake.read(state.limits, "state.limits", DType::int64, {slots}, kAny);
+  args.budgets = intake.read(state.budgets, "state.budgets", DType::int32, {slots}, kAny);
+  args.eos_ids =
+      intake.read(state.eos_ids, "state.eos_ids", DType::int32, {slots, Dim::bind(eos, "n")}, kAny);
+  args.stop_ids =
+      intake.read(state.stop_ids, "state.stop_ids", DType::int32, {slots, Dim::bind(stops, "m")}, kAny);
+}
+
+void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle status,
+            py::handle logprobs, py::handle num_drafts, py::handle slots, py::handle text, py::handle base,
+            py::handle next_drafts, py::handle ends, py::handle limits, py::handle budgets,
+            py::handle eos_ids, py::handle stop_ids, py::handle record) {
+  Intake intake("commit");
+  CommitArgs args;
+  int64_t batch = 0, columns = 0;
+  args.tokens = intake.read(tokens, "verdict.tokens", kIndexDTypes,
+                            {Dim::bind(batch, "B"), Dim::bind(columns, "D + 1", 1)}, kAny);
+  args.num_emitted = intake.read(num_emitted, "verdict.num_emitted", DType::int32, {batch}, kAny);
+  args.num_accepted = intake.read(num_accepted, "verdict.num_accepted", DType::int32, {batch}, kAny);
+  args.status = intake.read(status, "verdict.status", DType::int32, {batch}, kAny);
+  args.logprobs = intake.read_or_null(logprobs, "verdict.logprobs", DType::float32, {batch, columns}, kAny);
+  args.num_drafts = intake.read(num_drafts, "num_drafts", DType::int32, {batch}, kAny);
+  args.slots = intake.read_or_null(slots, "slots", DType::int32, {batch}, kAny);
+  read_state(intake, {text, base, next_drafts, ends, limits, budgets, eos_ids, stop_ids}, args);
+  if (!args.slots && args.base.shape[0] < batch) {
+    throw py::value_error("state: expected at least " + std::to_string(batch) +
+                          " slots (one per row, as slots is None), got " +
+                          std::to_string(args.base.shape[0]));
+  }
+  args.record = intake.write_or_null(record, "record", DType::int32,
+                                     {batch, record_width(columns, bool(args.logprobs))}, kAny);
+  const Device device = intake.device();
+  const Stream stream = intake.stream();
+  py::gil_scoped_release unlocked;
+  dispatch::commit(args, device, stream);
+}
+
+}  // namespace
+
+void register_commit(py::module_& module) {
+  module.def("commit", &commit, py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
+             py::arg("status"), py::arg("logprobs"), py::arg("num_drafts"), py::arg("slots"), py::arg("text"),
+             py::arg("base"), py::arg("next_drafts"), py::arg("ends"), py::arg("limits"), py::arg("budgets"),
+             py::arg("eos_ids"), py::arg("stop_ids"), py::arg("record"), "See foretoken.ops.commit.");
+  module.def("record_width", &record_width, py::arg("columns"), py::arg("logprobs"),
+             "See foretoken.ops.record_width.");
+}
+
+}  // namespace foretoken

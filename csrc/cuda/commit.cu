@@ -1,0 +1,140 @@
+#include "cuda/commit.hpp"
+
+#include "cuda/errors.hpp"
+#include "cuda/views.cuh"
+#include "ops/sampling.hpp"
+
+namespace foretoken::cuda {
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kRowsPerBlock = 4;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+struct Outcome {
+  int32_t emitted = 0, kept = 0;
+  int32_t drafted = 0, accepted = 0, status = 0, end = 0;
+};
+
+__device__ bool holds(const TensorView& ids, int64_t slot, int64_t token) {
+  for (int64_t i = 0; i < ids.shape[1]; ++i) {
+    if (read_index(ids, slot, i) == token) return token >= 0;
+  }
+  return false;
+}
+
+__device__ CommitEnd end_with(const CommitArgs& args, int64_t slot, int64_t token, bool full) {
+  if (holds(args.eos_ids, slot, token)) return CommitEnd::eos;
+  if (holds(args.stop_ids, slot, token)) return CommitEnd::stop;
+  return full ? CommitEnd::length : CommitEnd::none;
+}
+
+// The first token at which a warp's row ends, with its reason in the two lowest bits.
+__device__ int32_t first_end(const CommitArgs& args, int64_t b, int64_t slot, int32_t emitted, int64_t room,
+                             int lane) {
+  int32_t first = emitted << 2;
+  for (int32_t i = lane; i < emitted; i += kLanes) {
+    const CommitEnd end = end_with(args, slot, read_index(args.tokens, b, i), i + 1 >= room);
+    if (end == CommitEnd::none) continue;
+    first = min(first, (i << 2) | static_cast<int32_t>(end));
+    break;
+  }
+  for (int reach = kLanes / 2; reach > 0; reach /= 2) {
+    first = min(first, __shfl_xor_sync(kWholeWarp, first, reach));
+  }
+  return first;
+}
+
+// As cpu/commit.cpp has it, a warp for the row; all lanes have the same arguments but `lane`.
+__device__ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64_t base, int lane) {
+  Outcome outcome;
+  const int64_t columns = args.tokens.shape[1];
+  const int64_t given = read_index(args.num_emitted, b);
+  outcome.emitted = static_cast<int32_t>(given < columns ? given : columns);
+  outcome.drafted = static_cast<int32_t>(read_index(args.num_drafts, b));
+  outcome.accepted = static_cast<int32_t>(read_index(args.num_accepted, b));
+  outcome.status = static_cast<int32_t>(read_index(args.status, b));
+  const int64_t asked = read_index(args.limits, slot), length = args.text.shape[1];
+  const int64_t limit = asked < length ? asked : length;
+  const int64_t room = limit > base ? limit - base : 0;
+  const int32_t first = first_end(args, b, slot, outcome.emitted, room, lane);
+  outcome.end = first & 3;
+  outcome.kept = outcome.end == 0 ? outcome.emitted : (first >> 2) + 1;
+  if (room == 0) {
+    outcome.kept = 0;
+    outcome.end = static_cast<int32_t>(CommitEnd::length);
+  }
+  for (int32_t i = lane; i < outcome.kept; i += kLanes) {
+    write_index(args.text, static_cast<int32_t>(read_index(args.tokens, b, i)), slot, base + i);
+  }
+  const int64_t next = base + outcome.kept, left = limit - next - 1;
+  const int64_t budget = read_index(args.budgets, slot);
+  const int64_t most = budget < left ? budget : left;
+  if (lane == 0) {
+    write_index(args.base, next, slot);
+    write_index(args.ends, outcome.end, slot);
+    write_index(args.next_drafts, outcome.end != 0 ? -1 : most > 0 ? most : 0, slot);
+  }
+  return outcome;
+}
+
+__device__ Outcome settle(const CommitArgs& args, int64_t b, int lane) {
+  Outcome idle;
+  const int64_t slot = slot_of(args.slots, b, args.base.shape[0]);
+  const int64_t base = slot < 0 ? 0 : read_index(args.base, slot);
+  if (base < 1 || base > args.text.shape[1]) {
+    idle.status = kBadRow;
+    return idle;
+  }
+  const int64_t end = read_index(args.ends, slot);
+  const bool ended = end != 0 || read_index(args.next_drafts, slot) < 0;
+  __syncwarp();  // every lane has read what lane 0 is going to write
+  if (!ended && read_index(args.num_emitted, b) > 0) return append(args, b, slot, base, lane);
+  idle.status = static_cast<int32_t>(read_index(args.status, b));
+  idle.end = static_cast<int32_t>(end);
+  return idle;
+}
+
+__device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome, int lane) {
+  if (lane == 0) {
+    write_index(args.record, outcome.drafted, b, kRecordDrafted);
+    write_index(args.record, outcome.emitted, b, kRecordEmitted);
+    write_index(args.record, outcome.accepted, b, kRecordAccepted);
+    write_index(args.record, outcome.kept, b, kRecordKept);
+    write_index(args.record, outcome.status, b, kRecordStatus);
+    write_index(args.record, outcome.end, b, kRecordEnd);
+  }
+  const int64_t columns = args.tokens.shape[1];
+  for (int64_t i = lane; i < columns; i += kLanes) {
+    const bool emitted = i < outcome.emitted;
+    write_index(args.record, emitted ? static_cast<int32_t>(read_index(args.tokens, b, i)) : -1, b,
+                kRecordFields + i);
+    if (!args.logprobs) continue;
+    const float* const logprob =
+        static_cast<const float*>(args.logprobs.data) + offset_of(args.logprobs, b, i);
+    write_index(args.record, emitted ? __float_as_int(*logprob) : 0, b, kRecordFields + columns + i);
+  }
+}
+
+// One warp a row; rows of a batch never share a slot.
+__global__ void __launch_bounds__(kLanes* kRowsPerBlock)
+    commit_kernel(const __grid_constant__ CommitArgs args) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
+  if (b >= args.tokens.shape[0]) return;  // the same for the whole warp
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const Outcome outcome = settle(args, b, lane);
+  if (args.record) write_record(args, b, outcome, lane);
+}
+
+}  // namespace
+
+void commit(const CommitArgs& args, Device, Stream stream) {
+  const int64_t rows = args.tokens.shape[0];
+  if (rows == 0) return;
+  const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
+  commit_kernel<<<blocks, kLanes * kRowsPerBlock, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
+  throw_if_failed(cudaGetLastError(), "launch");
+}
+
+}  // namespace foretoken::cuda

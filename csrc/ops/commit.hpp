@@ -1,0 +1,44 @@
+// Contract of the commit: what a round's verdict changes in the state of its requests.
+#pragma once
+
+#include "ops/tensor_view.hpp"
+
+namespace foretoken {
+
+enum class CommitEnd : int32_t { none, eos, stop, length };  // what ended a request, as in its events
+
+// Columns of the record in front of the tokens.
+enum CommitField : int32_t {
+  kRecordDrafted,   // drafts that were checked
+  kRecordEmitted,   // tokens of the verdict; 0: the row was padded or its request had ended before
+  kRecordAccepted,  //
+  kRecordKept,      // of the emitted tokens, those up to the first that ended the request
+  kRecordStatus,    // StatusBit
+  kRecordEnd,       // CommitEnd
+  kRecordFields,
+};
+
+constexpr int64_t record_width(int64_t columns, bool logprobs) {
+  return kRecordFields + (logprobs ? 2 : 1) * columns;
+}
+
+struct CommitArgs {         // B rows of C = D + 1 tokens, S slots, L tokens of text
+  TensorView tokens;        // [B, C] int32 | int64, as verification emitted them
+  TensorView num_emitted;   // [B] int32; 0: a padded row, nothing of its slot is touched
+  TensorView num_accepted;  // [B] int32
+  TensorView status;        // [B] int32
+  TensorView logprobs;      // [B, C] float32, may be null
+  TensorView num_drafts;    // [B] int32: drafts that the round checked
+  TensorView slots;         // [B] int32, no slot twice; null: row b is slot b
+  TensorView limits;        // [S] int64: the text's length when max_new_tokens are there
+  TensorView budgets;       // [S] int32: the most drafts of a round
+  TensorView eos_ids;       // [S, n] int32, -1 = none
+  TensorView stop_ids;      // [S, m] int32, -1 = none
+  TensorView text;          // [S, L] int32 in, out: prompt and output
+  TensorView base;          // [S] int64 in, out: tokens of the text
+  TensorView next_drafts;   // [S] int32 in, out: drafts that the next round may check; -1: nobody is decoding
+  TensorView ends;          // [S] int32 in, out: CommitEnd
+  TensorView record;        // [B, F + C] int32 out, [B, F + 2 C] with logprobs (their bits); may be null
+};
+
+}  // namespace foretoken

@@ -1,0 +1,9 @@
+"""Rounds whose state stays on a device: issued one ahead of what the host knows, and read one late."""
+
+from __future__ import annotations
+
+from foretoken.device.drafting import DeviceDrafter, drafter_on
+from foretoken.device.places import runs_ahead, why_no_edits_on, why_not_on
+from foretoken.device.rounds import DeviceRounds
+
+__all__ = ["DeviceDrafter", "DeviceRounds", "drafter_on", "runs_ahead", "why_no_edits_on", "why_not_on"]

@@ -1,0 +1,249 @@
+"""Drafters that look at texts on the device, for rounds that the host has not seen the last tokens of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from foretoken import ops
+from foretoken.device.rows import Rows
+from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal
+from foretoken.ops import RequestState
+from foretoken.ops._commit import upload
+from foretoken.sampling import SamplingTable
+from foretoken.step import Step
+
+
+@dataclass(slots=True, eq=False)
+class DeviceContext:
+    """The rows of a round, as a drafter on the device sees them."""
+
+    rows: Rows
+    state: RequestState
+    prompt_lengths: Tensor
+    """int32 ``[S]``."""
+    sampling: SamplingTable
+    requests: list[Any]
+    base: Tensor
+    """int64 ``[B]``."""
+    budget: Tensor
+    """int32 ``[B]``: -1 for a request that has ended."""
+    longest: int
+    """What no ``base`` exceeds, known on the host."""
+    greedy: bool
+    coupled: bool | Tensor
+
+
+class DeviceDrafter(Protocol):
+    """What a session on a device asks of a drafter."""
+
+    def seat(self, slot: int, prompt_length: int) -> None:
+        """A new request has this slot."""
+        ...
+
+    def propose(self, context: DeviceContext, most: int) -> Proposal:
+        """``most`` tokens a row, of which ``num_drafts`` count: at most the budget, and -1 where that is."""
+        ...
+
+
+def drafter_on(drafter: object, max_batch: int, device: torch.device) -> DeviceDrafter | None:
+    """The counterpart of a session's drafter on a device.
+
+    Raises
+    ------
+    ValueError
+        It has none.
+    """
+    if drafter is None:
+        return None
+    if type(drafter) is NgramDrafter:
+        return TextDrafter(drafter)
+    if type(drafter) is ModelDrafter:
+        return DeviceModel(drafter, max_batch, device)
+    raise ValueError(
+        f"drafter: expected an NgramDrafter, a ModelDrafter or None on {device}, where texts are known "
+        f"to the device alone, got {type(drafter).__name__}; a session on the CPU takes any drafter"
+    )
+
+
+class TextDrafter:
+    """`NgramDrafter` without an index: every round compares the end of a text with all of it."""
+
+    def __init__(self, drafter: NgramDrafter) -> None:
+        self._min, self._max = drafter.min_ngram, drafter.max_ngram
+
+    def seat(self, slot: int, prompt_length: int) -> None:
+        """Nothing is kept."""
+
+    def propose(self, context: DeviceContext, most: int) -> Proposal:
+        text = context.rows.of(context.state.text)[:, : context.longest]
+        width = text.shape[1]
+        last = (context.base - 1)[:, None]
+        places = torch.arange(width, device=text.device)
+        ends = torch.arange(1 - self._max, 1, device=text.device)
+        suffix = text.gather(1, (last + ends).clamp_min(0))
+        windows = pad(text, (self._max - 1, 0), value=-1).unfold(1, self._max, 1)
+        same = (windows == suffix[:, None]).flip(2)
+        matched = same.to(torch.int32).cumprod(2).sum(2)
+        usable = (matched >= self._min) & (places < last)
+        # The longest match wins, the most recent of equals.
+        best, place = torch.where(usable, matched * width + places, -1).max(1, keepdim=True)
+        ahead = torch.arange(most, device=text.device) % (last - place).clamp_min(1)
+        drafts = text.gather(1, (place + 1 + ahead).clamp_max(width - 1)).long()
+        found = torch.where(best[:, 0] >= 0, most, 0).to(torch.int32)
+        return Proposal(drafts, torch.minimum(context.budget, found))
+
+
+class DeviceModel:
+    """`ModelDrafter` whose cache lengths are on the device.
+
+    A row takes in the one or two tokens that its cache lacks in a step of two columns, whatever it is, so
+    shapes do not depend on what was accepted. What does not draft runs along, its results unread.
+    """
+
+    def __init__(self, drafter: ModelDrafter, max_batch: int, device: torch.device) -> None:
+        self._drafter = drafter
+        self._device = device
+        # By slot: cache rows that hold the text as it was drafted on, of which the committed ones stay.
+        self._reach = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self._fresh: dict[int, int] = {}
+        self._law: Tensor | None = None
+        self._ones = torch.ones(max_batch, dtype=torch.int32, device=device)
+
+    def seat(self, slot: int, prompt_length: int) -> None:
+        self._fresh[slot] = prompt_length - 1
+        self._reach[slot : slot + 1].fill_(prompt_length - 1)
+
+    def propose(self, context: DeviceContext, most: int) -> Proposal:
+        room = self._drafter.max_length + 1 - context.base
+        num_drafts = torch.minimum(context.budget, room.clamp(0, most).to(torch.int32))
+        with torch.inference_mode():
+            self._take_in_prompts(context)
+            drafts = torch.zeros(context.rows.count, most, dtype=torch.int64, device=self._device)
+            law: Tensor | None = None
+            for k in range(most):
+                last = self._last_logits(context, num_drafts, drafts, k)
+                if not (context.greedy or context.coupled is True):
+                    law = self._keep(last, law, most, k)
+                self._draw(last, context, drafts, k)
+            context.rows.write(self._reach, context.base + (most - 1))
+        return Proposal(drafts, num_drafts, draft_logits=law)
+
+    def _take_in_prompts(self, context: DeviceContext) -> None:
+        slot_of = {request.slot: request for request in context.requests}
+        lacking = {slot: self._fresh[slot] for slot in sorted(self._fresh) if slot in slot_of}
+        start, chunk = 0, self._drafter.prefill_chunk
+        while any(length > start for length in lacking.values()):
+            slots = [slot for slot, length in lacking.items() if length > start]
+            counts = [min(chunk, lacking[slot] - start) for slot in slots]
+            rows = Rows(slots, context.state.text.shape[1], self._device)
+            columns = torch.arange(max(counts), device=self._device)
+            used = upload(counts, torch.int32, self._device)
+            lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
+            tokens = rows.tokens_at(context.state.text, lengths[:, None] + columns)
+            requests = [slot_of[slot] for slot in slots]
+            self._run("prefill", rows, requests, tokens, lengths, used, start + max(counts))
+            start += chunk
+        for slot in lacking:
+            del self._fresh[slot]
+
+    def _last_logits(self, context: DeviceContext, num_drafts: Tensor, drafts: Tensor, k: int) -> Tensor:
+        """``[B, V]``: what draft k is drawn from."""
+        rows = context.rows
+        if k > 0:
+            lengths = self._inside(context.base + (k - 1), num_drafts > k, context.longest + k, 1)
+            tokens, used = drafts[:, k - 1 : k], self._ones[: rows.count]
+            logits = self._run("decode", rows, context.requests, tokens, lengths, used, context.longest + k)
+            return self._fit(logits[:, -1])
+        held = torch.minimum(rows.of(self._reach), context.base - 1)
+        lacking = (context.base - held).clamp(1, 2)
+        lengths = self._inside(held, num_drafts > 0, context.longest + 1, 2)
+        tokens = rows.tokens_at(context.state.text, lengths[:, None] + torch.arange(2, device=self._device))
+        logits = self._run(
+            "decode", rows, context.requests, tokens, lengths, lacking.to(torch.int32), context.longest + 1
+        )
+        return self._fit(logits[rows.numbers, lacking - 1])
+
+    def _inside(self, lengths: Tensor, drafting: Tensor, bound: int, columns: int) -> Tensor:
+        """Rows that do not draft are kept inside a cache that may be shorter than the text."""
+        most = self._drafter.max_length - columns
+        if bound <= most:
+            return lengths
+        return torch.where(drafting, lengths, lengths.clamp_max(max(most, 0)))
+
+    def _run(
+        self,
+        kind: Literal["prefill", "decode"],
+        rows: Rows,
+        requests: list[Any],
+        tokens: Tensor,
+        lengths: Tensor,
+        used: Tensor,
+        bound: int,
+    ) -> Tensor:
+        columns = torch.arange(tokens.shape[1], device=self._device)
+        step = Step(
+            kind,
+            tokens.masked_fill(columns >= used[:, None], 0) if tokens.shape[1] > 1 else tokens,
+            lengths[:, None] + columns,
+            used,
+            lengths,
+            rows.slots,
+            requests,
+            bound,
+            False,
+            rows.range,
+            True,
+        )
+        began = perf_counter()
+        logits = self._drafter.forward(step)
+        self._drafter.forward_seconds += perf_counter() - began
+        return logits
+
+    def _draw(self, last: Tensor, context: DeviceContext, drafts: Tensor, k: int) -> None:
+        history = prompt_lengths = path = None
+        if context.sampling.needs_history:
+            history, prompt_lengths, path = context.state.text, context.prompt_lengths, drafts[:, :k]
+
+        def draw(method: Literal["inverse", "gumbel"], out: Tensor | None) -> Tensor:
+            return ops.sample(
+                last,
+                sampling=context.sampling,
+                base=context.base,
+                step=k,
+                purpose="draft",
+                method=method,
+                slots=context.rows.slots,
+                history=history,
+                prompt_lengths=prompt_lengths,
+                path=path,
+                out=out,
+            )
+
+        draw("gumbel" if context.coupled is True else "inverse", drafts[:, k])
+        if isinstance(context.coupled, Tensor):
+            drafts[:, k] = torch.where(context.coupled, draw("gumbel", None), drafts[:, k])
+
+    def _fit(self, last: Tensor) -> Tensor:
+        missing = self._drafter.vocab_size - last.shape[1]
+        if missing == 0:
+            return last
+        if missing < 0:
+            return last[:, : self._drafter.vocab_size]
+        return pad(last, (0, missing), value=-torch.inf)
+
+    def _keep(self, last: Tensor, law: Tensor | None, most: int, k: int) -> Tensor:
+        """Write what draft k is drawn from into the law ``[B, K, V]``."""
+        if law is None:
+            kept = self._law
+            if kept is None or kept.shape[1] < most or kept.dtype != last.dtype:
+                shape = len(self._reach), most, self._drafter.vocab_size
+                self._law = kept = torch.zeros(shape, dtype=last.dtype, device=self._device)
+            law = kept[: last.shape[0], :most]
+        law[:, k].copy_(last)
+        return law

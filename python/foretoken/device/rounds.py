@@ -1,0 +1,303 @@
+"""Plan, forward, verify, commit with nothing read back: the host learns of a round while the next one runs.
+
+The native session is the host's record, as on the CPU; here it settles each round one late, from a copy of
+what `ops.commit` wrote. Until then it knows bounds. A row that has ended without the host knowing takes part
+in one more round as a padded row: nothing of it is read, nothing is emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken import ops
+from foretoken.device.drafting import DeviceContext, DeviceDrafter
+from foretoken.device.results import Results
+from foretoken.device.rows import Rows
+from foretoken.drafters import Proposal
+from foretoken.metrics import Seconds
+from foretoken.ops import RequestState
+from foretoken.ops._commit import upload
+from foretoken.request import Request
+from foretoken.sampling import SamplingTable
+from foretoken.step import Shape, Step, StepViews
+
+# Rounds that may be unsettled when the next one is planned.
+AHEAD = 1
+
+
+class DeviceRounds:
+    """The device's side of a session, and the order in which the two sides are told things."""
+
+    def __init__(
+        self,
+        native: Any,
+        views: StepViews,
+        table: SamplingTable,
+        requests: Mapping[int, Request],
+        drafter: DeviceDrafter | None,
+        seconds: Seconds,
+        *,
+        vocab_size: int,
+        max_length: int,
+        num_drafts: int,
+        rule: ops.Rule,
+        tolerance: ops.Tolerance | None,
+        logprobs: bool,
+        device: torch.device,
+    ) -> None:
+        slots = table.size
+        self._native, self._views, self._table = native, views, table
+        self._requests = requests
+        self._drafter = drafter
+        self._seconds = seconds
+        self._vocab_size = vocab_size
+        self._rule: ops.Rule = rule
+        self._rules: Tensor | None = None
+        self._tolerance = tolerance
+        self._logprobs = logprobs
+        self._device = device
+        self._state = RequestState.empty(slots, max_length, device=device)
+        self._prompt_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._held_until = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._results = Results(slots * ops.record_width(num_drafts + 1, logprobs), device)
+        self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
+        self._version = -1
+        self._rows: Rows | None = None
+        self._row_slots: list[int] = []
+        self._row_requests: list[Request] = []
+        self._step: Step | None = None
+        self._held_open = False
+        self._whole: Proposal | None = None  # of the rows that were planned first
+        self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
+        self._mark: float | None = None
+
+    # ---- requests ----
+
+    def seat(self, slot: int, request: Request, rules: Tensor | None) -> None:
+        """A request gets a slot, behind everything that was issued for the one before."""
+        terms = request._terms
+        prompt = torch.tensor(self._native.tokens(request.id, 0), dtype=torch.int32)
+
+        def known(ids: tuple[int, ...]) -> list[int]:
+            return [token for token in ids if 0 <= token < self._vocab_size]
+
+        self._state.seat(
+            slot,
+            prompt,
+            max_new_tokens=request.max_new_tokens,
+            num_drafts=terms.num_drafts if self._drafter is not None else 0,
+            eos_ids=known(terms.eos_ids),
+            stop_ids=known(terms.stop_ids),
+        )
+        self._prompt_lengths[slot : slot + 1].fill_(len(prompt))
+        self._held_until[slot : slot + 1].fill_(len(prompt) + terms.min_new_tokens)
+        if self._drafter is not None:
+            self._drafter.seat(slot, len(prompt))
+        if rules is not None:
+            self._rules = upload(rules, torch.uint8, self._device)
+
+    # ---- the round ----
+
+    def plan(self, seat_all: Any) -> Step | None:
+        """As `Session.plan`; ``seat_all`` is called when requests have got slots."""
+        began = perf_counter()
+        while True:
+            shape, again, most, version, self._held_open, seated = self._native.plan_ahead()
+            if seated:
+                seat_all()
+            if shape[0] != 0 or self._native.in_flight == 0:
+                break
+            self._settle()  # nothing can be issued without knowing more
+        if shape[0] == 0:
+            self._step = self._mark = None
+            return None
+        if self._mark is not None:
+            self._seconds.rest += began - self._mark
+        moved = version != self._version
+        if moved:
+            self._version = version
+            self._row_requests = [self._requests[number] for number in self._native.row_ids()]
+        if shape[0] == 1:
+            self._step = self._prefill(shape)
+        elif not again or moved or self._step is None:
+            began += self._decode(shape, most, again)
+        self._mark = perf_counter()
+        self._seconds.rest += self._mark - began
+        return self._step
+
+    def commit(self, logits: Tensor | None) -> ops.Verdict | None:
+        """As `Session.commit`: issues verification and commit, then settles the round before."""
+        step = self._step
+        if step is None:
+            raise RuntimeError("commit: no step is planned")
+        began = perf_counter()
+        waited = began - (began if self._mark is None else self._mark)
+        verdict = None
+        if step.kind == "prefill":
+            self._native.commit_prefill()
+            self._seconds.prefill_forward += waited
+        else:
+            verdict = self._verify(step, logits)
+            self._seconds.target_forward += waited
+        self._step = None
+        while self._native.in_flight > AHEAD:
+            self._settle()
+        self._mark = perf_counter()
+        self._seconds.verify_commit += self._mark - began
+        return verdict
+
+    # ---- inside ----
+
+    def _settle(self) -> None:
+        record = self._results.receive()
+        width = record.shape[1]
+        fields = ops.record_width(0)
+        self._native.settle(record, (width - fields) // (2 if self._logprobs else 1))
+
+    def _prefill(self, shape: Shape) -> Step:
+        """Prompts are known to the host, so this step is, too; only its tensors move."""
+        step = self._views.make(shape, self._row_requests)
+
+        def move(tensor: Tensor) -> Tensor:
+            return upload(tensor, tensor.dtype, self._device)
+
+        return Step(
+            "prefill",
+            move(step.tokens),
+            move(step.positions),
+            move(step.num_tokens),
+            move(step.lengths),
+            move(step.slots),
+            step.requests,
+            step.max_length_after,
+            step.uniform,
+            step.slot_range,
+            True,
+        )
+
+    def _decode(self, shape: Shape, most: int, again: bool) -> float:
+        """Build the step of a round; seconds that the drafter took."""
+        self._step = None
+        slots = self._views.flat("slots")[: shape[1]].tolist()
+        if self._rows is None or self._row_slots != slots:
+            self._row_slots = slots
+            self._rows = Rows(slots, self._state.text.shape[1], self._device)
+        rows = self._rows
+        base = rows.of(self._state.base)
+        drafted = 0.0
+        if again and self._whole is not None:
+            kept = upload(self._native.kept_rows(), torch.int64, self._device)
+            proposal = self._whole.select(kept)
+        else:
+            before = perf_counter()
+            self._whole = None
+            self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1)
+            drafted = perf_counter() - before
+            self._seconds.draft += drafted
+        self._planned = rows, base, proposal
+        self._step = self._step_of(rows, base, proposal, shape[4])
+        return drafted
+
+    def _propose(self, rows: Rows, base: Tensor, most: int, longest: int) -> Proposal:
+        budget = rows.of(self._state.next_drafts).clamp_max(most)
+        if self._drafter is None or most == 0:
+            none = torch.empty(rows.count, 0, dtype=torch.int64, device=self._device)
+            return Proposal(none, budget)
+        context = DeviceContext(
+            rows,
+            self._state,
+            self._prompt_lengths,
+            self._table,
+            self._row_requests,
+            base,
+            budget,
+            longest,
+            all(request._greedy for request in self._row_requests),
+            self._coupled(),
+        )
+        return self._drafter.propose(context, most)
+
+    def _coupled(self) -> bool | Tensor:
+        flags = [request._rule == "coupled" for request in self._row_requests]
+        return flags[0] if len(set(flags)) == 1 else upload(flags, torch.bool, self._device)
+
+    def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
+        lengths = base - 1
+        used = proposal.num_drafts.clamp_min(0) + 1
+        columns = torch.arange(proposal.tokens.shape[1] + 1, device=self._device)
+        roots = rows.tokens_at(self._state.text, lengths[:, None])
+        tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
+        return Step(
+            "decode",
+            tokens,
+            lengths[:, None] + columns,
+            used,
+            lengths,
+            rows.slots,
+            self._row_requests,
+            max_length_after,
+            False,
+            rows.range,
+            True,
+        )
+
+    def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:
+        if self._planned is None:
+            raise RuntimeError("commit: no step is planned")
+        rows, base, proposal = self._planned
+        columns = step.tokens.shape[1]
+        expected = rows.count, columns, self._vocab_size
+        if logits is None:
+            raise TypeError("logits: expected a tensor [B, T, V] for a decode step, got None")
+        if logits.shape != expected or logits.device != self._device:
+            raise ValueError(
+                f"logits: expected {list(expected)} on {self._device}, got {list(logits.shape)} on "
+                f"{logits.device}"
+            )
+        if self._held_open:
+            logits = self._hold_open(logits, rows, base)
+        history = prompt_lengths = None
+        if self._table.needs_history:
+            history, prompt_lengths = self._state.text, self._prompt_lengths
+        verdict = ops.verify(
+            logits,
+            proposal.tokens,
+            num_drafts=proposal.num_drafts,
+            draft_logits=proposal.draft_logits,
+            sampling=self._table,
+            history=history,
+            prompt_lengths=prompt_lengths,
+            base=base,
+            slots=rows.slots,
+            rule=self._rule if self._rules is None else self._rules,
+            tolerance=self._tolerance,
+            logprobs=self._logprobs,
+            out=self._verdict(rows.count, columns),
+        )
+        record = self._results.record(rows.count, ops.record_width(columns, self._logprobs))
+        ops.commit(verdict, self._state, num_drafts=proposal.num_drafts, slots=rows.slots, record=record)
+        self._native.launch()
+        self._results.send(record)
+        return verdict
+
+    def _verdict(self, rows: int, columns: int) -> ops.Verdict:
+        verdict = self._verdicts.get((rows, columns))
+        if verdict is None:
+            verdict = ops.Verdict.empty(rows, columns - 1, device=self._device, logprobs=self._logprobs)
+            self._verdicts[rows, columns] = verdict
+        return verdict
+
+    def _hold_open(self, logits: Tensor, rows: Rows, base: Tensor) -> Tensor:
+        """Rows below their ``min_new_tokens`` cannot end: their ends have no mass."""
+        ends = torch.cat([rows.of(self._state.eos_ids), rows.of(self._state.stop_ids)], 1).long()
+        # Of no id the mark goes one behind the vocabulary.
+        marks = torch.zeros(len(ends), self._vocab_size + 1, dtype=torch.bool, device=self._device)
+        marks.scatter_(1, torch.where(ends >= 0, ends, self._vocab_size), True)
+        places = base[:, None] + torch.arange(logits.shape[1], device=self._device)
+        held = places < rows.of(self._held_until)[:, None]
+        return logits.masked_fill(held[:, :, None] & marks[:, None, : self._vocab_size], -torch.inf)

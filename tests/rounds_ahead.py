@@ -1,0 +1,135 @@
+"""Sessions whose rounds run ahead of their results: models for them, requests, and what they are told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.sampling import Sampling
+from foretoken.session import Event, Session, Step
+from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, alike, rounds, table
+
+LENGTH = 96
+
+
+class BlindModel(TableModel):
+    """The table model for steps whose rows may have ended: it looks at bounds, and at nothing else."""
+
+    def _check_shape(self, step: Step) -> None:
+        rows, columns = step.tokens.shape
+        slots = step.slots.tolist()
+        assert slots == sorted(set(slots))
+        assert len(step.requests) == rows
+        assert step.on_device
+        assert step.max_length_after >= int(step.lengths.max()) + columns
+        assert step.slot_range in (None, (slots[0], slots[-1] + 1))
+        assert (step.slot_range is not None) == (slots == list(range(slots[0], slots[0] + rows)))
+        assert int(step.num_tokens.max()) <= columns
+        assert int(step.num_tokens.min()) >= 1
+        assert torch.equal(step.positions, step.lengths[:, None] + torch.arange(columns))
+        for b in range(rows):
+            assert not step.tokens[b, int(step.num_tokens[b]) :].any()
+
+
+class GatherModel:
+    """The same tables in tensor operations: CPU and CUDA give the same bits, and nothing is waited for."""
+
+    def __init__(self, logits: Tensor, max_batch: int, max_length: int, device: str = "cpu") -> None:
+        self.logits = logits.to(device)
+        self.weights = torch.tensor([31, 57, 113], device=device)
+        # One spare row, for padding that reaches past the end.
+        self.cache = torch.full((max_batch, max_length + 1), -1, device=device)
+
+    def __call__(self, step: Step) -> Tensor:
+        last = self.cache.shape[1] - 1
+        slots = step.slots.long()
+        places = step.lengths[:, None] + torch.arange(step.tokens.shape[1], device=step.tokens.device)
+        self.cache[slots[:, None], places.clamp_max(last)] = step.tokens
+        seen = places[:, :, None] - torch.arange(3, device=places.device)
+        tokens = self.cache[slots[:, None, None], seen.clamp(0, last)]
+        weights = self.weights
+        contexts = (weights * torch.where(seen < 0, 0, tokens + 1)).sum(2) % CONTEXTS
+        return self.logits[contexts]
+
+
+def drafter_of(kind: str, logits: Tensor, model: Callable[..., Any], max_batch: int, **options: Any) -> Any:
+    if kind == "none":
+        return None
+    if kind == "ngram":
+        return NgramDrafter()
+    length = options.pop("max_length", LENGTH)
+    forward = model(alike(logits, 7, 0.8), max_batch, length)
+    return ModelDrafter(forward, max_batch=max_batch, vocab_size=VOCAB, max_length=length, **options)
+
+
+def asks(seed: int, sampled: bool, most: int, count: int = 7) -> list[Ask]:
+    dice = random.Random(seed)
+    made = []
+    for number in range(count):
+        law = GREEDY
+        if sampled and number % 3 != 2:
+            law = Sampling(
+                temperature=dice.choice([0.7, 1.0]), top_k=dice.choice([0, 6]), top_p=dice.choice([1.0, 0.9]),
+                seed=dice.randrange(2**40),
+            )  # fmt: skip
+        options: dict[str, Any] = {}
+        new = dice.randint(1, 40)
+        if dice.random() < 0.3:
+            options["num_drafts"] = dice.randint(0, most)
+        if dice.random() < 0.3:
+            options["min_new_tokens"] = dice.randint(1, new)
+        made.append(
+            Ask(
+                [dice.randrange(VOCAB) for _ in range(dice.randint(1, 30))],
+                new,
+                law,
+                tuple(dice.sample(range(VOCAB), dice.randint(0, 2))),
+                tuple(dice.sample(range(VOCAB), dice.randint(0, 6))),
+                options,
+            )
+        )
+    return made
+
+
+def pair(
+    ahead: Callable[..., Session],
+    kind: str,
+    drafter: dict[str, Any] | None = None,
+    models: tuple[Callable[..., Any], Callable[..., Any]] = (TableModel, BlindModel),
+    **options: Any,
+) -> list[tuple[Session, Any]]:
+    """The same session twice: on the host, and with rounds that run ahead."""
+    logits = table(VOCAB, 3)
+    arguments = {"max_batch": 3, "vocab_size": VOCAB, "max_length": LENGTH, **options}
+    both: list[tuple[Session, Any]] = []
+    for make, model in zip((Session, ahead), models, strict=True):
+        made = drafter_of(kind, logits, model, arguments["max_batch"], **(drafter or {}))
+        session = make(drafter=made, **arguments)
+        both.append((session, model(logits, arguments["max_batch"], arguments["max_length"])))
+    return both
+
+
+def told(session: Session, forward: Callable[[Step], Tensor], wanted: list[Ask]) -> list[tuple[Any, ...]]:
+    """Per request: tokens, kinds and log-probabilities of all its events, its reason and its counters."""
+    requests = [ask.admit(session) for ask in wanted]
+    events: dict[int, list[Event]] = {request.id: [] for request in requests}
+    for happened in rounds(session, forward):
+        for event in happened:
+            events[event.request.id].append(event)
+    for event in session.events():
+        events[event.request.id].append(event)
+    result = []
+    for request in requests:
+        mine = events[request.id]
+        tokens = [token for event in mine for token in event.tokens]
+        assert tokens == session.generated(request)
+        assert [event.finish_reason for event in mine[:-1]] == [None] * (len(mine) - 1)
+        kinds = [kind for event in mine for kind in event.kinds]
+        logprobs = [number for event in mine for number in event.logprobs or ()]
+        result.append((tokens, kinds, logprobs, mine[-1].finish_reason, request.metrics, request.status))
+    return result

@@ -1,0 +1,244 @@
+"""``ops.commit`` against plain lists: what a verdict changes, what it leaves alone, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+import foretoken as ft
+from foretoken.ops import RequestState, Status, Verdict, commit, record_width
+
+FIELDS = 6
+REASONS = {"eos": 1, "stop": 2, "length": 3}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@dataclass
+class Text:
+    """One request in plain Python."""
+
+    tokens: list[int]
+    limit: int
+    budget: int
+    eos: list[int]
+    stop: list[int]
+    drafts: int = 0
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        self.drafts = max(min(self.budget, self.limit - len(self.tokens) - 1), 0)
+
+    def take(self, emitted: list[int]) -> int:
+        """How many of the tokens stay."""
+        for kept, token in enumerate(emitted, start=1):
+            self.tokens.append(token)
+            self.end = 1 if token in self.eos else 2 if token in self.stop else 0
+            if self.end == 0 and len(self.tokens) >= self.limit:
+                self.end = 3
+            if self.end:
+                self.drafts = -1
+                return kept
+        self.drafts = max(min(self.budget, self.limit - len(self.tokens) - 1), 0)
+        return len(emitted)
+
+
+@dataclass
+class Case:
+    """A few slots of which some decode, and the verdict of a round over some of them."""
+
+    seed: int
+    slots: int = 7
+    length: int = 40
+    vocab: int = 12
+    texts: dict[int, Text] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        dice = self.dice
+        for slot in range(self.slots):
+            if dice.random() < 0.2:
+                continue
+            prompt = [dice.randrange(self.vocab) for _ in range(dice.randint(1, 20))]
+            ids = dice.sample(range(self.vocab), 5)
+            self.texts[slot] = Text(
+                prompt, len(prompt) + dice.randint(1, 20), dice.randint(0, 9), ids[: dice.randint(0, 2)],
+                ids[2 : 2 + dice.randint(0, 3)],
+            )  # fmt: skip
+
+    def state(self, device: str) -> RequestState:
+        state = RequestState.empty(self.slots, self.length, num_eos=self.dice.randint(0, 2), device=device)
+        for slot, text in self.texts.items():
+            state.seat(
+                slot,
+                text.tokens,
+                max_new_tokens=text.limit - len(text.tokens),
+                num_drafts=text.budget,
+                eos_ids=text.eos,
+                stop_ids=text.stop,
+            )
+        return state
+
+    def round(self) -> tuple[list[int], list[list[int]], list[int]]:
+        """Rows as slots, what is emitted in each, and how many drafts were checked."""
+        rows = self.dice.sample(range(self.slots), self.dice.randint(1, self.slots))
+        emitted, checked = [], []
+        for slot in rows:
+            text = self.texts.get(slot)
+            idle = text is None or text.drafts < 0
+            drafts = 0 if idle else self.dice.randint(0, text.drafts)
+            checked.append(-1 if idle else drafts)
+            # Of a slot in which nothing is decoded even a verdict with tokens changes nothing.
+            count = self.dice.randint(0, 2) if idle else self.dice.randint(1, drafts + 1)
+            emitted.append([self.dice.randrange(self.vocab) for _ in range(count)])
+        return rows, emitted, checked
+
+
+def verdict_of(
+    emitted: list[list[int]], columns: int, device: str, dtype: torch.dtype, logprobs: bool
+) -> Verdict:
+    verdict = Verdict.empty(len(emitted), columns - 1, dtype=dtype, device="cpu", logprobs=logprobs)
+    for b, tokens in enumerate(emitted):
+        verdict.tokens[b] = torch.tensor(tokens + [-1] * (columns - len(tokens)))
+        verdict.num_emitted[b] = len(tokens)
+        verdict.num_accepted[b] = max(len(tokens) - 1, 0)
+        verdict.status[b] = 2 * (b % 2)
+    if verdict.logprobs is not None:
+        verdict.logprobs[:] = -torch.rand(verdict.logprobs.shape)
+    for name in ("tokens", "num_emitted", "num_accepted", "status", "logprobs"):
+        value = getattr(verdict, name)
+        setattr(verdict, name, value if value is None else value.to(device))
+    return verdict
+
+
+def int32(values: list[int], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def assert_same(state: RequestState, texts: dict[int, Text]) -> None:
+    for slot, text in texts.items():
+        assert state.text[slot, : len(text.tokens)].tolist() == text.tokens
+        told = [int(part[slot]) for part in (state.base, state.ends, state.next_drafts)]
+        assert told == [len(text.tokens), text.end, text.drafts]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(40))
+def test_rounds_are_those_of_plain_lists(seed: int, device: str) -> None:
+    case = Case(seed)
+    state = case.state(device)
+    for number in range(12):
+        rows, emitted, checked = case.round()
+        columns = max(1, *(len(tokens) for tokens in emitted)) + case.dice.randint(0, 2)
+        logprobs = number % 3 == 0
+        verdict = verdict_of(
+            emitted, columns, device, torch.int64 if number % 2 else torch.int32, logprobs=logprobs
+        )
+        record = int32([], device).new_full((len(rows), record_width(columns, logprobs)), -9)
+        before = copy.deepcopy(state)
+        commit(verdict, state, num_drafts=int32(checked, device), slots=int32(rows, device), record=record)
+        for b, slot in enumerate(rows):
+            text = case.texts.get(slot)
+            idle = text is None or text.drafts < 0
+            kept = 0 if idle else text.take(emitted[b])
+            line = record[b].tolist()
+            count = 0 if idle else len(emitted[b])
+            head = [
+                max(checked[b], 0),
+                count,
+                max(count - 1, 0),
+                kept,
+                2 * (b % 2),
+                0 if text is None else text.end,
+            ]
+            assert line[:FIELDS] == head
+            assert line[FIELDS : FIELDS + columns] == emitted[b][:count] + [-1] * (columns - count)
+            if verdict.logprobs is not None:
+                bits = verdict.logprobs[b].cpu().view(torch.int32).tolist()
+                assert line[FIELDS + columns :] == bits[:count] + [0] * (columns - count)
+        assert_same(state, case.texts)
+        for slot in set(range(case.slots)) - set(rows):
+            for name in ("text", "base", "ends", "next_drafts"):
+                assert torch.equal(getattr(state, name)[slot], getattr(before, name)[slot])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_run_ends_at_its_first_end(device: str) -> None:
+    """Wider than a warp, with an end in every part of it."""
+    for at in (0, 1, 31, 32, 63, 64, 100, 199, 255):
+        state = RequestState.empty(1, 400, num_eos=1, num_stop=1, device=device)
+        state.seat(0, [4], max_new_tokens=390, num_drafts=255, eos_ids=[1], stop_ids=[2])
+        tokens = [3] * 256
+        tokens[at] = 2
+        tokens[-1] = 1
+        commit(verdict_of([tokens], 256, device, torch.int64, False), state, num_drafts=int32([255], device))
+        reason = REASONS["stop" if at < 255 else "eos"]
+        tokens[-1] = 1
+        assert [int(state.base), int(state.ends), int(state.next_drafts)] == [2 + at, reason, -1]
+        assert not state.text[0, 2 + at :].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_only_the_device_can_see_costs_its_row_alone(device: str) -> None:
+    state = RequestState.empty(3, 8, device=device)
+    for slot in range(3):
+        state.seat(slot, [1, 2], max_new_tokens=6)
+    state.base[1] = 9
+    before = copy.deepcopy(state)
+    verdict = verdict_of([[5]] * 4, 1, device, torch.int64, False)
+    record = torch.empty(4, record_width(1), dtype=torch.int32, device=device)
+    commit(
+        verdict, state, num_drafts=int32([0] * 4, device), slots=int32([3, -1, 1, 2], device), record=record
+    )
+    assert record[:, 1].tolist() == [0, 0, 0, 1]
+    assert record[:3, 4].tolist() == [Status.BAD_ROW] * 3
+    for name in ("text", "base", "ends", "next_drafts"):
+        assert torch.equal(getattr(state, name)[:2], getattr(before, name)[:2])
+    assert state.text[2, :3].tolist() == [1, 2, 5]
+
+
+def test_a_full_text_takes_nothing() -> None:
+    state = RequestState.empty(1, 4)
+    state.seat(0, [1, 2], max_new_tokens=2)
+    state.base[0] = 4
+    commit(verdict_of([[5]], 1, "cpu", torch.int64, False), state, num_drafts=int32([0], "cpu"))
+    assert [int(state.base), int(state.ends), int(state.next_drafts)] == [4, REASONS["length"], -1]
+
+
+def test_malformed_arguments_are_refused_in_words() -> None:
+    state = RequestState.empty(2, 8)
+    verdict = verdict_of([[1], [2]], 1, "cpu", torch.int64, False)
+    drafts = int32([0, 0], "cpu")
+    record = torch.empty(2, record_width(1), dtype=torch.int32)
+
+    def refuses(message: str, **changes) -> None:
+        arguments = {"verdict": verdict, "state": state, "num_drafts": drafts, "record": record, **changes}
+        with pytest.raises((TypeError, ValueError), match=message):
+            commit(arguments.pop("verdict"), arguments.pop("state"), **arguments)
+
+    refuses("num_drafts: expected int32", num_drafts=drafts.long())
+    refuses("record: expected int32", record=record[:, 1:])
+    refuses("slots: expected int32", slots=torch.tensor([0, 1]))
+    refuses("state: expected at least 2 slots", state=RequestState.empty(1, 8))
+    wrong = copy.deepcopy(state)
+    wrong.text = wrong.text.long()
+    refuses("state.text: expected int32", state=wrong)
+    wrong = copy.deepcopy(state)
+    wrong.base = wrong.base[:1]
+    refuses("state.base: expected int64", state=wrong)
+    wrong = copy.deepcopy(verdict)
+    wrong.num_emitted = wrong.num_emitted[:1]
+    refuses("verdict.num_emitted", verdict=wrong)
+    wrong = copy.deepcopy(state)
+    wrong.ends = wrong.next_drafts
+    refuses("memory|overlap", state=wrong)
+    with pytest.raises(ValueError, match="prompt and max_new_tokens: expected at most 8, got 9"):
+        state.seat(0, [1, 2, 3], max_new_tokens=6)
+
+
+def test_it_is_public() -> None:
+    assert ft.ops.commit is commit
