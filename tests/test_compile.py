@@ -18,7 +18,7 @@ import torch
 
 import foretoken as ft
 from batches import Batch, make
-from foretoken.ops import TreeIndex, Verdict
+from foretoken.ops import RequestState, TreeIndex, Verdict
 from large_rounds import Large, Rounds
 from mirrored import TEST_DEVICE, assert_same, assert_same_fields
 
@@ -180,6 +180,35 @@ def test_a_round_in_one_graph(backend):
         assert_same_fields(found[2], expected[2], "tree_index")
 
 
+def seated() -> RequestState:
+    state = RequestState.empty(3, 40, num_eos=1)
+    for slot in range(3):
+        state.seat(slot, [5] * (slot + 3), max_new_tokens=30, num_drafts=4, eos_ids=[slot])
+    return state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_commit(backend):
+    """The state is written in place, and read by what follows in the graph."""
+    batch = make(size=3)
+    call = call_of(batch) | {"rule": "block"}
+    counts = torch.full((3,), 4, dtype=torch.int32)
+
+    def step(state, record, **given):
+        verdict = ft.ops.verify(**(given | {"base": state.base * 1}))
+        ft.ops.commit(verdict, state, num_drafts=counts, record=record)
+        return state.base + 1
+
+    found, expected = seated(), seated()
+    records = [torch.empty(3, ft.ops.record_width(5, True), dtype=torch.int32) for _ in range(2)]
+    run = compiled(step, backend)
+    for _ in range(3):
+        assert torch.equal(run(found, records[0], **call), step(expected, records[1], **call))
+        assert torch.equal(records[0], records[1])
+        assert_same_fields(found, expected, "state")
+    assert (expected.base > torch.arange(3, 6)).all()
+
+
 # -------------------------------------------------------------------------------------- what may change
 
 
@@ -331,6 +360,24 @@ WRITTEN = {
     "records",
     *(field.name for kind in (Verdict, TreeIndex) for field in dataclasses.fields(kind)),
 }
+
+
+def test_opcheck_of_commit():
+    batch = make(size=3)
+    verdict, state = batch.verify("block"), seated()
+    counts = torch.full((3,), 4, dtype=torch.int32)
+    record = torch.empty(3, ft.ops.record_width(5, True), dtype=torch.int32)
+
+    def step(verdict, state):
+        ft.ops.commit(verdict, state, num_drafts=counts, record=record)
+
+    calls = registered_calls(lambda backend: compiled(step, backend)(verdict, state))
+    assert torch.library.opcheck(calls[0][0].default, calls[0][1]).keys() >= {
+        "test_schema",
+        "test_faketensor",
+    }
+    written = [a.name for a in calls[0][0].default._schema.arguments if a.alias_info is not None]
+    assert written == ["text", "base", "next_drafts", "ends", "record"]
 
 
 def check(calls: list[tuple[Any, tuple[Any, ...]]], *names: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from foretoken import _core
 from foretoken.ops import _sample, _verify
 from foretoken.ops._choices import choose
+from foretoken.ops._commit import RequestState
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex
 from foretoken.ops._verdict import Tolerance, Verdict
 from foretoken.sampling import SamplingTable, live_table
@@ -43,6 +44,10 @@ _SAMPLE = """Tensor logits, SymInt sampling, Tensor base, Tensor? slots, Tensor?
 _TREE_INDEX = """Tensor parents, Tensor? num_drafts, Tensor? lengths, Tensor(a!) depth,
     Tensor(b!) first_child, Tensor(c!) next_sibling, Tensor(d!) ancestors, Tensor(e!)? positions,
     Tensor(f!) status"""
+
+_COMMIT = """Tensor tokens, Tensor num_emitted, Tensor num_accepted, Tensor status, Tensor? logprobs,
+    Tensor num_drafts, Tensor? slots, Tensor(a!) text, Tensor(b!) base, Tensor(c!) next_drafts,
+    Tensor(d!) ends, Tensor limits, Tensor budgets, Tensor eos_ids, Tensor stop_ids, Tensor(e!)? record"""
 
 
 # ------------------------------------------------------------------------------ what runs in a graph
@@ -76,6 +81,10 @@ def _run_tree_index(*arguments: Any) -> None:
     _core.tree_index(*arguments)
 
 
+def _run_commit(*arguments: Any) -> None:
+    _core.commit(*arguments)
+
+
 def _fake(*arguments: Any) -> None:
     """All results are in buffers, whose shapes are known."""
 
@@ -93,6 +102,7 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 _register("verify", f"{_VERIFY_INPUTS}, {_VERIFY_OUTPUTS}", _run_verify)
 _register("sample", _SAMPLE, _run_sample)
 _register("tree_index", _TREE_INDEX, _run_tree_index)
+_register("commit", _COMMIT, _run_commit)
 
 
 # ------------------------------------------------------------------------------ what is traced
@@ -294,3 +304,30 @@ def tree_index(
         out.status,
     )
     return out
+
+
+def commit(
+    verdict: Verdict,
+    state: RequestState,
+    num_drafts: Tensor,
+    slots: Tensor | None,
+    record: Tensor | None,
+) -> None:
+    torch.ops.foretoken.commit(
+        verdict.tokens,
+        verdict.num_emitted,
+        verdict.num_accepted,
+        verdict.status,
+        verdict.logprobs,
+        num_drafts,
+        slots,
+        state.text,
+        state.base,
+        state.next_drafts,
+        state.ends,
+        state.limits,
+        state.budgets,
+        state.eos_ids,
+        state.stop_ids,
+        record,
+    )
