@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/commit.hpp"
+#include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
@@ -19,6 +20,7 @@
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/commit.hpp"
+#include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/verify.hpp"
@@ -113,6 +115,20 @@ inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Strea
   }
 #ifdef FORETOKEN_HAS_CUDA
   cuda::sample(args, device, stream);
+#endif
+}
+
+// For the proofs: on the CPU the kernels' work is done thread by thread, in about `least_blocks` blocks.
+template <class Args>
+PreparedRows prepare(const Args& args, const Preparation& what, void* workspace, Device device,
+                     [[maybe_unused]] Stream stream, int64_t least_blocks) {
+  if (backend_for(device) == Backend::cpu) {
+    return cpu::prepare(prepare_args(args, what, workspace), what, workspace, least_blocks);
+  }
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::prepare(args, what, workspace, device, stream);
+#else
+  return {};
 #endif
 }
 

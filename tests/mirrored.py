@@ -178,7 +178,7 @@ def assert_same(found: Tensor, expected: Tensor, name: str) -> None:
 
 def results_of(record: Any) -> list[dataclasses.Field[Any]]:
     """All buffers but the scratch."""
-    return [field for field in dataclasses.fields(record) if field.name != "workspace"]
+    return [field for field in dataclasses.fields(record) if field.compare]
 
 
 def assert_same_fields(found: Any, expected: Any, name: str) -> None:

@@ -17,6 +17,7 @@ namespace foretoken {
 namespace py = pybind11;
 
 void register_testing_ops(py::module_& testing);
+void register_testing_prepare(py::module_& testing);
 
 namespace {
 
@@ -112,6 +113,7 @@ void register_testing(py::module_& module) {
   testing.def("self_check", &self_check_results, py::arg("count"), py::arg("seed"), py::arg("device"),
               "The shared arithmetic on `count` sets of arguments, as integers: uint64 [count, fields].");
   register_testing_ops(testing);
+  register_testing_prepare(testing);
 }
 
 }  // namespace foretoken

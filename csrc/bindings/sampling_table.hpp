@@ -34,8 +34,7 @@ class SamplingTable {
 
   bool needs_history() const { return histories_ > 0; }
 
-  // The numbers where the device can read them. On CUDA a copy, made anew after a change; constraints stay
-  // behind.
+  // The numbers and constraints where the device can read them. On CUDA a copy, made anew after a change.
   SamplingView view(Device device, Stream stream) const {
     return mirrors_.view(view(), version_, device, stream);
   }

@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "ops/logit_edits.hpp"
+
 namespace foretoken::cpu {
 
 namespace {
@@ -36,16 +38,11 @@ LogitEdits::LogitEdits(const SamplingView& sampling, int64_t slot, const History
     }
   }
   if (!constraints_->needs_history()) return;
-  const int64_t prompt = read_index(history.prompt_lengths, slot);
-  usable_ = slot < text_.shape[0] && base >= 0 && base <= text_.shape[1] && prompt >= 0 && prompt <= base;
+  const int64_t prompt = prompt_within(history, slot, base);
+  usable_ = prompt >= 0;
   if (!usable_) return;
   generated_ = base - prompt;
-  if (penalises()) count(prompt);
-}
-
-bool LogitEdits::penalises() const {
-  const Constraints& rule = *constraints_;
-  return rule.repetition != 1.0f || rule.frequency != 0.0f || rule.presence != 0.0f;
+  if (constraints_->penalises()) count(prompt);
 }
 
 void LogitEdits::count(int64_t prompt) {
@@ -70,17 +67,6 @@ int64_t LogitEdits::element_of(int64_t id) const {
 void LogitEdits::mask(int64_t id, std::vector<float>& out) const {
   const int64_t element = element_of(id);
   if (element >= 0 && element < static_cast<int64_t>(out.size())) out[static_cast<size_t>(element)] = kMasked;
-}
-
-// Of a token in prompt or output.
-float LogitEdits::penalised(float logit, int32_t generated) const {
-  const Constraints& rule = *constraints_;
-  if (rule.repetition != 1.0f) logit = logit > 0.0f ? logit / rule.repetition : logit * rule.repetition;
-  if (generated > 0) {
-    logit -= rule.frequency * static_cast<float>(generated);
-    logit -= rule.presence;
-  }
-  return logit;
 }
 
 void LogitEdits::penalise(const std::vector<int64_t>& path, std::vector<float>& out) const {
@@ -108,9 +94,11 @@ void LogitEdits::penalise(const std::vector<int64_t>& path, std::vector<float>& 
   }
   for (const int64_t id : seen_) {
     float* const logit = logit_of(id);
-    if (logit != nullptr) *logit = penalised(*logit, counts_[static_cast<size_t>(id)]);
+    if (logit != nullptr) *logit = penalised(*constraints_, *logit, counts_[static_cast<size_t>(id)]);
   }
-  for (const Drafted& token : drafted) *token.logit = penalised(token.before, token.generated);
+  for (const Drafted& token : drafted) {
+    *token.logit = penalised(*constraints_, token.before, token.generated);
+  }
 }
 
 void LogitEdits::ban_words(const std::vector<int64_t>& path, std::vector<float>& out) const {
@@ -122,12 +110,7 @@ void LogitEdits::ban_words(const std::vector<int64_t>& path, std::vector<float>&
   int32_t first = 0;
   for (int64_t word = 0; word < constraints_->num_bad_words; ++word) {
     const int32_t end = constraints_->bad_word_ends[word];
-    const int32_t preceding = end - first - 1;
-    bool matches = preceding <= length;
-    for (int32_t i = 0; matches && i < preceding; ++i) {
-      matches = before(preceding - i) == constraints_->bad_words[first + i];
-    }
-    if (matches) mask(constraints_->bad_words[end - 1], out);
+    if (ends_in_word(*constraints_, first, end, length, before)) mask(constraints_->bad_words[end - 1], out);
     first = end;
   }
 }
@@ -141,7 +124,7 @@ void LogitEdits::edit(const Row& row, const std::vector<int64_t>& path, const in
       const int64_t element = element_of(rule.bias_ids[i]);
       if (element >= 0 && element < row.size) out[static_cast<size_t>(element)] += rule.bias[i];
     }
-    if (penalises()) penalise(path, out);
+    if (rule.penalises()) penalise(path, out);
     ban_words(path, out);
     if (generated_ + static_cast<int64_t>(path.size()) < rule.min_new_tokens) {
       for (int64_t i = 0; i < rule.num_held; ++i) mask(rule.held_ids[i], out);

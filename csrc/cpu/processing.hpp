@@ -28,9 +28,7 @@ class LogitEdits {
  private:
   // Element of a row for a target id, -1 if it has none.
   int64_t element_of(int64_t id) const;
-  bool penalises() const;
   void count(int64_t prompt);
-  float penalised(float logit, int32_t generated) const;
   void penalise(const std::vector<int64_t>& path, std::vector<float>& out) const;
   void ban_words(const std::vector<int64_t>& path, std::vector<float>& out) const;
   void mask(int64_t id, std::vector<float>& out) const;

@@ -21,7 +21,6 @@ struct Residual {
   DeviceRow draft;                   // data == nullptr: none
   RowLaw draft_law;
   float gain = 0.0f;                // in weights
-  const float* sums = nullptr;      // what the tiles of a residual with a draft row weigh
   const MassEdit* edits = nullptr;  // distinct tokens; without a draft row only
   int num_edits = 0;
 };
@@ -30,17 +29,25 @@ __device__ inline float residual_weight(float of_target, float of_draft, float g
   return fmaxf(fused(-gain, of_draft, of_target), 0.0f);
 }
 
-// The weights of a tile, in the registers of a warp.
-__device__ inline void load_weights(const Residual& residual, int64_t index, LaneTile& weights) {
+// The weights of a tile. kHere: with code of its own, and the tile in registers all the time.
+template <bool kHere>
+__device__ __forceinline__ void load_weights(const Residual& residual, int64_t index, LaneTile& weights) {
+  const auto load = [](const DeviceRow& row, int64_t tile, bool of_probs, LaneTile& to) {
+    if constexpr (kHere) {
+      load_tile_here(row, tile, of_probs, to);
+    } else {
+      load_tile(row, tile, of_probs, to);
+    }
+  };
   const RowLaw& target = residual.target_law;
-  load_tile(residual.target, index, false, weights);
+  load(residual.target, index, false, weights);
 #pragma unroll
   for (int i = 0; i < 32; ++i)
     weights.x[i] = weight_of_logit(weights.x[i], target.max, target.scale, target.cut);
   if (residual.draft.data == nullptr) return;
   const RowLaw& draft = residual.draft_law;
   LaneTile other;
-  load_tile(residual.draft, index, draft.kind == LawKind::probs, other);
+  load(residual.draft, index, draft.kind == LawKind::probs, other);
   if (draft.kind == LawKind::probs) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
@@ -57,22 +64,64 @@ __device__ inline void load_weights(const Residual& residual, int64_t index, Lan
 }
 
 // Exact mass of a tile; edits are accounted for by whoever adds tiles up.
-__device__ inline uint64_t exact_mass(const Residual& residual, int64_t index) {
+__device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t index) {
   LaneTile weights;
-  load_weights(residual, index, weights);
+  load_weights<false>(residual, index, weights);
   uint64_t mass = 0;
 #pragma unroll
   for (int i = 0; i < 32; ++i) mass += mass_of(weights.x[i]);
   return sum_of_warp(mass);
 }
 
+// Sum of a tile's weights, in the pinned order.
+__device__ __noinline__ float residual_sum(const Residual& residual, int64_t index) {
+  LaneTile weights;
+  load_weights<true>(residual, index, weights);
+  return sum_of_tile([&](int i) { return weights.x[i]; });
+}
+
+// Where a place falls among the exact masses of a tile's elements.
+struct TilePick {
+  Interval at;
+  uint64_t of_tile;  // all of them
+};
+
+__device__ __noinline__ TilePick pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
+  LaneTile weights;
+  load_weights<false>(residual, index, weights);
+  uint64_t mass[32];
+#pragma unroll
+  for (int i = 0; i < 32; ++i) mass[i] = mass_of(weights.x[i]);
+  for (int e = 0; e < residual.num_edits; ++e) {
+    const MassEdit edit = residual.edits[e];
+    if (edit.token / kTile != index) continue;
+    const int element = static_cast<int>(edit.token % kTile);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (LaneTile::element_of(i) == element) mass[i] = edit.mass;
+    }
+  }
+  uint64_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) sum += mass[i];
+  return {find_in_tile([&](int i) { return mass[i]; }, left), sum_of_warp(sum)};
+}
+
 constexpr int64_t kUndecided = -2;
 
-// Finds the token of 64 random bits among the masses of the tiles. By one warp; `masses` is shared memory.
+// Finds the token of 64 random bits among the masses of the tiles, which are in shared memory. By one warp.
 class TokenDraw {
  public:
   __device__ TokenDraw(const Residual& residual, uint64_t* masses)
       : residual_(residual), masses_(masses), tiles_(tiles_of(residual.target.size)) {}
+
+  // The masses of a residual without a draft row.
+  __device__ void take_masses_of_row() {
+    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) {
+      masses_[index] = mass_of_stats(read_stats(residual_.stats + index), residual_.target_law);
+    }
+    __syncwarp();
+  }
 
   // From sums of tiles, each within a known error of the exact masses: nearly always that decides, see
   // cpu/residual.cpp. kUndecided if it does not.
@@ -80,50 +129,37 @@ class TokenDraw {
     const bool with_draft = residual_.draft.data != nullptr;
     constexpr double kErrorOfSums = 6.5e-7, kErrorOfLaws = 3.0e-6;
     constexpr uint64_t kUnitsOfSums = 2 * kTile, kUnitsOfLaws = 256 * kTile;
-    uint64_t sum = 0;
-    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) {
-      const uint64_t mass = with_draft
-                                ? mass_of_tile(residual_.sums[index], 1.0f)
-                                : mass_of_stats(read_stats(residual_.stats + index), residual_.target_law);
-      masses_[index] = mass;
-      sum += mass;
+    uint64_t total = total_mass();
+    const double of_sums = static_cast<double>(total) * (with_draft ? kErrorOfSums : kErrorOfLaws);
+    const uint64_t slack = static_cast<uint64_t>(of_sums) +
+                           (with_draft ? kUnitsOfSums : kUnitsOfLaws) * static_cast<uint64_t>(tiles_);
+    if (residual_.num_edits > 0) {
+      apply_edits(true);
+      total = total_mass();
     }
-    sum = sum_of_warp(sum);
-    const uint64_t slack =
-        static_cast<uint64_t>(static_cast<double>(sum) * (with_draft ? kErrorOfSums : kErrorOfLaws)) +
-        (with_draft ? kUnitsOfSums : kUnitsOfLaws) * static_cast<uint64_t>(tiles_);
-    __syncwarp();
-    apply_edits(true);
-    const uint64_t total = total_mass(), reach = 2 * slack + 2;
+    const uint64_t reach = 2 * slack + 2;
     if (total / 4 < reach) return kUndecided;
     uint64_t left = multiply_high(bits, total);
     const int64_t index = tile_holding(left);
-    const uint64_t of_estimate = masses_[index];
     const bool first = index == 0, last = index == tiles_ - 1;
-    if ((!first && left < reach) || (!last && of_estimate - left <= reach)) return kUndecided;
-    uint64_t mass[32];
-    const uint64_t of_tile = fill(index, mass);
-    if (left >= of_tile) return kUndecided;
-    const Interval found = find_in_tile([&](int i) { return mass[i]; }, left);
-    if ((found.begin != 0 && left - found.begin < reach) ||
-        (found.end != of_tile && found.end - left <= reach)) {
+    if ((!first && left < reach) || (!last && masses_[index] - left <= reach)) return kUndecided;
+    const TilePick found = pick_in_tile(residual_, index, left);
+    if (left >= found.of_tile) return kUndecided;
+    if ((found.at.begin != 0 && left - found.at.begin < reach) ||
+        (found.at.end != found.of_tile && found.at.end - left <= reach)) {
       return kUndecided;
     }
-    return index * kTile + found.element;
+    return index * kTile + found.at.element;
   }
 
-  // From exact masses, as all warps have found them; -1 if the residual has no mass at all.
-  __device__ int64_t exactly(uint64_t bits, const uint64_t* exact) {
-    for (int64_t index = lane_id(); index < tiles_; index += kWarpSize) masses_[index] = exact[index];
-    __syncwarp();
+  // From exact masses; -1 if the residual has no mass at all.
+  __device__ int64_t exactly(uint64_t bits) {
     apply_edits(false);
     const uint64_t total = total_mass();
     if (total == 0) return -1;
     uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
     const int64_t index = tile_holding(left);
-    uint64_t mass[32];
-    fill(index, mass);
-    return index * kTile + find_in_tile([&](int i) { return mass[i]; }, left).element;
+    return index * kTile + pick_in_tile(residual_, index, left).at.element;
   }
 
  private:
@@ -162,27 +198,6 @@ class TokenDraw {
       left -= __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
     }
     return tiles_ - 1;
-  }
-
-  // Exact masses of a tile's elements; returns their sum.
-  __device__ uint64_t fill(int64_t index, uint64_t (&mass)[32]) const {
-    LaneTile weights;
-    load_weights(residual_, index, weights);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) mass[i] = mass_of(weights.x[i]);
-    for (int e = 0; e < residual_.num_edits; ++e) {
-      const MassEdit edit = residual_.edits[e];
-      if (edit.token / kTile != index) continue;
-      const int element = static_cast<int>(edit.token % kTile);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        if (LaneTile::element_of(i) == element) mass[i] = edit.mass;
-      }
-    }
-    uint64_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) sum += mass[i];
-    return sum_of_warp(sum);
   }
 
   const Residual& residual_;

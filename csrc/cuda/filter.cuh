@@ -115,7 +115,7 @@ class BlockFilter {
   __device__ BlockFilter(const RowTask& task, FilterScratch& scratch) : task_(task), scratch_(scratch) {}
 
   // Sets law.cut (law.max and law.scale are known) and counts the tiles anew; false: left to a cluster.
-  __device__ bool run(const Filters& filters, RowLaw& law) {
+  __device__ __noinline__ bool run(const Filters& filters, RowLaw& law) {
     const int64_t tiles = tiles_of(task_.row.size);
     const float floor = task_.reading.floor_below(law.max);
     max_ = law.max;
@@ -305,10 +305,8 @@ class BlockFilter {
     for (int i = threadIdx.x / kWarpSize; i < scratch_.grouped; i += kWarps) {
       const int64_t index = scratch_.ids[i];
       const float anchor = read_stats(task_.stats + index).max;
-      LaneTile tile;
-      load_tile(task_.row, index, false, tile);
-      const float sum =
-          sum_of_weights(tile, anchor, law.scale, fmaxf(law.cut, task_.reading.floor_below(anchor)));
+      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
+      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
       if (lane_id() == 0) task_.stats[index].sum = sum;
     }
     __syncthreads();
@@ -335,7 +333,7 @@ class ClusterFilter {
   }
 
   // Sets law.cut (law.max and law.scale are known) and counts the tiles anew.
-  __device__ void run(const Filters& filters, RowLaw& law) {
+  __device__ __noinline__ void run(const Filters& filters, RowLaw& law) {
     const float floor = task_.reading.floor_below(law.max);
     float cut = -infinity();
     if (filters.cuts_count(task_.row.size)) {
@@ -370,7 +368,7 @@ class ClusterFilter {
       if (key_of(read_stats(task_.stats + index).max) < range.bottom) return;
       LaneTile tile;
       load_tile(task_.row, index, false, tile);
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < 32; ++i) {
         const uint32_t key = key_of(tile.x[i]);
         if (range.holds(key) && index * kTile + LaneTile::element_of(i) < task_.row.size)
@@ -503,10 +501,8 @@ class ClusterFilter {
     for_tiles([&](int64_t index) {
       const float anchor = read_stats(task_.stats + index).max;
       if (anchor < law.cut) return;
-      LaneTile tile;
-      load_tile(task_.row, index, false, tile);
-      const float sum =
-          sum_of_weights(tile, anchor, law.scale, fmaxf(law.cut, task_.reading.floor_below(anchor)));
+      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
+      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
       if (lane_id() == 0) task_.stats[index].sum = sum;
     });
   }

@@ -1,11 +1,14 @@
 #pragma once
-#include <cstdint>
+
+#include "ops/prepare.hpp"
+
 namespace foretoken::cuda {
-struct PreparedRows {
-  const float* target = nullptr;
-  const float* draft = nullptr;
-  const float* mapped = nullptr;
-  const uint8_t* draft_unsound = nullptr;
-  const uint8_t* history_unusable = nullptr;
-};
+
+// One launch; with a vocab_map two, and three (behind a memset) where constraints meet one. No
+// synchronisation, no read by the host: can be captured. `workspace`: what.bytes, aligned to 16.
+PreparedRows prepare(const VerifyArgs& args, const Preparation& what, void* workspace, Device device,
+                     Stream stream);
+PreparedRows prepare(const SampleArgs& args, const Preparation& what, void* workspace, Device device,
+                     Stream stream);
+
 }  // namespace foretoken::cuda

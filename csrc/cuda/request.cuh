@@ -15,8 +15,6 @@ namespace foretoken::cuda {
 struct Workspace {
   TileStats* stats = nullptr;    // [B, 2 T + 1, tiles] of the target's rows, of the drafts', of one more
   float* lanes = nullptr;        // [B, 2 T + 1, tiles, 32]; null: no room was made for it
-  float* sums = nullptr;         // [B, tiles] what the tiles of a residual weigh
-  uint64_t* exact = nullptr;     // [B, tiles] their exact masses
   MassEdit* edits = nullptr;     // [B, max_edits]
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
   int32_t max_edits = 0;
@@ -31,28 +29,30 @@ struct VerifyLaunch {
   float rates[kMaxNodes];       // of the synthetic rule
 };
 
-// What the leading warp asks of all others.
+// What the leading warp asks of all others. About a row: that of node `first`, with its laws.
 enum class Task : uint32_t {
   finish,
-  laws,
-  residual_sums,
-  exact_masses,
-  entropy,
-  likelier,
-  race,
-  one_law,
-  best
+  laws,           // of target nodes first .. first + count - 1
+  residual_sums,  // mass of [target - gain * draft]+, tile by tile
+  exact_masses,   // the same to the last unit
+  entropy,        // of the target's law
+  likelier,       // how many elements are larger than bound
+  race,           // the first in the race of the elements
+  raw_law,        // plain softmax of the logits as given
+  best,           // the largest element below bound, or equal to it and behind `below`
+  left_max,       // largest element of the draft's row without the first `count` children
+  left_mass,      // its mass without them, in units of bound
 };
 
 struct Command {
   Task task = Task::finish;
-  int32_t first = 0, count = 0;  // laws: target nodes
-  bool with_drafts = false;      // laws: and those of all nodes that have children
-  Residual residual;             // the others: target row and law, and for residuals the drafts'
-  Filters filters;               // one_law
-  float bound = 0.0f;            // likelier: what is counted is larger; best: smaller ...
-  int64_t below = -1;            // ... or equal, with a larger id
+  int32_t first = 0, count = 0;
+  bool raw = false;         // the row as given
+  bool with_draft = false;  // of two rows
+  float gain = 0.0f, bound = 0.0f;
+  int64_t below = -1;
   uint64_t seed = 0, position = 0;
+  RowLaw target_law, draft_law;
 };
 
 // Shared memory of a block. The leading block's holds what is known of the request.
@@ -65,12 +65,21 @@ struct RequestShared {
   int32_t unsolved[2 * kMaxNodes + 1];  // rows whose filters take a cluster
   int32_t num_unsolved;
   int32_t is_last;
-  RowLaw one_law;
+  RowLaw raw_law;
+  WaveRow wave[2 * kMaxNodes];        // rows that are read together: of the target, then of the drafts
+  DeviceRow wave_target, wave_draft;  // what they have in common
 
   RowLaw target[kMaxNodes], draft[kMaxNodes];
   NodeState states[kMaxNodes];
   TreeIndex tree;
+  bool tree_usable;
   uint8_t target_made[kMaxNodes];
+  // Of the token of each node: what its parent's rows say of it, its coin; of each node: the bits that would
+  // close it.
+  float target_element[kMaxNodes], draft_element[kMaxNodes];
+  double target_prob[kMaxNodes], draft_prob[kMaxNodes];
+  uint32_t coin[kMaxNodes];
+  uint64_t closing_bits[kMaxNodes];
 
   // The proposal; in every block.
   int32_t tokens[kMaxNodes];   // of nodes 1 ..; -1: outside the vocabulary
@@ -79,8 +88,6 @@ struct RequestShared {
   uint8_t has_child[kMaxNodes];
   int16_t dense[kMaxNodes];  // nodes whose children were drawn from a law of the draft's
   int32_t num_dense;
-  float target_element[kMaxNodes],
-      draft_element[kMaxNodes];  // of the token of each node, in its parent's rows
 };
 
 constexpr int16_t kBadRowIndex = -2;
@@ -160,8 +167,6 @@ class Request {
     if (launch_.workspace.lanes == nullptr) return nullptr;
     return launch_.workspace.lanes + (b_ * (2 * max_nodes_ + 1) + row) * stats_tiles() * kWarpSize;
   }
-  __device__ float* sums() const { return launch_.workspace.sums + b_ * tiles_; }
-  __device__ uint64_t* exact() const { return launch_.workspace.exact + b_ * tiles_; }
   __device__ MassEdit* edits() const { return launch_.workspace.edits + b_ * launch_.workspace.max_edits; }
   __device__ uint32_t* arrivals() const { return launch_.workspace.arrivals + b_; }
 
@@ -182,6 +187,49 @@ class Request {
   const int64_t b_;
   int64_t vocab_, tiles_, max_nodes_;
 };
+
+// build_tree() of math/tree_index.hpp by a warp, from parents in shared memory; false if one is not a smaller
+// node.
+__device__ inline bool build_tree_by_warp(TreeIndex& tree, int32_t nodes, const int16_t* parents) {
+  if (lane_id() == 0) {
+    tree.nodes = nodes;
+    tree.parent[0] = kNoNode;
+    tree.depth[0] = 0;
+  }
+  bool usable = true;
+  for (int32_t node = lane_id(); node < nodes; node += kWarpSize) {
+    tree.first_child[node] = tree.next_sibling[node] = kNoNode;
+    if (node == 0) continue;
+    tree.parent[node] = parents[node];
+    usable = usable && parents[node] >= 0;
+  }
+  if (!__all_sync(kAllLanes, usable)) return false;
+  for (int32_t first = 0; first < nodes; first += kWarpSize) {
+    const int32_t node = first + lane_id();
+    int32_t depth = 0, at = node;
+    for (; node < nodes && at > 0 && at >= first; at = parents[at]) ++depth;
+    if (node > 0 && node < nodes) tree.depth[node] = static_cast<int16_t>(depth + tree.depth[at]);
+    __syncwarp();
+  }
+  // From the last nodes to the first: what a parent has so far are the younger siblings.
+  for (int32_t first = (nodes - 1) / kWarpSize * kWarpSize; first >= 0; first -= kWarpSize) {
+    const int32_t node = first + lane_id();
+    const bool there = node > 0 && node < nodes;
+    const int32_t parent = there ? parents[node] : kNoNode - 1 - lane_id();
+    const unsigned siblings = __match_any_sync(kAllLanes, parent);
+    const unsigned younger = siblings & ~((2u << lane_id()) - 1);
+    if (there) {
+      tree.next_sibling[node] = younger != 0
+                                    ? static_cast<int16_t>(first + __ffs(static_cast<int>(younger)) - 1)
+                                    : tree.first_child[parent];
+    }
+    __syncwarp();
+    if (there && (siblings & ((1u << lane_id()) - 1)) == 0)
+      tree.first_child[parent] = static_cast<int16_t>(node);
+    __syncwarp();
+  }
+  return true;
+}
 
 __device__ inline Filters filters_of(const SamplingView& sampling, int64_t slot) {
   return {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};

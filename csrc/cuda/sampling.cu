@@ -18,9 +18,9 @@ struct SampleShared {
   FilterScratch filter;
   TileStats stats[kMaxTiles];
   float lanes[kLaneTiles * kWarpSize];
-  uint64_t exact[kMaxTiles];
   RaceEntry warp_race[kWarps];
   RaceEntry race[kMaxCluster];
+  WaveRow wave;
   RowLaw law;      // what the first block tells the others ...
   int32_t answer;  // ... and whether there is something to do for them
 };
@@ -78,9 +78,11 @@ class RowSampler {
   // Valid in the first block. Called by all threads of the cluster.
   __device__ RowLaw law() {
     cluster_sync();  // nobody's memory is written before everybody runs
-    with_dtype(task_.row.dtype, [&](auto type) {
-      read_rows<decltype(type)::value>(1, tiles_, worker(), workers(), [&](int64_t) { return task_; });
-    });
+    if (threadIdx.x == 0) shared_.wave = {task_.row.data, task_.stats, task_.lanes};
+    __syncthreads();
+    const Wave wave{&shared_.wave, 1, 1, task_.row.size, task_.reading, task_.reading};
+    with_dtype(task_.row.dtype,
+               [&](auto type) { read_rows<decltype(type)::value>(wave, worker(), workers()); });
     cluster_sync();
     RowLaw law;
     bool solved = true;
@@ -108,16 +110,20 @@ class RowSampler {
     residual.target_law = law;
     residual.stats = task_.stats;
     int64_t token = kUndecided;
-    if (leads()) token = law.usable ? TokenDraw(residual, shared_.filter.bins).by_estimate(bits) : -1;
+    if (leads()) {
+      TokenDraw draw(residual, shared_.filter.bins);
+      draw.take_masses_of_row();
+      token = law.usable ? draw.by_estimate(bits) : -1;
+    }
     share_law(law);
     if (!tell(token == kUndecided)) return token;
     residual.target_law = shared_.law;
     for (int64_t index = worker(); index < tiles_; index += workers()) {
       const uint64_t mass = exact_mass(residual, index);
-      if (lane_id() == 0) of_block(shared_.exact, 0)[index] = mass;
+      if (lane_id() == 0) of_block(shared_.filter.bins, 0)[index] = mass;
     }
     cluster_sync();
-    return leads() ? TokenDraw(residual, shared_.filter.bins).exactly(bits, shared_.exact) : token;
+    return leads() ? TokenDraw(residual, shared_.filter.bins).exactly(bits) : token;
   }
 
   // The element that wins the race; valid in the first thread. Called by all threads of the cluster.

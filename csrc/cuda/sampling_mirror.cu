@@ -1,7 +1,8 @@
 #include "cuda/sampling_mirror.hpp"
 
 #include <cstring>
-#include <vector>
+#include <type_traits>
+#include <utility>
 
 #include "cuda/errors.hpp"
 
@@ -9,38 +10,96 @@ namespace foretoken::cuda {
 
 namespace {
 
-// Seeds first: they have the widest elements, so that everything is aligned.
-template <class Visit>
-void visit_arrays(const SamplingView& host, char* memory, SamplingView& device, Visit visit) {
-  const auto next = [&](const auto* from, auto& to) {
-    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(memory);
-    const size_t bytes = static_cast<size_t>(host.size) * sizeof(*from);
-    visit(memory, from, bytes);
-    memory += bytes;
-  };
-  next(host.seed, device.seed);
-  next(host.temperature, device.temperature);
-  next(host.top_k, device.top_k);
-  next(host.top_p, device.top_p);
-  next(host.min_p, device.min_p);
+// Bytes that will lie at `device`, put together on the host.
+class Packed {
+ public:
+  explicit Packed(void* device) : device_(reinterpret_cast<uintptr_t>(device)) {}
+
+  template <class Element>
+  const Element* add(const Element* from, int64_t count) {
+    static_assert(std::is_trivially_copyable_v<Element>);
+    bytes_.resize((bytes_.size() + alignof(Element) - 1) / alignof(Element) * alignof(Element));
+    const size_t at = bytes_.size(), size = static_cast<size_t>(count) * sizeof(Element);
+    bytes_.resize(at + size);
+    if (size > 0) std::memcpy(bytes_.data() + at, from, size);
+    return reinterpret_cast<const Element*>(device_ + at);
+  }
+
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  uintptr_t device_;
+  std::vector<char> bytes_;
+};
+
+SamplingView pack_numbers(const SamplingView& host, const std::vector<Constraints>& constraints,
+                          Packed& packed) {
+  SamplingView device;
   device.size = host.size;
+  device.seed = packed.add(host.seed, host.size);
+  device.temperature = packed.add(host.temperature, host.size);
+  device.top_k = packed.add(host.top_k, host.size);
+  device.top_p = packed.add(host.top_p, host.size);
+  device.min_p = packed.add(host.min_p, host.size);
+  const Constraints* place = packed.add(constraints.data(), host.size);
+  if (host.constraints != nullptr) device.constraints = place;
+  return device;
 }
 
-size_t bytes_of(const SamplingView& host) { return static_cast<size_t>(host.size) * 24; }
+Constraints pack_lists(const Constraints& host, Packed& packed) {
+  Constraints device = host;
+  device.bias_ids = packed.add(host.bias_ids, host.num_bias);
+  device.bias = packed.add(host.bias, host.num_bias);
+  device.held_ids = packed.add(host.held_ids, host.num_held);
+  device.bad_word_ends = packed.add(host.bad_word_ends, host.num_bad_words);
+  device.bad_words = packed.add(
+      host.bad_words, host.num_bad_words > 0 ? int64_t{host.bad_word_ends[host.num_bad_words - 1]} : 0);
+  return device;
+}
+
+size_t bytes_of_lists(const SamplingView& host) {
+  Packed packed(nullptr);
+  for (int64_t slot = 0; host.constraints != nullptr && slot < host.size; ++slot) {
+    pack_lists(host.constraints[slot], packed);
+  }
+  return packed.bytes().size();
+}
+
+// From pageable memory the call returns once the bytes have been staged: they may go.
+void copy(void* to, const std::vector<char>& from, cudaStream_t stream) {
+  if (from.empty()) return;
+  throw_if_failed(cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, stream), "sampling");
+}
 
 }  // namespace
 
 SamplingMirror::SamplingMirror(const SamplingView& host, Device device, Stream stream) : device_(device) {
-  int before = 0;
-  throw_if_failed(cudaGetDevice(&before), "sampling");
-  throw_if_failed(cudaSetDevice(device.index), "sampling");
-  const cudaError_t status = cudaMalloc(&memory_, bytes_of(host) > 0 ? bytes_of(host) : 1);
-  throw_if_failed(cudaSetDevice(before), "sampling");
-  throw_if_failed(status, "sampling: prepare the table before capturing a graph");
-  update(host, stream);
+  Packed numbers(nullptr);
+  pack_numbers(host, std::vector<Constraints>(static_cast<size_t>(host.size)), numbers);
+  allocate(numbers.bytes().size());
+  try {
+    update(host, stream);
+  } catch (...) {
+    for (void* block : blocks_) cudaFree(block);
+    throw;
+  }
 }
 
-SamplingMirror::~SamplingMirror() { cudaFree(memory_); }
+SamplingMirror::~SamplingMirror() {
+  for (void* block : blocks_) cudaFree(block);
+}
+
+void* SamplingMirror::allocate(size_t bytes) {
+  int before = 0;
+  void* block = nullptr;
+  throw_if_failed(cudaGetDevice(&before), "sampling");
+  throw_if_failed(cudaSetDevice(device_.index), "sampling");
+  const cudaError_t status = cudaMalloc(&block, bytes > 0 ? bytes : 1);
+  throw_if_failed(cudaSetDevice(before), "sampling");
+  throw_if_failed(status, "sampling: prepare the table before capturing a graph");
+  blocks_.push_back(block);
+  return block;
+}
 
 void SamplingMirror::update(const SamplingView& host, Stream stream) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
@@ -51,13 +110,20 @@ void SamplingMirror::update(const SamplingView& host, Stream stream) {
         "sampling: the table has changed since it was last used, and a graph is being captured; "
         "use it once before");
   }
-  std::vector<char> packed(bytes_of(host));
-  visit_arrays(host, packed.data(), view_,
-               [](char* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); });
-  // From pageable memory the call returns once the numbers have been staged: `packed` may go.
-  throw_if_failed(cudaMemcpyAsync(memory_, packed.data(), packed.size(), cudaMemcpyHostToDevice, handle),
-                  "sampling");
-  visit_arrays(host, static_cast<char*>(memory_), view_, [](char*, const void*, size_t) {});
+  const size_t needed = bytes_of_lists(host);
+  if (needed > lists_room_) {
+    allocate(2 * needed);  // twice: lists that grow one by one do not leave a block each
+    lists_room_ = 2 * needed;
+  }
+  Packed lists(blocks_.back());
+  std::vector<Constraints> constraints(static_cast<size_t>(host.size));
+  for (int64_t slot = 0; host.constraints != nullptr && slot < host.size; ++slot) {
+    constraints[static_cast<size_t>(slot)] = pack_lists(host.constraints[slot], lists);
+  }
+  copy(blocks_.back(), lists.bytes(), handle);
+  Packed numbers(blocks_.front());
+  view_ = pack_numbers(host, constraints, numbers);
+  copy(blocks_.front(), numbers.bytes(), handle);
 }
 
 }  // namespace foretoken::cuda

@@ -35,32 +35,40 @@ class Team {
 
   // The statistics of target rows first .. first + count - 1, and of the rows of all dense nodes. `worker` of
   // `workers` warps; nothing is known of them before the next barrier of the cluster.
-  __device__ void read_rows_of(int32_t first, int32_t count, bool with_drafts, int64_t worker,
-                               int64_t workers) {
+  __device__ __noinline__ void read_rows_of(int32_t first, int32_t count, bool with_drafts, uint32_t worker,
+                                            uint32_t workers) {
     const int32_t drafts = with_drafts && makes_draft_laws() ? shared_.num_dense : 0;
-    const DType target_type = count > 0 ? request_.target_row(first).dtype : DType::float32;
-    bool together = false;
-    if (drafts > 0) {
-      const DeviceRow row = request_.own_draft_row(shared_.law_row[shared_.dense[0]]);
-      together = row.dtype == target_type && tiles_of(row.size) == request_.tiles();
+    __syncthreads();
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count + drafts; i += kThreads) {
+      const RowTask task = i < count ? target_task(first + i) : draft_task(shared_.dense[i - count]);
+      shared_.wave[i] = {task.row.data, task.stats, task.lanes};
+      if (i == 0) shared_.wave_target = {nullptr, task.row.dtype, task.row.size};
+      if (i == count) shared_.wave_draft = {nullptr, task.row.dtype, task.row.size};
     }
-    const auto task_of = [&](int64_t i) {
-      return i < count ? target_task(first + static_cast<int32_t>(i)) : draft_task(shared_.dense[i - count]);
-    };
-    with_dtype(target_type, [&](auto type) {
-      read_rows<decltype(type)::value>(count + (together ? drafts : 0), request_.tiles(), worker, workers,
-                                       task_of);
-    });
-    if (drafts == 0 || together) return;
-    const DeviceRow row = request_.own_draft_row(shared_.law_row[shared_.dense[0]]);
-    with_dtype(row.dtype, [&](auto type) {
-      read_rows<decltype(type)::value>(drafts, tiles_of(row.size), worker, workers,
-                                       [&](int64_t i) { return draft_task(shared_.dense[i]); });
-    });
+    __syncthreads();
+    const RowReading of_target = RowReading::of_logits(filters_.target.temperature);
+    RowReading of_draft;
+    if (drafts > 0) {
+      of_draft = request_.args().draft_probs ? RowReading::of_probs()
+                                             : RowReading::of_logits(filters_.draft.temperature);
+    }
+    const bool alike = drafts > 0 && count > 0 && shared_.wave_draft.dtype == shared_.wave_target.dtype &&
+                       shared_.wave_draft.size == shared_.wave_target.size;
+    const Wave all{shared_.wave,
+                   static_cast<uint32_t>(count),
+                   static_cast<uint32_t>(alike ? count + drafts : count),
+                   shared_.wave_target.size,
+                   of_target,
+                   of_draft};
+    if (count > 0) read(shared_.wave_target.dtype, all, worker, workers);
+    if (drafts == 0 || alike) return;
+    const Wave rest{shared_.wave + count,    0,         static_cast<uint32_t>(drafts),
+                    shared_.wave_draft.size, of_target, of_draft};
+    read(shared_.wave_draft.dtype, rest, worker, workers);
   }
 
   // Their laws, into the memory of the leading block; the rows are dealt out to the blocks.
-  __device__ void make_laws(int32_t first, int32_t count, bool with_drafts) {
+  __device__ __noinline__ void make_laws(int32_t first, int32_t count, bool with_drafts) {
     const int32_t drafts = with_drafts && makes_draft_laws() ? shared_.num_dense : 0;
     if (filters_targets_ || (drafts > 0 && filters_drafts_)) {
       if (rank_ == 0 && threadIdx.x == 0) shared_.num_unsolved = 0;
@@ -77,39 +85,41 @@ class Team {
   }
 
   // Carries out this block's share of a command; the barriers around it are the caller's.
-  __device__ void execute(const Command& command) {
-    const int64_t worker = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize);
-    const int64_t workers = static_cast<int64_t>(size_) * kWarps;
-    const Residual& residual = command.residual;
+  __device__ __noinline__ void execute(const Command& command) {
+    if (command.task == Task::laws) {
+      read_rows_of(command.first, command.count, false, rank_ + size_ * (threadIdx.x / kWarpSize),
+                   size_ * kWarps);
+      cluster_sync();
+      make_laws(command.first, command.count, false);
+      return;
+    }
+    Residual residual;
+    residual.target =
+        command.raw ? request_.raw_target_row(command.first) : request_.target_row(command.first);
+    residual.target_law = command.target_law;
+    residual.gain = command.gain;
+    residual.draft_law = command.draft_law;
+    if (command.with_draft) residual.draft = request_.draft_row(shared_.law_row[command.first]);
     switch (command.task) {
-      case Task::finish: return;
-      case Task::laws:
-        read_rows_of(command.first, command.count, command.with_drafts, worker, workers);
-        cluster_sync();
-        make_laws(command.first, command.count, command.with_drafts);
-        return;
       case Task::residual_sums:
-        add_up(residual, [&](int64_t index) {
-          LaneTile weights;
-          load_weights(residual, index, weights);
-          const float sum = sum_of_tile([&](int i) { return weights.x[i]; });
-          if (lane_id() == 0) request_.sums()[index] = sum;
-          return mass_of_tile(sum, 1.0f);
+        return add_up(residual.target, [&](int64_t index) {
+          return keep(index, mass_of_tile(residual_sum(residual, index), 1.0f));
         });
-        return;
       case Task::exact_masses:
-        add_up(residual, [&](int64_t index) {
-          const uint64_t mass = exact_mass(residual, index);
-          if (lane_id() == 0) request_.exact()[index] = mass;
-          return mass;
-        });
-        return;
-      case Task::entropy: return add_up(residual, [&](int64_t index) { return entropy_of(residual, index); });
+        return add_up(residual.target,
+                      [&](int64_t index) { return keep(index, exact_mass(residual, index)); });
+      case Task::entropy:
+        return add_up(residual.target, [&](int64_t index) { return entropy_of(residual, index); });
       case Task::likelier:
-        return add_up(residual, [&](int64_t index) { return count_above(residual, index, command.bound); });
-      case Task::race: return race(command);
-      case Task::one_law: return one_law(command);
-      case Task::best: return best(command);
+        return add_up(residual.target,
+                      [&](int64_t index) { return count_above(residual, index, command.bound); });
+      case Task::race: return race(residual, command);
+      case Task::raw_law: return raw_law(residual.target);
+      case Task::best: return best(residual, command);
+      case Task::left_max: return left_max(residual, command);
+      case Task::left_mass:
+        return add_up(residual.draft, [&](int64_t index) { return left_mass_of(residual, index, command); });
+      default: return;
     }
   }
 
@@ -127,6 +137,12 @@ class Team {
   }
 
  private:
+  __device__ static void read(DType dtype, const Wave& wave, uint32_t worker, uint32_t workers) {
+    if (dtype == DType::float32) return read_rows<DType::float32>(wave, worker, workers);
+    if (dtype == DType::bfloat16) return read_rows<DType::bfloat16>(wave, worker, workers);
+    read_rows<DType::float16>(wave, worker, workers);
+  }
+
   template <class NodeOf, class TaskOf>
   __device__ void deal(int32_t count, bool filtered, NodeOf node_of, TaskOf task_of, const Filters& filters,
                        RowLaw* laws, int32_t mark) {
@@ -183,16 +199,28 @@ class Team {
     }
   }
 
-  // The sum over the tiles of a row, this block's share of it into the leader's memory.
-  template <class OfTile>
-  __device__ void add_up(const Residual& residual, OfTile of_tile) {
-    const int64_t tiles = tiles_of(residual.target.size), step = static_cast<int64_t>(size_) * kWarps;
-    uint64_t sum = 0;
+  // body(tile) for the tiles of a row that are this warp's.
+  template <class Body>
+  __device__ void for_tiles(const DeviceRow& row, Body body) const {
+    const int64_t tiles = tiles_of(row.size), step = static_cast<int64_t>(size_) * kWarps;
     for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles;
          index += step) {
-      sum += of_tile(index);
+      body(index);
     }
+  }
+
+  // The sum over the tiles of a row, this block's share of it into the leader's memory.
+  template <class OfTile>
+  __device__ void add_up(const DeviceRow& row, OfTile of_tile) {
+    uint64_t sum = 0;
+    for_tiles(row, [&](int64_t index) { sum += of_tile(index); });
     share(sum, [](uint64_t a, uint64_t b) { return a + b; });
+  }
+
+  // Of a draw that may follow, in the leader's memory.
+  __device__ uint64_t keep(int64_t index, uint64_t mass) const {
+    if (lane_id() == 0) of_block(shared_.filter.bins, 0)[index] = mass;
+    return mass;
   }
 
   template <class Combine>
@@ -212,7 +240,7 @@ class Team {
     LaneTile tile;
     load_tile(residual.target, index, false, tile);
     uint64_t sum = 0;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < 32; ++i) {
       if (tile.x[i] < law.cut) continue;
       const float weight = weight_of_logit(tile.x[i], law.max, law.scale, law.cut);
@@ -225,21 +253,18 @@ class Team {
     LaneTile tile;
     load_tile(residual.target, index, false, tile);
     uint64_t count = 0;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < 32; ++i) count += tile.x[i] > bound ? 1 : 0;
     return sum_of_warp(count);
   }
 
   // The largest element below a bound that the law keeps, the lowest id first: its key, and its id inverted.
-  __device__ void best(const Command& command) {
-    const Residual& residual = command.residual;
-    const int64_t tiles = tiles_of(residual.target.size), step = static_cast<int64_t>(size_) * kWarps;
+  __device__ void best(const Residual& residual, const Command& command) {
     uint64_t most = 0;
-    for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles;
-         index += step) {
+    for_tiles(residual.target, [&](int64_t index) {
       LaneTile tile;
       load_tile(residual.target, index, false, tile);
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < 32; ++i) {
         const int64_t token = index * kTile + LaneTile::element_of(i);
         const bool behind =
@@ -250,7 +275,7 @@ class Team {
         const uint64_t entry = key << 32 | (0xFFFFFFFFull - static_cast<uint64_t>(token));
         most = entry > most ? entry : most;
       }
-    }
+    });
 #pragma unroll
     for (int step_ = 16; step_ >= 1; step_ /= 2) {
       const uint64_t other = __shfl_xor_sync(kAllLanes, most, step_);
@@ -259,26 +284,78 @@ class Team {
     share(most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
   }
 
-  __device__ void one_law(const Command& command) {
-    const RowTask task{command.residual.target, RowReading::of_logits(command.filters.temperature),
-                       request_.stats(2 * request_.max_nodes()), nullptr};
-    const int64_t worker = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize);
-    with_dtype(task.row.dtype, [&](auto type) {
-      read_rows<decltype(type)::value>(1, tiles_of(task.row.size), worker,
-                                       static_cast<int64_t>(size_) * kWarps, [&](int64_t) { return task; });
+  __device__ void raw_law(const DeviceRow& row) {
+    const RowTask task{row, RowReading::of_logits(1.0f), request_.stats(2 * request_.max_nodes()), nullptr};
+    for_tiles(row, [&](int64_t index) {
+      const TileStats stats = stats_at(task, index);
+      if (lane_id() == 0) task.stats[index] = stats;
     });
     cluster_sync();
     if (!leads()) return;
     const RowLaw law = law_of_stats(task);
-    if (lane_id() == 0) shared_.one_law = law;
+    if (lane_id() == 0) shared_.raw_law = law;
     __syncwarp();
   }
 
-  __device__ void race(const Command& command) {
-    const Residual& residual = command.residual;
+  __device__ static TileStats stats_at(const RowTask& task, int64_t index) {
+    float lane_max = 0.0f;
+    return with_dtype(task.row.dtype, [&](auto type) {
+      RawTile<decltype(type)::value> raw;
+      raw.load(task.row, index, minus_infinity_bits<decltype(type)::value>());
+      return stats_of_logits(raw, task.row, index, task.reading, lane_max);
+    });
+  }
+
+  __device__ void race(const Residual& residual, const Command& command) {
     const RaceEntry best = race_in_block(residual.target, residual.target_law, command.seed, command.position,
                                          TensorView{}, shared_.warp_race);
     if (threadIdx.x == 0) of_block(shared_.race, 0)[rank_] = best;
+  }
+
+  // A tile of the draft's row without the first children of a node, and the largest that is left.
+  __device__ float load_left(const Residual& residual, int64_t index, const Command& command,
+                             LaneTile& tile) const {
+    const bool probs = residual.draft_law.kind == LawKind::probs;
+    load_tile(residual.draft, index, probs, tile);
+    int32_t seen = 0;
+    for (int32_t node = command.first + 1; seen < command.count; ++node) {
+      if (shared_.parents[node] != command.first) continue;
+      ++seen;
+      if (shared_.tokens[node] / kTile != index) continue;
+      const int element = shared_.tokens[node] % kTile;
+#pragma unroll 4
+      for (int i = 0; i < 32; ++i) {
+        if (LaneTile::element_of(i) == element) tile.x[i] = probs ? 0.0f : -infinity();
+      }
+    }
+    float high = -infinity();
+#pragma unroll 4
+    for (int i = 0; i < 32; ++i) high = fmaxf(high, tile.x[i]);
+    return max_of_warp(high);
+  }
+
+  __device__ void left_max(const Residual& residual, const Command& command) {
+    uint64_t most = 0;
+    for_tiles(residual.draft, [&](int64_t index) {
+      LaneTile tile;
+      const uint64_t key = key_of(load_left(residual, index, command, tile));
+      most = key > most ? key : most;
+    });
+    share(most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+  }
+
+  __device__ uint64_t left_mass_of(const Residual& residual, int64_t index, const Command& command) const {
+    const RowLaw& law = residual.draft_law;
+    LaneTile tile;
+    const float anchor = load_left(residual, index, command, tile);
+    if (anchor < law.cut) return 0;
+    if (law.kind == LawKind::probs) {
+      const float sum = sum_of_tile([&](int i) { return tile.x[i] < law.cut ? 0.0f : tile.x[i]; });
+      return mass_of_tile(sum, 1.0f / command.bound);
+    }
+    const float cut = fmaxf(law.cut, logits_floor(anchor, law.scale));
+    return mass_of_tile(sum_of_weights(tile, anchor, law.scale, cut),
+                        weight_of_logit(anchor, command.bound, law.scale, law.cut));
   }
 
   const Request& request_;

@@ -77,7 +77,7 @@ struct RawTile {
   uint4 words[4 * kLoads];
 
   // What lies behind the row's end is `pad`, given as the bits of an element.
-  __device__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
+  __device__ __forceinline__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
     const char* base = static_cast<const char*>(row.data) + index * kTile * kBytes;
     if ((index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0) {
       base += lane_id() * 8 * kBytes;
@@ -85,8 +85,12 @@ struct RawTile {
       for (int i = 0; i < 4 * kLoads; ++i) {
         words[i] = __ldg(reinterpret_cast<const uint4*>(base + i / kLoads * 256 * kBytes + i % kLoads * 16));
       }
-    } else {
-      load_slowly(row, index, pad);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      const int64_t first = index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * (16 / kBytes);
+      words[i] = load_slowly(row, first, pad);
     }
   }
 
@@ -149,25 +153,21 @@ struct RawTile {
     low = fminf(float(least.x), float(least.y));
   }
 
-  __device__ __noinline__ void load_slowly(const DeviceRow& row, int64_t index, uint32_t pad) {
+  // By value: an address taken would put every tile into memory.
+  __device__ static __noinline__ uint4 load_slowly(DeviceRow row, int64_t first, uint32_t pad) {
+    uint32_t word[4];
 #pragma unroll
-    for (int i = 0; i < 4 * kLoads; ++i) {
-      uint32_t word[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const int first = i / kLoads * 256 + lane_id() * 8 + i % kLoads * 4 + w * (4 / kBytes);
-        if constexpr (kBytes == 4) {
-          const int64_t at = index * kTile + first;
-          word[w] = at < row.size ? static_cast<const uint32_t*>(row.data)[at] : pad;
-        } else {
-          const int64_t at = index * kTile + i * 256 + lane_id() * 8 + 2 * w;
-          const uint16_t* data = static_cast<const uint16_t*>(row.data);
-          const uint32_t low = at < row.size ? data[at] : pad, high = at + 1 < row.size ? data[at + 1] : pad;
-          word[w] = low | high << 16;
-        }
+    for (int w = 0; w < 4; ++w) {
+      const int64_t at = first + w * (4 / kBytes);
+      if constexpr (kBytes == 4) {
+        word[w] = at < row.size ? static_cast<const uint32_t*>(row.data)[at] : pad;
+      } else {
+        const uint16_t* data = static_cast<const uint16_t*>(row.data);
+        const uint32_t low = at < row.size ? data[at] : pad, high = at + 1 < row.size ? data[at + 1] : pad;
+        word[w] = low | high << 16;
       }
-      words[i] = make_uint4(word[0], word[1], word[2], word[3]);
     }
+    return make_uint4(word[0], word[1], word[2], word[3]);
   }
 };
 
@@ -184,12 +184,19 @@ __device__ inline auto with_dtype(DType dtype, Body body) {
 }
 
 // A tile as float32. `of_probs`: what lies behind the end has no probability, rather than no logit.
-__device__ inline void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
+__device__ __forceinline__ void load_tile_here(const DeviceRow& row, int64_t index, bool of_probs,
+                                               LaneTile& tile) {
   with_dtype(row.dtype, [&](auto type) {
     RawTile<decltype(type)::value> raw;
     raw.load(row, index, of_probs ? 0u : minus_infinity_bits<decltype(type)::value>());
     raw.unpack(tile);
   });
+}
+
+// The same as one copy of the code, through memory: for what is seldom done. Instructions have to be fetched
+// too, and a kernel of some hundred kilobytes waits for them more than for its data.
+__device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
+  load_tile_here(row, index, of_probs, tile);
 }
 
 // Quarters, then neighbours three times, then halves five times. The same value in every lane. `weight(x, i)`
@@ -211,15 +218,27 @@ struct Interval {
 
 template <class Mass>
 __device__ inline Interval find_in_tile(Mass mass, uint64_t left) {
+  uint64_t mine[4], up_to[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    mine[q] = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) mine[q] += mass(8 * q + j);
+    up_to[q] = mine[q];
+  }
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint64_t lower = __shfl_up_sync(kAllLanes, up_to[q], step);
+      if (lane_id() >= step) up_to[q] += lower;
+    }
+  }
   int found = -1;
   uint64_t begin = 0, end = 0, before = 0;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    uint64_t mine = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) mine += mass(8 * q + j);
-    const uint64_t up_to = sum_up_to_lane(mine);
-    uint64_t at = before + up_to - mine;
+    uint64_t at = before + up_to[q] - mine[q];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const uint64_t next = at + mass(8 * q + j);
@@ -230,7 +249,7 @@ __device__ inline Interval find_in_tile(Mass mass, uint64_t left) {
       }
       at = next;
     }
-    before += __shfl_sync(kAllLanes, up_to, 31);
+    before += __shfl_sync(kAllLanes, up_to[q], kWarpSize - 1);
   }
   const int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, found >= 0))) - 1;
   return {__shfl_sync(kAllLanes, found, owner), __shfl_sync(kAllLanes, begin, owner),

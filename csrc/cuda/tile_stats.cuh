@@ -54,22 +54,29 @@ __device__ inline float sum_of_weights(const LaneTile& tile, float anchor, float
   return sum_of_tile([&](int i) { return weight_of_logit(tile.x[i], anchor, scale, cut); });
 }
 
+__device__ __noinline__ float sum_of_weights_at(const DeviceRow& row, int64_t index, float anchor,
+                                                float scale, float cut) {
+  LaneTile tile;
+  load_tile_here(row, index, false, tile);
+  return sum_of_weights(tile, anchor, scale, cut);
+}
+
 // `lane_max`, if wanted: the largest of the 32 elements that this lane holds.
 template <DType kType>
-__device__ inline TileStats stats_of_logits(const RawTile<kType>& raw, const RowReading& reading,
-                                            float& lane_max) {
+__device__ inline TileStats stats_of_logits(const RawTile<kType>& raw, const DeviceRow& row, int64_t index,
+                                            const RowReading& reading, float& lane_max) {
   float high, low;
   raw.extremes(high, low);
   high = high == high ? high : -infinity();
   lane_max = high;
   const float max = max_of_warp(high);
   const float anchor = max > -infinity() ? max : 0.0f;
-  LaneTile tile;
-  raw.unpack(tile);
   // Nearly always every element has a weight; then none has to be compared.
   if (__any_sync(kAllLanes, low < anchor - reading.surely)) {
-    return {max, sum_of_weights(tile, anchor, reading.scale, reading.floor_below(anchor))};
+    return {max, sum_of_weights_at(row, index, anchor, reading.scale, reading.floor_below(anchor))};
   }
+  LaneTile tile;
+  raw.unpack(tile);
   return {max, sum_of_tile([&](int i) { return exp2_scaled(tile.x[i] - anchor, reading.scale); })};
 }
 
@@ -106,16 +113,16 @@ __device__ inline TileStats stats_of_probs(const RawTile<kType>& raw) {
 }
 
 template <DType kType>
-__device__ inline TileStats stats_of_tile(const RawTile<kType>& raw, const RowReading& reading,
-                                          float& lane_max) {
+__device__ inline TileStats stats_of_tile(const RawTile<kType>& raw, const DeviceRow& row, int64_t index,
+                                          const RowReading& reading, float& lane_max) {
   switch (reading.kind) {
-    case LawKind::logits: return stats_of_logits(raw, reading, lane_max);
+    case LawKind::logits: return stats_of_logits(raw, row, index, reading, lane_max);
     case LawKind::probs: return stats_of_probs(raw);
     default: return stats_of_greedy(raw);
   }
 }
 
-// One row among those that a wave of reading covers, and where its statistics go.
+// A row whose law is wanted, and where its statistics go.
 struct RowTask {
   DeviceRow row;
   RowReading reading;
@@ -123,41 +130,48 @@ struct RowTask {
   float* lanes = nullptr;      // [tiles, 32] largest element of each lane, for filters; null: not wanted
 };
 
-// Reads `count` rows of one dtype, `tiles` tiles each, one tile a warp and another on its way meanwhile.
-// `task_of(i)` describes row i; this warp takes the items first, first + step, ...
-template <DType kType, class TaskOf>
-__device__ inline void read_rows(int64_t count, int64_t tiles, int64_t first, int64_t step, TaskOf task_of) {
-  const int64_t items = count * tiles;
-  if (first >= items) return;
-  RowTask task = task_of(first / tiles);
-  int64_t row = first / tiles, index = first % tiles;
-  RawTile<kType> raw;
-  const auto pad = [](const RowTask& of) {
-    return of.reading.kind == LawKind::probs ? 0u : minus_infinity_bits<kType>();
+// One row among those that are read together.
+struct WaveRow {
+  const void* data;
+  TileStats* stats;
+  float* lanes;
+};
+
+struct Wave {
+  const WaveRow* rows;  // [count] in shared memory
+  uint32_t first_draft, count;
+  int64_t size;  // of every row
+  RowReading of_target, of_draft;
+};
+
+// Reads the rows of a wave, one tile a warp and another on its way meanwhile. This warp takes the tiles
+// worker, worker + workers, ... of all.
+template <DType kType>
+__device__ __noinline__ void read_rows(const Wave& wave, uint32_t worker, uint32_t workers) {
+  const uint32_t tiles = static_cast<uint32_t>((wave.size + kTile - 1) / kTile), items = wave.count * tiles;
+  const int64_t size = wave.size;
+  const auto load = [&](RawTile<kType>& raw, uint32_t row, uint32_t index) {
+    const LawKind kind = row < wave.first_draft ? wave.of_target.kind : wave.of_draft.kind;
+    const uint32_t pad = kind == LawKind::probs ? 0u : minus_infinity_bits<kType>();
+    raw.load({wave.rows[row].data, kType, size}, index, pad);
   };
-  raw.load(task.row, index, pad(task));
-  for (int64_t item = first;;) {
-    const int64_t next = item + step;
-    int64_t next_row = row, next_index = index + step;
-    while (next_index >= tiles && next < items) {
-      next_index -= tiles;
-      ++next_row;
-    }
-    RowTask next_task = task;
+  if (worker >= items) return;
+  RawTile<kType> raw;
+  uint32_t row = worker / tiles, index = worker % tiles;
+  load(raw, row, index);
+  for (uint32_t item = worker;;) {
+    const uint32_t next = item + workers, next_row = next / tiles, next_index = next % tiles;
     RawTile<kType> coming;
-    if (next < items) {
-      if (next_row != row) next_task = task_of(next_row);
-      coming.load(next_task.row, next_index, pad(next_task));
-    }
+    if (next < items) load(coming, next_row, next_index);
+    const RowReading& reading = row < wave.first_draft ? wave.of_target : wave.of_draft;
     float lane_max = -infinity();
-    const TileStats stats = stats_of_tile(raw, task.reading, lane_max);
-    if (lane_id() == 0) task.stats[index] = stats;
-    if (task.lanes != nullptr) task.lanes[index * kWarpSize + lane_id()] = lane_max;
+    const TileStats stats = stats_of_tile(raw, {wave.rows[row].data, kType, size}, index, reading, lane_max);
+    if (lane_id() == 0) wave.rows[row].stats[index] = stats;
+    if (float* lanes = wave.rows[row].lanes) lanes[index * kWarpSize + lane_id()] = lane_max;
     if (next >= items) return;
     item = next;
     row = next_row;
     index = next_index;
-    task = next_task;
     raw = coming;
   }
 }

@@ -10,7 +10,7 @@ class VerdictWriter {
   __device__ VerdictWriter(const VerifyArgs& args, int64_t b) : args_(args), b_(b) {}
 
   // Nothing was emitted.
-  __device__ void none(int32_t status) const {
+  __device__ __noinline__ void none(int32_t status) const {
     if (lane_id() == 0) numbers(0, 0, -1, status);
     for (int64_t i = lane_id(); i < args_.tokens.shape[1]; i += kWarpSize) {
       write_index(args_.tokens, -1, b_, i);
@@ -23,8 +23,8 @@ class VerdictWriter {
     }
   }
 
-  __device__ void verdict(const Request& request, VerifyRows& rows, int32_t last, int64_t closing,
-                          int32_t status) const {
+  __device__ __noinline__ void verdict(const Request& request, VerifyRows& rows, int32_t last,
+                                       int64_t closing, int32_t status) const {
     const TreeIndex& tree = rows.tree();
     const int32_t accepted = tree.depth[last];
     if (lane_id() == 0) numbers(accepted, accepted + 1, closing, status);
@@ -50,8 +50,15 @@ class VerdictWriter {
       }
       const int32_t node = ancestor(tree, last, i);
       const int64_t token = i < accepted ? rows.token(ancestor(tree, last, i + 1)) : closing;
-      if (processed) logprobs(rows, args_.processed, i, rows.whole(node), token);
-      if (raw) logprobs(rows, args_.raw, i, rows.raw(node), token);
+      if (processed)
+        logprobs(rows, args_.processed, i, rows.about(Task::best, node), rows.target_row(node), token);
+      if (!raw) continue;
+      Command command;
+      command.task = Task::best;
+      command.first = node;
+      command.raw = true;
+      command.target_law = rows.raw_law(node);
+      logprobs(rows, args_.raw, i, command, request.raw_target_row(node), token);
     }
   }
 
@@ -85,18 +92,15 @@ class VerdictWriter {
     write_float(out.top, logprob, b_, i, j);
   }
 
-  // `row`: with its law.
-  __device__ void logprobs(VerifyRows& rows, const VerifyArgs::Logprobs& out, int64_t i, const Residual& row,
-                           int64_t token) const {
-    const RowLaw& law = row.target_law;
+  // `command`: about the row, with its law.
+  __device__ __noinline__ void logprobs(VerifyRows& rows, const VerifyArgs::Logprobs& out, int64_t i,
+                                        Command command, const DeviceRow& row, int64_t token) const {
+    const RowLaw& law = command.target_law;
     if (!law.usable) return no_logprobs(out, i, -infinity());
     if (out.chosen && lane_id() == 0) {
-      write_float(out.chosen, log_probability(law, token, element_at(row.target, token)), b_, i);
+      write_float(out.chosen, log_probability(law, token, element_at(row, token)), b_, i);
     }
     if (!out.top_tokens) return;
-    Command command;
-    command.task = Task::best;
-    command.residual = row;
     command.bound = infinity();
     for (int64_t j = 0; j < out.top_tokens.shape[2]; ++j) {
       int64_t found = -1;
@@ -108,8 +112,7 @@ class VerdictWriter {
         command.below = found;
       }
       if (found < 0) command.bound = -infinity();
-      const float logprob =
-          found < 0 ? -infinity() : log_probability(law, found, element_at(row.target, found));
+      const float logprob = found < 0 ? -infinity() : log_probability(law, found, element_at(row, found));
       if (lane_id() == 0) top(out, i, j, found, logprob);
     }
   }

@@ -7,15 +7,15 @@ namespace foretoken::cuda {
 
 namespace {
 
+// Coins that were thrown for all nodes before the walk.
 struct PhiloxCoins {
   uint64_t seed, base;
+  const uint32_t* coin;
 
   __device__ bool token(int32_t node, double target_prob, double draft_prob) const {
-    return accepts_token(random_coin(seed, base, static_cast<uint32_t>(node)), target_prob, draft_prob);
+    return accepts_token(coin[node], target_prob, draft_prob);
   }
-  __device__ bool fraction(int32_t node, double h) const {
-    return accepts_fraction(random_coin(seed, base, static_cast<uint32_t>(node)), h);
-  }
+  __device__ bool fraction(int32_t node, double h) const { return accepts_fraction(coin[node], h); }
   __device__ bool may_pass(int32_t node, double bound) const { return fraction(node, bound); }
   __device__ int64_t choose(VerifyRows& rows, int32_t node) const {
     return rows.raced(node, seed, base + static_cast<uint64_t>(rows.tree().depth[node]));
@@ -26,8 +26,7 @@ __device__ int64_t close(VerifyRows& rows, const TreeVerdict& verdict, const Phi
   if (verdict.closing == Closing::chosen) return verdict.token;
   if (verdict.closing == Closing::argmax || rows.greedy()) return rows.target_law(verdict.node).top;
   if (rule == Rule::coupled) return coins.choose(rows, verdict.node);
-  return rows.draw(verdict,
-                   random_bits(coins.seed, coins.base, Purpose::close, static_cast<uint32_t>(verdict.node)));
+  return rows.draw(verdict, rows.closing_bits(verdict.node));
 }
 
 // What is to be known of a request before anything is read: the same in all of its threads.
@@ -40,7 +39,7 @@ struct Header {
   Rule rule = Rule::rrs;
 };
 
-__device__ Header read_header(const VerifyLaunch& launch, const Request& request) {
+__device__ __noinline__ Header read_header(const VerifyLaunch& launch, const Request& request) {
   const VerifyArgs& args = launch.args;
   const int64_t b = request.index(), nodes = request.max_nodes() - 1;
   Header header;
@@ -69,8 +68,8 @@ __device__ Header read_header(const VerifyLaunch& launch, const Request& request
 }
 
 // Tokens, parents and law rows, into the memory of every block; and which rows of the draft's are read.
-__device__ void load_proposal(const Request& request, int32_t drafts, bool reads_laws,
-                              RequestShared& shared) {
+__device__ __noinline__ void load_proposal(const Request& request, int32_t drafts, bool reads_laws,
+                                           RequestShared& shared) {
   const VerifyArgs& args = request.args();
   const int64_t b = request.index();
   const int32_t node = static_cast<int32_t>(threadIdx.x);
@@ -112,11 +111,18 @@ __device__ void load_proposal(const Request& request, int32_t drafts, bool reads
   __syncthreads();
 }
 
-// What the rows of each node's parent say of its token. By the leading warp, while the others read rows.
-__device__ void load_elements(const Request& request, int32_t drafts, bool reads_laws,
-                              RequestShared& shared) {
+// All that can be known before a law is: the tree, its coins, and what the rows of each node's parent say of
+// its token. By the leading warp, while the others read rows.
+__device__ __noinline__ void look_ahead(const Request& request, const Header& header, bool reads_laws,
+                                        RequestShared& shared) {
   const VerifyArgs& args = request.args();
-  for (int32_t node = 1 + lane_id(); node <= drafts; node += kWarpSize) {
+  const int32_t drafts = header.drafts;
+  const uint64_t seed = args.sampling.seed[header.slot];
+  const uint64_t base = static_cast<uint64_t>(read_index(args.base, request.index()));
+  for (int32_t node = lane_id(); node <= drafts; node += kWarpSize) {
+    shared.coin[node] = random_coin(seed, base, static_cast<uint32_t>(node));
+    shared.closing_bits[node] = random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
+    if (node == 0) continue;
     const int32_t parent = shared.parents[node], token = shared.tokens[node];
     if (parent < 0 || token < 0) continue;
     shared.target_element[node] = element_at(request.target_row(parent), token);
@@ -141,6 +147,13 @@ __device__ void load_elements(const Request& request, int32_t drafts, bool reads
     }
     shared.draft_element[node] = element;
   }
+  bool usable = header.count_usable && build_tree_by_warp(shared.tree, drafts + 1, shared.parents);
+  for (int32_t node = 1 + lane_id(); usable && node <= drafts; node += kWarpSize) {
+    usable = shared.tokens[node] >= 0 && shared.tree.depth[node] < args.tokens.shape[1];
+  }
+  usable = __all_sync(kAllLanes, usable) != 0;
+  if (!usable) build_tree_by_warp(shared.tree, 1, shared.parents);
+  if (lane_id() == 0) shared.tree_usable = usable;
   __syncwarp();
 }
 
@@ -159,18 +172,18 @@ __device__ bool is_last_cluster(const Request& request, int32_t clusters, Reques
   return shared.is_last != 0;
 }
 
-__device__ void lead(const VerifyLaunch& launch, const Request& request, Team& team,
-                     const TeamFilters& filters, const Header& header, int32_t rows_made,
-                     RequestShared& shared) {
+__device__ __noinline__ void lead(const VerifyLaunch& launch, const Request& request, Team& team,
+                                  const TeamFilters& filters, const Header& header, int32_t rows_made,
+                                  RequestShared& shared) {
   const VerifyArgs& args = launch.args;
   VerifyRows rows(request, team, filters, shared);
   rows.note_made(0, rows_made);
   int32_t status = 0;
-  if (!header.count_usable || !rows.take_proposal(header.drafts, header.rule)) status |= kBadDraft;
+  if (!rows.take_proposal(header.rule)) status |= kBadDraft;
   WalkOptions options{header.rule, args.draw, args.num_paths, args.tolerance};
   options.tolerance.rates = launch.rates;
   PhiloxCoins coins{args.sampling.seed[header.slot],
-                    static_cast<uint64_t>(read_index(args.base, request.index()))};
+                    static_cast<uint64_t>(read_index(args.base, request.index())), shared.coin};
   const TreeVerdict verdict = walk(rows, rows.tree(), options, shared.states, coins);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
   const int64_t closing = close(rows, verdict, coins, options.rule);
@@ -205,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) verify_kernel(const __grid_consta
   const int64_t warp =
       (rank + static_cast<int64_t>(size) * (threadIdx.x / kWarpSize)) * launch.clusters + part;
   const int64_t workers = static_cast<int64_t>(size) * kWarps * launch.clusters;
-  if (team.leads()) load_elements(request, header.drafts, reads_laws, shared);
+  if (team.leads()) look_ahead(request, header, reads_laws, shared);
   team.read_rows_of(0, rows, reads_laws, warp, workers);
   if (!is_last_cluster(request, launch.clusters, shared)) return;
   cluster_sync();
@@ -252,9 +265,7 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
   };
   take(workspace.arrivals, batch);
   take(workspace.edits, batch * plan.lists);
-  take(workspace.exact, batch * plan.tiles);
   take(workspace.stats, rows * plan.stats_tiles);
-  take(workspace.sums, batch * plan.tiles);
   workspace.max_edits = static_cast<int32_t>(plan.lists);
   const int64_t lanes = rows * plan.stats_tiles * kWarpSize;
   if (lanes * 4 <= kMostForLanes) take(workspace.lanes, lanes);

@@ -12,14 +12,13 @@ class VerifyRows {
   __device__ VerifyRows(const Request& request, Team& team, const TeamFilters& filters, RequestShared& shared)
       : request_(request), args_(request.args()), team_(team), filters_(filters), shared_(shared) {
     ignore_draft_laws_ = greedy() || args_.draw == Draw::deterministic || !request.laws();
-    root_alone();
   }
 
-  // Drafts 1 .. `drafts` as they stand in shared memory. False: the request is decoded without drafts. Judged
-  // from the proposal alone, before any coin, so that dropping it changes no law.
-  __device__ bool take_proposal(int32_t drafts, Rule rule) {
+  // The tree as it stands in shared memory. False: the request is decoded without drafts. Judged from the
+  // proposal alone, before any coin, so that dropping it changes no law.
+  __device__ __noinline__ bool take_proposal(Rule rule) {
     if (rule == Rule::target_only || rule == Rule::coupled) ignore_draft_laws_ = true;
-    bool usable = build(drafts) && shape_suits(rule);
+    bool usable = shared_.tree_usable && shape_suits(rule);
     if (usable && !ignore_draft_laws_) {
       make_draft_laws();
       usable = laws_usable();
@@ -28,25 +27,36 @@ class VerifyRows {
     return usable;
   }
 
+  __device__ void root_alone() {
+    __syncwarp();
+    build_tree_by_warp(shared_.tree, 1, shared_.parents);
+    __syncwarp();
+  }
+
   __device__ const TreeIndex& tree() const { return shared_.tree; }
   __device__ bool greedy() const { return filters_.target.temperature == 0.0f; }
   __device__ int64_t token(int32_t node) const { return shared_.tokens[node]; }
+  __device__ uint32_t coin(int32_t node) const { return shared_.coin[node]; }
+  __device__ uint64_t closing_bits(int32_t node) const { return shared_.closing_bits[node]; }
   __device__ DeviceRow target_row(int32_t node) const { return request_.target_row(node); }
 
   __device__ const RowLaw& target_law(int32_t node) {
-    if (!shared_.target_made[node]) {
-      Command command;
-      command.task = Task::laws;
-      command.first = node;
-      command.count = 1;
-      call(command);
-      note_made(node, 1);
-    }
+    if (!shared_.target_made[node]) make_target_law(node);
     return shared_.target[node];
   }
 
-  __device__ void note_made(int32_t first, int32_t count) {
+  // The laws of target rows first .. first + count - 1 are there: so is what they say of the drafts.
+  __device__ __noinline__ void note_made(int32_t first, int32_t count) {
+    __syncwarp();
     for (int32_t i = lane_id(); i < count; i += kWarpSize) shared_.target_made[first + i] = 1;
+    for (int32_t node = 1 + lane_id(); node < tree().nodes; node += kWarpSize) {
+      const int32_t parent = shared_.parents[node];
+      if (parent < first || parent >= first + count) continue;
+      const RowLaw& law = shared_.target[parent];
+      shared_.target_prob[node] = law.kind == LawKind::point
+                                      ? (token(node) == law.top ? 1.0 : 0.0)
+                                      : probability_in(law, shared_.target_element[node]);
+    }
     __syncwarp();
   }
 
@@ -60,16 +70,11 @@ class VerifyRows {
     return false;
   }
   __device__ double target_prob(int32_t node, int32_t child) {
-    const RowLaw& law = target_law(node);
-    if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
-    return probability_in(law, shared_.target_element[child]);
+    target_law(node);
+    return shared_.target_prob[child];
   }
-  __device__ double draft_prob(int32_t node, int32_t child) const {
-    const RowLaw& law = shared_.draft[node];
-    if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
-    return probability_in(law, shared_.draft_element[child]);
-  }
-  __device__ double residual(int32_t node, double gain) {
+  __device__ double draft_prob(int32_t, int32_t child) const { return shared_.draft_prob[child]; }
+  __device__ __noinline__ double residual(int32_t node, double gain) {
     Residual residual = residual_of(node, gain);
     const uint64_t whole = residual.target_law.mass;
     if (residual.draft.data == nullptr) {
@@ -90,10 +95,10 @@ class VerifyRows {
     }
     return false;
   }
-  __device__ double entropy(int32_t node) {
+  __device__ __noinline__ double entropy(int32_t node) {
     const RowLaw& law = target_law(node);
     if (law.kind == LawKind::point) return 0.0;
-    const double sum = static_cast<double>(ask(Task::entropy, whole(node)));
+    const double sum = static_cast<double>(ask(about(Task::entropy, node)));
     const double mass = static_cast<double>(law.mass);
     return log_positive(mass / kMassUnit) + kLn2 * (sum / mass);
   }
@@ -102,12 +107,10 @@ class VerifyRows {
     if (law.kind == LawKind::point) return token(child) == law.top ? 1.0 : 0.0;
     return static_cast<double>(weight_in(law, shared_.target_element[child]));
   }
-  __device__ bool among_top(int32_t node, int32_t child, int32_t k) {
+  __device__ __noinline__ bool among_top(int32_t node, int32_t child, int32_t k) {
     const RowLaw& law = target_law(node);
     if (law.kind == LawKind::point) return (token(child) == law.top ? 0 : 1) < k;
-    Command command;
-    command.task = Task::likelier;
-    command.residual = whole(node);
+    Command command = about(Task::likelier, node);
     command.bound = shared_.target_element[child];
     return static_cast<int64_t>(ask(command)) < k;
   }
@@ -115,11 +118,9 @@ class VerifyRows {
   __device__ void keep_first_path(int32_t) {}
 
   // The token whose Gumbel noise wins at this node.
-  __device__ int64_t raced(int32_t node, uint64_t seed, uint64_t position) {
+  __device__ __noinline__ int64_t raced(int32_t node, uint64_t seed, uint64_t position) {
     if (target_law(node).kind == LawKind::point) return target_law(node).top;
-    Command command;
-    command.task = Task::race;
-    command.residual = whole(node);
+    Command command = about(Task::race, node);
     command.seed = seed;
     command.position = position;
     call(command);
@@ -137,7 +138,7 @@ class VerifyRows {
     return token >= 0 ? token : draw_from(whole(verdict.node), bits, verdict.node, 0.0);
   }
 
-  __device__ void call(const Command& command) {
+  __device__ __noinline__ void call(const Command& command) {
     __syncwarp();
     if (static_cast<uint32_t>(lane_id()) < team_.size())
       *of_block(&shared_.command, static_cast<uint32_t>(lane_id())) = command;
@@ -147,14 +148,14 @@ class VerifyRows {
     cluster_sync();
   }
 
-  __device__ uint64_t ask(const Command& command) {
+  __device__ __noinline__ uint64_t ask(const Command& command) {
     call(command);
     uint64_t sum = 0;
     for (uint32_t rank = 0; rank < team_.size(); ++rank) sum += shared_.part[rank];
     return sum;
   }
 
-  __device__ uint64_t most(const Command& command) {
+  __device__ __noinline__ uint64_t most(const Command& command) {
     call(command);
     uint64_t most = 0;
     for (uint32_t rank = 0; rank < team_.size(); ++rank)
@@ -162,7 +163,7 @@ class VerifyRows {
     return most;
   }
 
-  __device__ Residual whole(int32_t node) {
+  __device__ __noinline__ Residual whole(int32_t node) {
     Residual residual;
     residual.target = target_row(node);
     residual.target_law = target_law(node);
@@ -170,46 +171,35 @@ class VerifyRows {
     return residual;
   }
 
-  // The logits as they were given, under the plain softmax.
-  __device__ Residual raw(int32_t node) {
+  // The law of a node's logits as they were given, under the plain softmax.
+  __device__ __noinline__ RowLaw raw_law(int32_t node) {
     Command command;
-    command.task = Task::one_law;
-    command.residual.target = request_.raw_target_row(node);
+    command.task = Task::raw_law;
+    command.first = node;
+    command.raw = true;
     call(command);
-    command.residual.target_law = shared_.one_law;
-    return command.residual;
+    return shared_.raw_law;
+  }
+
+  __device__ __noinline__ Command about(Task task, int32_t node) {
+    Command command;
+    command.task = task;
+    command.first = node;
+    command.target_law = target_law(node);
+    return command;
   }
 
  private:
-  __device__ uint64_t ask(Task task, const Residual& residual) {
+  __device__ __noinline__ void make_target_law(int32_t node) {
     Command command;
-    command.task = task;
-    command.residual = residual;
-    return ask(command);
+    command.task = Task::laws;
+    command.first = node;
+    command.count = 1;
+    call(command);
+    note_made(node, 1);
   }
 
-  __device__ void root_alone() {
-    __syncwarp();
-    if (lane_id() == 0) build_tree(shared_.tree, 1, [](int32_t) { return -1; });
-    __syncwarp();
-  }
-
-  __device__ bool build(int32_t drafts) {
-    bool usable = true;
-    if (lane_id() == 0) {
-      usable = build_tree(shared_.tree, drafts + 1, [&](int32_t node) { return shared_.parents[node]; });
-    }
-    usable = __shfl_sync(kAllLanes, usable ? 1 : 0, 0) != 0;
-    __syncwarp();
-    if (!usable) return false;
-    const int64_t columns = args_.tokens.shape[1];
-    for (int32_t node = 1 + lane_id(); node <= drafts; node += kWarpSize) {
-      usable = usable && shared_.tokens[node] >= 0 && tree().depth[node] < columns;
-    }
-    return __all_sync(kAllLanes, usable) != 0;
-  }
-
-  __device__ bool shape_suits(Rule rule) const {
+  __device__ __noinline__ bool shape_suits(Rule rule) const {
     const bool paths = args_.draw == Draw::iid_paths;
     if (rule == Rule::gbv) return paths && has_even_leaves(tree()) && all_or_none_dense();
     if (rule == Rule::spectr && args_.draw == Draw::without_replacement) return false;
@@ -230,7 +220,7 @@ class VerifyRows {
   }
 
   // Those that nobody has made yet: handed over, or given as lists.
-  __device__ void make_draft_laws() {
+  __device__ __noinline__ void make_draft_laws() {
     for (int32_t i = lane_id(); i < shared_.num_dense; i += kWarpSize) {
       const int32_t node = shared_.dense[i];
       const int64_t row = shared_.law_row[node];
@@ -246,6 +236,15 @@ class VerifyRows {
         law.usable = law.usable && law.top >= 0 && law.top < request_.vocab();
       }
       law.usable = law.usable && request_.draft_sound(row);
+    }
+    __syncwarp();
+    for (int32_t node = 1 + lane_id(); node < tree().nodes; node += kWarpSize) {
+      const int32_t parent = shared_.parents[node];
+      if (shared_.law_row[parent] < 0) continue;
+      const RowLaw& law = shared_.draft[parent];
+      shared_.draft_prob[node] = law.kind == LawKind::point
+                                     ? (token(node) == law.top ? 1.0 : 0.0)
+                                     : probability_in(law, shared_.draft_element[node]);
     }
     __syncwarp();
   }
@@ -267,7 +266,7 @@ class VerifyRows {
     return (id >= 0 && id < request_.vocab()) || list_prob(law_row, i) != 0.0f;
   }
 
-  __device__ RowLaw law_of_list(int64_t row) const {
+  __device__ __noinline__ RowLaw law_of_list(int64_t row) const {
     RowLaw law;
     law.kind = LawKind::probs;
     law.cut = kLeastProb;
@@ -294,7 +293,7 @@ class VerifyRows {
 
   // Every child must be possible under the law it is said to come from, and no more than certain: a record
   // may be that of another row.
-  __device__ bool laws_usable() const {
+  __device__ __noinline__ bool laws_usable() const {
     bool usable = true;
     for (int32_t node = lane_id(); node < tree().nodes; node += kWarpSize) {
       if (tree().first_child[node] == kNoNode) continue;
@@ -320,7 +319,7 @@ class VerifyRows {
   }
 
   // The first `count` children of a node have no mass any more.
-  __device__ void exclude_children(Residual& residual, int32_t node, int32_t count) {
+  __device__ __noinline__ void exclude_children(Residual& residual, int32_t node, int32_t count) {
     int edits = 0;
     int32_t child = tree().first_child[node];
     for (int32_t i = 0; i < count; ++i, child = tree().next_sibling[child]) {
@@ -333,7 +332,7 @@ class VerifyRows {
     residual.num_edits = edits;
   }
 
-  __device__ Residual residual_of(int32_t node, double gain) {
+  __device__ __noinline__ Residual residual_of(int32_t node, double gain) {
     Residual residual = whole(node);
     const RowLaw& law = shared_.draft[node];
     const int64_t row = shared_.law_row[node];
@@ -349,7 +348,6 @@ class VerifyRows {
       residual.draft = request_.draft_row(row);
       residual.draft_law = law;
       residual.gain = in_weights;
-      residual.sums = request_.sums();
       return residual;
     }
     int edits = 0;
@@ -370,7 +368,7 @@ class VerifyRows {
     return residual;
   }
 
-  __device__ Residual closing_of(const TreeVerdict& verdict) {
+  __device__ __noinline__ Residual closing_of(const TreeVerdict& verdict) {
     if (verdict.closing == Closing::bonus) return whole(verdict.node);
     if (dense(verdict.node)) return residual_of(verdict.node, verdict.state.gain);
     Residual residual = whole(verdict.node);
@@ -378,23 +376,37 @@ class VerifyRows {
     return residual;
   }
 
-  // Mass of a residual with a draft row; the sums of its tiles stay for a draw from it.
-  __device__ uint64_t residual_mass(const Residual& residual, int32_t node, double gain) {
+  // Mass of a residual with a draft row; the masses of its tiles stay for a draw from it.
+  __device__ __noinline__ uint64_t residual_mass(const Residual& residual, int32_t node, double gain) {
     if (summed_node_ != node || summed_gain_ != gain) {
-      summed_mass_ = ask(Task::residual_sums, residual);
+      summed_mass_ = ask(in_tiles(Task::residual_sums, residual, node));
       summed_node_ = node;
       summed_gain_ = gain;
     }
     return summed_mass_;
   }
 
-  __device__ int64_t draw_from(const Residual& residual, uint64_t bits, int32_t node, double gain) {
-    if (residual.draft.data != nullptr) residual_mass(residual, node, gain);
+  __device__ __noinline__ Command in_tiles(Task task, const Residual& residual, int32_t node) {
+    Command command = about(task, node);
+    command.with_draft = residual.draft.data != nullptr;
+    command.draft_law = residual.draft_law;
+    command.gain = residual.gain;
+    return command;
+  }
+
+  __device__ __noinline__ int64_t draw_from(const Residual& residual, uint64_t bits, int32_t node,
+                                            double gain) {
     TokenDraw draw(residual, shared_.filter.bins);
+    if (residual.draft.data != nullptr) {
+      residual_mass(residual, node, gain);
+    } else {
+      draw.take_masses_of_row();
+    }
+    summed_node_ = kNoNode;  // a draw may use the masses up
     const int64_t token = draw.by_estimate(bits);
     if (token != kUndecided) return token;
-    ask(Task::exact_masses, residual);
-    return draw.exactly(bits, request_.exact());
+    ask(in_tiles(Task::exact_masses, residual, node));
+    return draw.exactly(bits);
   }
 
   static constexpr int64_t kForeign = int64_t{1}
@@ -413,7 +425,7 @@ class VerifyRows {
 
 // The share of the draft's law that the first `count` children have not. Counted anew rather than subtracted:
 // after a token that was all but certain, little is left, and drafts are drawn from that.
-__device__ inline double VerifyRows::left(int32_t node, int32_t count) {
+__device__ __noinline__ double VerifyRows::left(int32_t node, int32_t count) {
   const RowLaw& law = shared_.draft[node];
   const auto taken = [&](int64_t id) {
     int32_t child = tree().first_child[node];
@@ -427,53 +439,22 @@ __device__ inline double VerifyRows::left(int32_t node, int32_t count) {
   if (!request_.has_row_laws()) {
     double left = 0.0;
     for (int64_t i = 0; i < args_.topk_ids.shape[2]; ++i) {
-      if (counts(law_row, i) && !taken(list_id(law_row, i)))
+      if (counts(law_row, i) && !taken(list_id(law_row, i))) {
         left += static_cast<double>(weight_in(law, list_prob(law_row, i)));
+      }
     }
     return left * kMassUnit / static_cast<double>(law.mass);
   }
-  const DeviceRow row = request_.draft_row(law_row);
-  const bool probs = law.kind == LawKind::probs;
-  const float nothing = probs ? 0.0f : -infinity();
-  const double reach = probs ? 0.0 : 125.0 / static_cast<double>(law.scale);
-  const int64_t tiles = tiles_of(row.size);
-  const auto read = [&](int64_t index, LaneTile& tile) {
-    load_tile(row, index, probs, tile);
-    int32_t child = tree().first_child[node];
-    for (int32_t i = 0; i < count; ++i, child = tree().next_sibling[child]) {
-      if (token(child) / kTile != index) continue;
-      const int element = static_cast<int>(token(child) % kTile);
-#pragma unroll
-      for (int j = 0; j < 32; ++j) {
-        if (LaneTile::element_of(j) == element) tile.x[j] = nothing;
-      }
-    }
-    float high = -infinity();
-#pragma unroll
-    for (int j = 0; j < 32; ++j) high = fmaxf(high, tile.x[j]);
-    return max_of_warp(high);
-  };
-  float max = -infinity();
-  for (int64_t index = 0; index < tiles; ++index) {
-    LaneTile tile;
-    max = fmaxf(max, read(index, tile));
-  }
+  Command command = about(Task::left_max, node);
+  command.count = count;
+  command.with_draft = true;
+  command.draft_law = law;
+  const float max = value_of(static_cast<uint32_t>(most(command)));
   if (!(max >= law.cut)) return 0.0;
-  uint64_t mass = 0;  // in units of the likeliest token that is left
-  for (int64_t index = 0; index < tiles; ++index) {
-    LaneTile tile;
-    const float anchor = read(index, tile);
-    if (anchor < law.cut) continue;
-    if (probs) {
-      const float sum = sum_of_tile([&](int i) { return tile.x[i] < law.cut ? 0.0f : tile.x[i]; });
-      mass += mass_of_tile(sum, 1.0f / max);
-    } else {
-      const float cut = fmaxf(law.cut, static_cast<float>(static_cast<double>(anchor) - reach));
-      mass += mass_of_tile(sum_of_weights(tile, anchor, law.scale, cut),
-                           weight_of_logit(anchor, max, law.scale, law.cut));
-    }
-  }
-  return static_cast<double>(mass) * static_cast<double>(weight_in(law, max)) / static_cast<double>(law.mass);
+  command.task = Task::left_mass;
+  command.bound = max;
+  const double mass = static_cast<double>(ask(command));  // in units of the likeliest token that is left
+  return mass * static_cast<double>(weight_in(law, max)) / static_cast<double>(law.mass);
 }
 
 }  // namespace foretoken::cuda

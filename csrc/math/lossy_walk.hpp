@@ -17,7 +17,7 @@ FORETOKEN_HD inline bool is_near(double relative, double least) {
 // The deepest node all of whose path is acceptable, the first of them on ties; `acceptable(row, node)` throws
 // no coin. The closing token comes from the target's own row there.
 template <class Rows, class Acceptable>
-FORETOKEN_HD inline TreeVerdict walk_acceptable(Rows& rows, const TreeIndex& tree, Acceptable acceptable) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_acceptable(Rows& rows, const TreeIndex& tree, Acceptable acceptable) {
   bool kept[kMaxNodes];
   kept[0] = true;
   int32_t best = 0;
@@ -33,8 +33,8 @@ FORETOKEN_HD inline TreeVerdict walk_acceptable(Rows& rows, const TreeIndex& tre
 // `threshold_sum`; or a probability of `threshold_single` alone. Both at 1: the lossless target-only walk.
 // The coin is asked child by child, with the chance that is left.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_threshold(Rows& rows, const TreeIndex& tree, double threshold_single,
-                                               double threshold_sum, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_threshold(Rows& rows, const TreeIndex& tree, double threshold_single,
+                                                double threshold_sum, Decisions& decide) {
   int32_t node = 0;
   while (true) {
     NodeState state;
@@ -58,9 +58,9 @@ FORETOKEN_HD inline TreeVerdict walk_threshold(Rows& rows, const TreeIndex& tree
 // Relaxed where the target is sure of itself (entropy <= window): the first child within `delta` nats of the
 // likeliest token is kept, and a row without one closes from the target. Elsewhere the sibling walk.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex& tree, double window,
-                                                    double least_relative, bool without_replacement,
-                                                    Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex& tree, double window,
+                                                     double least_relative, bool without_replacement,
+                                                     Decisions& decide) {
   int32_t node = 0;
   while (true) {
     NodeState state;
@@ -84,8 +84,8 @@ FORETOKEN_HD inline TreeVerdict walk_entropy_window(Rows& rows, const TreeIndex&
 
 // The first child of a node is kept at the given rate of its depth, whatever the models say.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_synthetic(Rows& rows, const TreeIndex& tree, const float* rates,
-                                               int64_t num_rates, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_synthetic(Rows& rows, const TreeIndex& tree, const float* rates,
+                                                int64_t num_rates, Decisions& decide) {
   int32_t node = 0;
   while (tree.first_child[node] != kNoNode && rows.usable(node)) {
     const int32_t child = tree.first_child[node];

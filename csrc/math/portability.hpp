@@ -6,8 +6,11 @@
 
 #if defined(__CUDACC__)
 #define FORETOKEN_HD __host__ __device__
+// Where copies of long code would have to be fetched by every multiprocessor.
+#define FORETOKEN_HD_OUTLINE __host__ __device__ __noinline__
 #else
 #define FORETOKEN_HD
+#define FORETOKEN_HD_OUTLINE inline
 #endif
 
 // Forced: the same header is compiled for several instruction sets, and a shared out-of-line copy

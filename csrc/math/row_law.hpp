@@ -93,7 +93,11 @@ FORETOKEN_INLINE float weight_in(const RowLaw& law, float element) {
 
 // Nearest whole number of mass units for a weight in [0, 1]; adding 2^52 rounds half to even, exactly.
 FORETOKEN_INLINE uint64_t mass_of(float weight) {
+#if defined(__CUDA_ARCH__)
+  return __float2ull_rn(weight * static_cast<float>(kMassUnit));  // the same: a power of two changes no digit
+#else
   return bits_of(static_cast<double>(weight) * kMassUnit + 4503599627370496.0) & 0x000FFFFFFFFFFFFFull;
+#endif
 }
 
 // A tile's float32 sum, taken relative to the tile's largest element, in mass units of the row.

@@ -65,8 +65,8 @@ FORETOKEN_HD inline double left_of_draft(Rows& rows, int32_t row, const NodeStat
 // reading two rows, so where nobody will ask for it (`wanted`) it is left as it was. `replaces_left`: a
 // sibling is still to come that was drawn without this one.
 template <class Rows>
-FORETOKEN_HD inline double reject(Rows& rows, int32_t row, NodeState& state, int32_t child, double weight,
-                                  bool wanted, bool replaces_left) {
+FORETOKEN_HD_OUTLINE double reject(Rows& rows, int32_t row, NodeState& state, int32_t child, double weight,
+                                   bool wanted, bool replaces_left) {
   const double before = state.rest;
   const int32_t elders = state.rejected++;
   if (!rows.dense(row)) {
@@ -92,7 +92,7 @@ FORETOKEN_HD inline TreeVerdict stop_at(Rows& rows, int32_t node, const NodeStat
 // [1, k] with 1 - (1 - beta)^k = rho * beta, beta being the mass of min(draft, target / rho). As rho * beta
 // is what [target - rho * draft]+ leaves of the target, one residual mass per step is all that is needed.
 template <class Rows>
-FORETOKEN_HD inline double transport_ratio(Rows& rows, int32_t row, int32_t siblings) {
+FORETOKEN_HD_OUTLINE double transport_ratio(Rows& rows, int32_t row, int32_t siblings) {
   const auto excess = [&](double rho) {  // >= 0 left of the root, <= 0 right of it
     const double residual = rows.residual(row, rho);
     const double missed = 1.0 - (1.0 - residual) / rho;
@@ -129,8 +129,8 @@ enum class Siblings : uint8_t { independent, without_replacement, transport };
 // siblings, "Sequoia" (Chen et al. 2024, algorithm 2) without replacement; where the children are
 // deterministic, the walk that accepts a child with its own target probability: optimal there.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree, Siblings siblings,
-                                              Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree, Siblings siblings,
+                                               Decisions& decide) {
   int32_t node = 0;
   while (true) {
     NodeState state;
@@ -159,9 +159,9 @@ FORETOKEN_HD inline TreeVerdict walk_siblings(Rows& rows, const TreeIndex& tree,
 // From the leaves up, in the tree that hangs from `top`'s child `child`; `states[top]` says what `top` has
 // lost so far. The last accepted node, or `top` if nothing below was: then its state has lost the child.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline int32_t climb(Rows& rows, const TreeIndex& tree, int32_t top, int32_t child,
-                                  bool without_replacement, NodeState* states, int16_t* next,
-                                  Decisions& decide) {
+FORETOKEN_HD_OUTLINE int32_t climb(Rows& rows, const TreeIndex& tree, int32_t top, int32_t child,
+                                   bool without_replacement, NodeState* states, int16_t* next,
+                                   Decisions& decide) {
   int32_t node = top;
   next[top] = static_cast<int16_t>(child);
   do {
@@ -199,8 +199,8 @@ FORETOKEN_HD inline int32_t climb(Rows& rows, const TreeIndex& tree, int32_t top
 // On a chain this is block verification (Sun et al. 2024, algorithm 2): all coins count, the longest kept
 // prefix wins. `states` has room for the nodes of the tree.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_traversal(Rows& rows, const TreeIndex& tree, bool without_replacement,
-                                               NodeState* states, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_traversal(Rows& rows, const TreeIndex& tree, bool without_replacement,
+                                                NodeState* states, Decisions& decide) {
   int16_t next[kMaxNodes];
   states[0] = NodeState{};
   for (int32_t child = tree.first_child[0]; child != kNoNode && rows.usable(0);
@@ -216,8 +216,8 @@ FORETOKEN_HD inline TreeVerdict walk_traversal(Rows& rows, const TreeIndex& tree
 // below either rule's walk of the siblings, and equal to traversal on chains. `states` has room for the nodes
 // of the tree.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_mixed(Rows& rows, const TreeIndex& tree, bool without_replacement,
-                                           NodeState* states, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_mixed(Rows& rows, const TreeIndex& tree, bool without_replacement,
+                                            NodeState* states, Decisions& decide) {
   bool suits[kMaxNodes];
   int16_t next[kMaxNodes];
   find_suiting(tree, without_replacement, suits);
@@ -247,7 +247,7 @@ FORETOKEN_HD inline TreeVerdict walk_mixed(Rows& rows, const TreeIndex& tree, bo
 // With noise that the drafter shares, "Coupling without communication and drafter-invariant speculative
 // decoding" (Daliri et al. 2024, section 4): the text depends on the noise and the target alone.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_coupled(Rows& rows, const TreeIndex& tree, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_coupled(Rows& rows, const TreeIndex& tree, Decisions& decide) {
   int32_t node = 0;
   while (true) {
     if (!rows.usable(node)) return {node, Closing::argmax, NodeState{}};

@@ -21,11 +21,9 @@ struct Constraints {
   float presence = 0.0f;    // subtracted once if it was generated at all
   int32_t min_new_tokens = 0;
 
-  bool needs_history() const {
-    return repetition != 1.0f || frequency != 0.0f || presence != 0.0f || min_new_tokens > 0 ||
-           num_bad_words > 0;
-  }
-  bool any() const { return num_bias > 0 || needs_history(); }
+  FORETOKEN_HD bool penalises() const { return repetition != 1.0f || frequency != 0.0f || presence != 0.0f; }
+  FORETOKEN_HD bool needs_history() const { return penalises() || min_new_tokens > 0 || num_bad_words > 0; }
+  FORETOKEN_HD bool any() const { return num_bias > 0 || needs_history(); }
 };
 
 // The sampling law of S request slots; arrays of length `size`, validated when they were filled.

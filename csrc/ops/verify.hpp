@@ -59,8 +59,8 @@ struct VerifyArgs {          // B rows, N draft nodes, T = N + 1, V vocabulary, 
   SamplingView sampling;  //
   SamplingView draft_sampling;  // applied to draft_logits by the function that drew
   bool target_constrained = false, draft_constrained = false;  // some slot of the tables has constraints
-  HistoryView history;          // of the target's ids
-  TensorView rules;             // [S] uint8 Rule of each slot; null: `rule` for all
+  HistoryView history;                                         // of the target's ids
+  TensorView rules;  // [S] uint8 Rule of each slot; null: `rule` for all
   Rule rule = Rule::automatic;
   Draw draw = Draw::iid;
   int32_t num_paths = 1;  // of iid_paths

@@ -21,8 +21,8 @@ FORETOKEN_HD inline double exp_minus(double nats) {
 }
 
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
-                                           Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
+                                            Decisions& decide) {
   const Tolerance& tolerance = options.tolerance;
   const auto typical = [&](int32_t row, int32_t node) {
     const double bound = static_cast<double>(tolerance.typical_delta) * exp_minus(rows.entropy(row));
@@ -50,8 +50,8 @@ FORETOKEN_HD inline TreeVerdict walk_lossy(Rows& rows, const TreeIndex& tree, co
 
 // `states` has room for the nodes of the tree.
 template <class Rows, class Decisions>
-FORETOKEN_HD inline TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
-                                     NodeState* states, Decisions& decide) {
+FORETOKEN_HD_OUTLINE TreeVerdict walk(Rows& rows, const TreeIndex& tree, const WalkOptions& options,
+                                      NodeState* states, Decisions& decide) {
   const bool without_replacement = options.draw == Draw::without_replacement;
   const Siblings siblings = without_replacement ? Siblings::without_replacement : Siblings::independent;
   if (options.rule == Rule::lossy_synthetic) return walk_lossy(rows, tree, options, decide);

@@ -46,6 +46,7 @@ LAWS = "cpu/draft_laws.cpp"
 LOGITS = "cpu/rows.cpp"
 FILTERS = "cpu/filters.cpp"
 EDITS = "cpu/processing.cpp"
+PENALTIES = "ops/logit_edits.hpp"
 SAMPLE = "cpu/sampling.cpp"
 GUMBEL = "math/gumbel.hpp"
 
@@ -345,16 +346,16 @@ PROCESSING = [
     equivalent("all tokens are candidates", "those too light for top-p too",
                (FILTERS, "if («light > 1e-30»)", "false")),
     defect("presence counts the prompt", "a token of the prompt is held against itself",
-           (EDITS, "if («generated > 0») {\n    logit -= rule.frequency", "true")),
+           (PENALTIES, "if («generated > 0») {\n    logit -= rule.frequency", "true")),
     defect("frequency counts the prompt", "tokens of the prompt count as output",
            (EDITS, "times += «i >= prompt ? 1 : 0»;", "1")),
     defect("presence per occurrence", "subtracted for every one of them",
-           (EDITS, "logit -= «rule.presence»;", "rule.presence * static_cast<float>(generated)")),
+           (PENALTIES, "logit -= «rule.presence»;", "rule.presence * static_cast<float>(generated)")),
     defect("repetition divides always", "negative logits rise",
-           (EDITS, "«logit > 0.0f ? logit / rule.repetition : logit * rule.repetition»", "logit / "
+           (PENALTIES, "«logit > 0.0f ? logit / rule.repetition : logit * rule.repetition»", "logit / "
                                                                                          "rule.repetition")),
     defect("repetition of the output alone", "the prompt does not count",
-           (EDITS, "if («rule.repetition != 1.0f») logit =", "rule.repetition != 1.0f && generated > 0")),
+           (PENALTIES, "if («rule.repetition != 1.0f») logit =", "rule.repetition != 1.0f && generated > 0")),
     defect("minimum length forgets the path", "stop tokens are held back too long",
            (EDITS, "if («generated_ + static_cast<int64_t>(path.size()) < rule.min_new_tokens»)",
             "generated_ < rule.min_new_tokens")),

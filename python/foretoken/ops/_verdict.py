@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Verdict:
     """As ``top_tokens``, of that softmax."""
     raw_top_logprobs: Tensor | None = None
     """As ``top_logprobs``, of that softmax."""
-    workspace: Tensor | None = None
+    workspace: Tensor | None = field(default=None, repr=False, compare=False)
     """uint8 or None: scratch of the kernels on CUDA, made at the first call that needs it. Nothing else may
     use it while a call is under way.
     """
