@@ -148,6 +148,46 @@ def test_attached_calls_and_callbacks(both, target, draft) -> None:
     assert rounds[:half] == rounds[half:]
 
 
+READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.mark.parametrize("kind", ["ngram", "model"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2_window_softcap", "gpt2"])
+def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: str, kind: str) -> None:
+    """Neither here nor in modelling code: on a device each of these would wait for it."""
+    monkeypatch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+    model = hf_models.tiny_model(family)
+    sizes = {"max_batch": 3, "max_length": 96}
+    runner = ModuleRunner(model, **sizes)
+    drafter: Any = NgramDrafter()
+    if kind == "model":
+        drafter = ModelDrafter(ModuleRunner(model, **sizes), vocab_size=runner.vocab_size, **sizes)
+    session = ft.Session(vocab_size=runner.vocab_size, drafter=drafter, num_drafts=4, **sizes)
+    for row, prompt in enumerate(hf_models.random_prompts(7, 4, 9)):
+        law = ft.Sampling(seed=row, repetition_penalty=1.1) if row else ft.Sampling(temperature=0.0)
+        session.admit(prompt, law, max_new_tokens=80, min_new_tokens=20, eos_ids=[5], stop_ids=[6])
+
+    def one() -> None:
+        step = session.plan()
+        assert step is not None
+        logits = runner(step)
+        session.commit(None if step.kind == "prefill" else logits)
+        list(session.events())
+
+    while session.metrics.steps < 3:
+        one()
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a tensor was read")
+
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(torch.Tensor, name, read)
+        for _ in range(4):
+            one()
+    assert session.metrics.steps == 7
+
+
 class Late(torch.nn.Module):
     """A criterion of the caller's own."""
 

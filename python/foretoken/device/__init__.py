@@ -5,5 +5,14 @@ from __future__ import annotations
 from foretoken.device.drafting import DeviceDrafter, drafter_on
 from foretoken.device.places import runs_ahead, why_no_edits_on, why_not_on
 from foretoken.device.rounds import DeviceRounds
+from foretoken.device.rows import numbers
 
-__all__ = ["DeviceDrafter", "DeviceRounds", "drafter_on", "runs_ahead", "why_no_edits_on", "why_not_on"]
+__all__ = [
+    "DeviceDrafter",
+    "DeviceRounds",
+    "drafter_on",
+    "numbers",
+    "runs_ahead",
+    "why_no_edits_on",
+    "why_not_on",
+]

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import ops
-from foretoken.device.rows import Rows
+from foretoken.device.rows import Rows, numbers
 from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal
 from foretoken.ops import RequestState
 from foretoken.ops._commit import upload
 from foretoken.sampling import SamplingTable
 from foretoken.step import Step
+
+BLOCK = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -81,19 +83,21 @@ class TextDrafter:
         """Nothing is kept."""
 
     def propose(self, context: DeviceContext, most: int) -> Proposal:
-        text = context.rows.of(context.state.text)[:, : context.longest]
+        # Whole blocks, so that shapes stay the same for a while; what lies behind a text is never a match.
+        longest = context.longest + -context.longest % BLOCK
+        text = context.rows.of(context.state.text)[:, :longest]
         width = text.shape[1]
         last = (context.base - 1)[:, None]
-        places = torch.arange(width, device=text.device)
-        ends = torch.arange(1 - self._max, 1, device=text.device)
-        suffix = text.gather(1, (last + ends).clamp_min(0))
+        places = numbers(width, text.device)
+        first = last + (1 - self._max)
+        suffix = text.gather(1, (first + numbers(self._max, text.device)).clamp_min(0))
         windows = pad(text, (self._max - 1, 0), value=-1).unfold(1, self._max, 1)
         same = (windows == suffix[:, None]).flip(2)
         matched = same.to(torch.int32).cumprod(2).sum(2)
         usable = (matched >= self._min) & (places < last)
         # The longest match wins, the most recent of equals.
         best, place = torch.where(usable, matched * width + places, -1).max(1, keepdim=True)
-        ahead = torch.arange(most, device=text.device) % (last - place).clamp_min(1)
+        ahead = numbers(most, text.device) % (last - place).clamp_min(1)
         drafts = text.gather(1, (place + 1 + ahead).clamp_max(width - 1)).long()
         found = torch.where(best[:, 0] >= 0, most, 0).to(torch.int32)
         return Proposal(drafts, torch.minimum(context.budget, found))
@@ -142,7 +146,7 @@ class DeviceModel:
             slots = [slot for slot, length in lacking.items() if length > start]
             counts = [min(chunk, lacking[slot] - start) for slot in slots]
             rows = Rows(slots, context.state.text.shape[1], self._device)
-            columns = torch.arange(max(counts), device=self._device)
+            columns = numbers(max(counts), self._device)
             used = upload(counts, torch.int32, self._device)
             lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
             tokens = rows.tokens_at(context.state.text, lengths[:, None] + columns)
@@ -156,25 +160,25 @@ class DeviceModel:
         """``[B, V]``: what draft k is drawn from."""
         rows = context.rows
         if k > 0:
-            lengths = self._inside(context.base + (k - 1), num_drafts > k, context.longest + k, 1)
+            lengths = self._inside(context.base + (k - 1), num_drafts, k, context.longest + k, 1)
             tokens, used = drafts[:, k - 1 : k], self._ones[: rows.count]
             logits = self._run("decode", rows, context.requests, tokens, lengths, used, context.longest + k)
             return self._fit(logits[:, -1])
         held = torch.minimum(rows.of(self._reach), context.base - 1)
         lacking = (context.base - held).clamp(1, 2)
-        lengths = self._inside(held, num_drafts > 0, context.longest + 1, 2)
-        tokens = rows.tokens_at(context.state.text, lengths[:, None] + torch.arange(2, device=self._device))
+        lengths = self._inside(held, num_drafts, 0, context.longest + 1, 2)
+        tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
         logits = self._run(
             "decode", rows, context.requests, tokens, lengths, lacking.to(torch.int32), context.longest + 1
         )
         return self._fit(logits[rows.numbers, lacking - 1])
 
-    def _inside(self, lengths: Tensor, drafting: Tensor, bound: int, columns: int) -> Tensor:
+    def _inside(self, lengths: Tensor, num_drafts: Tensor, k: int, bound: int, columns: int) -> Tensor:
         """Rows that do not draft are kept inside a cache that may be shorter than the text."""
         most = self._drafter.max_length - columns
         if bound <= most:
             return lengths
-        return torch.where(drafting, lengths, lengths.clamp_max(max(most, 0)))
+        return torch.where(num_drafts > k, lengths, lengths.clamp_max(max(most, 0)))
 
     def _run(
         self,
@@ -186,11 +190,14 @@ class DeviceModel:
         used: Tensor,
         bound: int,
     ) -> Tensor:
-        columns = torch.arange(tokens.shape[1], device=self._device)
+        positions = lengths[:, None]
+        if tokens.shape[1] > 1:
+            columns = numbers(tokens.shape[1], self._device)
+            tokens, positions = tokens.masked_fill(columns >= used[:, None], 0), positions + columns
         step = Step(
             kind,
-            tokens.masked_fill(columns >= used[:, None], 0) if tokens.shape[1] > 1 else tokens,
-            lengths[:, None] + columns,
+            tokens,
+            positions,
             used,
             lengths,
             rows.slots,

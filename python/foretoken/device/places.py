@@ -35,10 +35,11 @@ def _reason(device: torch.device, edits: bool = False) -> str | None:
     info = _core.cuda_info()
     if info["status"] != "ready":
         return str(info["detail"] or f"CUDA is {info['status']}")
-    base = torch.ones(1, dtype=torch.int64, device=device)
     law = Sampling(logit_bias={0: 1.0} if edits else {}, seed=0)
     try:
-        ops.verify(torch.zeros(1, 1, 2, device=device), base[:, None][:, :0], sampling=law, base=base)
+        with torch.cuda.device(device):
+            base = torch.ones(1, dtype=torch.int64, device=device)
+            ops.verify(torch.zeros(1, 1, 2, device=device), base[:, None][:, :0], sampling=law, base=base)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return None

@@ -8,6 +8,7 @@ in one more round as a padded row: nothing of it is read, nothing is emitted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from foretoken import ops
 from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.results import Results
-from foretoken.device.rows import Rows
+from foretoken.device.rows import Rows, numbers
 from foretoken.drafters import Proposal
 from foretoken.metrics import Seconds
 from foretoken.ops import RequestState
@@ -68,13 +69,16 @@ class DeviceRounds:
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
         self._version = -1
         self._rows: Rows | None = None
-        self._row_slots: list[int] = []
         self._row_requests: list[Request] = []
         self._step: Step | None = None
         self._held_open = False
         self._whole: Proposal | None = None  # of the rows that were planned first
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
+        # Kernels are launched on the current device.
+        self._there: AbstractContextManager[object] = nullcontext()
+        if device.type == "cuda":
+            self._there = torch.cuda.device(device)
 
     # ---- requests ----
 
@@ -105,6 +109,17 @@ class DeviceRounds:
 
     def plan(self, seat_all: Any) -> Step | None:
         """As `Session.plan`; ``seat_all`` is called when requests have got slots."""
+        with self._there:
+            return self._plan(seat_all)
+
+    def commit(self, logits: Tensor | None) -> ops.Verdict | None:
+        """As `Session.commit`: issues verification and commit, then settles the round before."""
+        with self._there:
+            return self._commit(logits)
+
+    # ---- inside ----
+
+    def _plan(self, seat_all: Any) -> Step | None:
         began = perf_counter()
         while True:
             shape, again, most, version, self._held_open, seated = self._native.plan_ahead()
@@ -122,6 +137,7 @@ class DeviceRounds:
         if moved:
             self._version = version
             self._row_requests = [self._requests[number] for number in self._native.row_ids()]
+            self._rows = None
         if shape[0] == 1:
             self._step = self._prefill(shape)
         elif not again or moved or self._step is None:
@@ -130,8 +146,7 @@ class DeviceRounds:
         self._seconds.rest += self._mark - began
         return self._step
 
-    def commit(self, logits: Tensor | None) -> ops.Verdict | None:
-        """As `Session.commit`: issues verification and commit, then settles the round before."""
+    def _commit(self, logits: Tensor | None) -> ops.Verdict | None:
         step = self._step
         if step is None:
             raise RuntimeError("commit: no step is planned")
@@ -150,8 +165,6 @@ class DeviceRounds:
         self._mark = perf_counter()
         self._seconds.verify_commit += self._mark - began
         return verdict
-
-    # ---- inside ----
 
     def _settle(self) -> None:
         record = self._results.receive()
@@ -183,10 +196,9 @@ class DeviceRounds:
     def _decode(self, shape: Shape, most: int, again: bool) -> float:
         """Build the step of a round; seconds that the drafter took."""
         self._step = None
-        slots = self._views.flat("slots")[: shape[1]].tolist()
-        if self._rows is None or self._row_slots != slots:
-            self._row_slots = slots
-            self._rows = Rows(slots, self._state.text.shape[1], self._device)
+        if self._rows is None:
+            slots = [request.slot for request in self._row_requests]
+            self._rows = Rows([s for s in slots if s is not None], self._state.text.shape[1], self._device)
         rows = self._rows
         base = rows.of(self._state.base)
         drafted = 0.0
@@ -229,7 +241,7 @@ class DeviceRounds:
     def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
-        columns = torch.arange(proposal.tokens.shape[1] + 1, device=self._device)
+        columns = numbers(proposal.tokens.shape[1] + 1, self._device)
         roots = rows.tokens_at(self._state.text, lengths[:, None])
         tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
         return Step(
@@ -298,6 +310,6 @@ class DeviceRounds:
         # Of no id the mark goes one behind the vocabulary.
         marks = torch.zeros(len(ends), self._vocab_size + 1, dtype=torch.bool, device=self._device)
         marks.scatter_(1, torch.where(ends >= 0, ends, self._vocab_size), True)
-        places = base[:, None] + torch.arange(logits.shape[1], device=self._device)
+        places = base[:, None] + numbers(logits.shape[1], self._device)
         held = places < rows.of(self._held_until)[:, None]
         return logits.masked_fill(held[:, :, None] & marks[:, None, : self._vocab_size], -torch.inf)

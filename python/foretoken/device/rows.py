@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foretoken.ops._commit import upload
+
+
+@functools.lru_cache(maxsize=64)
+def numbers(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]``: 0, 1, 2 and so on, made once."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
 
 
 class Rows:
@@ -19,7 +27,7 @@ class Rows:
         self.range = (slots[0], slots[-1] + 1) if whole else None
         self.slots = upload(slots, torch.int32, device)
         self.index = self.slots.long()
-        self.numbers = torch.arange(self.count, device=device)
+        self.numbers = numbers(self.count, device)
         self._starts = self.index * text_length
         self._text_length = text_length
 

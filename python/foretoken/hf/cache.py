@@ -84,6 +84,7 @@ class _Store:
         self.flat = [[part.view(-1, part.shape[-1]) for part in half] for half in whole]
         self._heads = torch.arange(shape.heads, device=shape.device)
         self._targets = self._heads
+        self._firsts: tuple[Tensor | None, Tensor] = None, self._heads
 
     def slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of every layer, ``[slots, G, rows, D]`` each, without a copy."""
@@ -107,11 +108,13 @@ class _Store:
         first_head = torch.tensor(rows, device=self.shape.device)
         self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
 
-    def aim_on_device(self, slots: Tensor, lengths: Tensor, num_tokens: int) -> None:
-        """The same for ``slots`` and ``lengths`` ``[B]`` that only the device knows."""
-        rows = (lengths[:, None] + torch.arange(num_tokens, device=lengths.device)).clamp_max(self.rows - 1)
-        first_head = slots.long()[:, None] * (self.shape.heads * self.rows) + rows
-        self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
+    def aim_on_device(self, slots: Tensor, positions: Tensor) -> None:
+        """The same for ``slots`` ``[B]`` and ``positions`` ``[B, T]`` that only the device knows."""
+        known, firsts = self._firsts
+        if known is not slots:  # the same object as long as the rows of a session stay the same
+            firsts = (slots.long()[:, None] * self.shape.heads + self._heads) * self.rows
+            self._firsts = slots, firsts
+        self._targets = (positions.clamp_max(self.rows - 1)[:, :, None] + firsts[:, None]).view(-1)
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
@@ -235,11 +238,11 @@ class SlotCache(Cache):
         self._picked = step.slots if step.slot_range is None else None
         self._scattered = True
         for store, _ in self._stores:
-            store.aim_on_device(step.slots, step.lengths, num_tokens)
+            store.aim_on_device(step.slots, step.positions)
         self._rows = end - num_tokens
         self._trace = None
         span = Span(slice(0, len(step.slots)), slice(first, last), (), end)
-        return DevicePlan(span, step.lengths, num_tokens)
+        return DevicePlan(span, step.positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foretoken.device import numbers
 from foretoken.hf.masks import TailMasks
+
+MASK_ALIGNMENT = 16
 
 
 class Span(NamedTuple):
@@ -151,21 +154,22 @@ class DevicePlan:
     ----------
     span
         Every row of the step; ``end`` bounds what they reach.
-    lengths
-        int64 ``[B]``.
+    positions
+        int64 ``[B, T]``.
     """
 
-    __slots__ = ("_fresh", "_memo", "num_tokens", "spans", "trace")
+    __slots__ = ("_fresh", "_memo", "_positions", "num_tokens", "spans", "trace")
 
     on_device = True
 
-    def __init__(self, span: Span, lengths: Tensor, num_tokens: int) -> None:
+    def __init__(self, span: Span, positions: Tensor) -> None:
         self.spans = (span,)
-        self.num_tokens = num_tokens
+        self.num_tokens = positions.shape[1]
         self.trace: Trace | None = None
         # No row reaches past the step's own tokens: then all lengths are 0.
-        self._fresh = span.end == num_tokens
-        self._memo: dict[tuple[Any, ...], Tensor] = {(): lengths}
+        self._fresh = span.end == self.num_tokens
+        self._positions = positions
+        self._memo: dict[tuple[Any, ...], Tensor] = {}
 
     def reach(
         self,
@@ -189,16 +193,17 @@ class DevicePlan:
         return 0, mask, False
 
     def _mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
-        lengths = self._memo[()]
-        queries = torch.arange(self.num_tokens, device=lengths.device).repeat_interleave(repeat)
-        positions = (lengths[:, None] + queries)[:, None, :, None]
-        columns = torch.arange(self.spans[0].end, device=lengths.device)
+        positions, end = self._positions, self.spans[0].end
+        if repeat > 1:
+            positions = positions.repeat_interleave(repeat, 1, output_size=repeat * self.num_tokens)
+        positions = positions[:, None, :, None]
+        # Kernels of a device load masks in aligned vectors.
+        columns = numbers(end + -end % MASK_ALIGNMENT, positions.device)
         hidden = columns > positions
         if window is not None:
             hidden |= columns <= positions - window
-        return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(
-            hidden, float("-inf")
-        )
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+        return mask.masked_fill_(hidden, float("-inf"))[..., :end]
 
 
 class SlotRows(int):
