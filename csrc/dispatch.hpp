@@ -8,18 +8,21 @@
 #include <vector>
 
 #include "cpu/commit.hpp"
+#include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
+#include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/commit.hpp"
+#include "cuda/draft_tree.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
@@ -105,16 +108,21 @@ class SamplingMirrors {
 #endif
 };
 
-inline void sample(const SampleArgs& args, Device device, [[maybe_unused]] Stream stream) {
-  if (backend_for(device) == Backend::cpu) return cpu::sample(args);
-  if (args.constrained || args.bitmask || args.vocab_map) {
-    throw std::invalid_argument(
-        "sample: this version has no CUDA kernel for penalties, bias, bad words, a bitmask or a vocab_map; "
-        "move "
-        "the tensors to the CPU");
-  }
+// Bytes of device scratch that sample() needs, of any contents; 0: none.
+inline int64_t sample_workspace([[maybe_unused]] const SampleArgs& args, Device device) {
+  if (backend_for(device) == Backend::cpu) return 0;
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::sample(args, device, stream);
+  return cuda::sample_workspace(args);
+#else
+  return 0;
+#endif
+}
+
+inline void sample(const SampleArgs& args, [[maybe_unused]] void* workspace, Device device,
+                   [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::sample(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::sample(args, workspace, device, stream);
 #endif
 }
 
@@ -135,11 +143,9 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
 // Bytes of device scratch that verify() needs, zero before its first use; 0: none.
 inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
-  if (args.target_constrained || args.draft_constrained || args.bitmask || args.vocab_map ||
-      args.rule == Rule::gbv) {
+  if (args.rule == Rule::gbv) {
     throw std::invalid_argument(
-        "verify: this version has no CUDA kernel for penalties, bias, bad words, a bitmask, a vocab_map or the "
-        "rule gbv; move the tensors to the CPU");
+        "verify: this version has no CUDA kernel for the rule gbv; move the tensors to the CPU");
   }
 #ifdef FORETOKEN_HAS_CUDA
   return cuda::verify_workspace(args, device);
@@ -166,6 +172,20 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
   if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
   cpu::tree_index(args);
+}
+
+inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::draft_topk(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::draft_topk(args, device, stream);
+#endif
+}
+
+inline void finalize_tree(const FinalizeTreeArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::finalize_tree(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::finalize_tree(args, device, stream);
+#endif
 }
 
 }  // namespace dispatch

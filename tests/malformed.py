@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from foretoken import Sampling, _core, ops
 
 B, N, V = 4, 3, 48
+K = 5  # children of a node
 BASE, TOP = 9, 2
 UNWRITTEN = -7
 INDEX = (torch.int32, torch.int64)
@@ -115,6 +116,17 @@ def more_outputs() -> tuple[Spec, ...]:
     )
 
 
+def outputs_of_index() -> tuple[Spec, ...]:
+    return (
+        output("out.depth", B, N + 1, dtype=torch.int32),
+        output("out.first_child", B, N + 1, dtype=torch.int32),
+        output("out.next_sibling", B, N + 1, dtype=torch.int32),
+        output("out.ancestors", B, N + 1, 1, dtype=torch.int64),
+        output("out.positions", B, N + 1, dtype=torch.int64, optional=True),
+        output("out.status", B, dtype=torch.int32),
+    )
+
+
 def call_verify(arguments: dict[str, Any]) -> None:
     out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
     rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
@@ -134,6 +146,19 @@ def call_tree_index(arguments: dict[str, Any]) -> None:
     out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
     rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
     ops.tree_index(**rest, out=ops.TreeIndex(**out))
+
+
+def call_draft_topk(arguments: dict[str, Any]) -> None:
+    out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
+    rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
+    ops.draft_topk(**rest, k=K, out=ops.DraftTopK(**out))
+
+
+def call_finalize_tree(arguments: dict[str, Any]) -> None:
+    out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
+    rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
+    own = {name: out.pop(name) for name in ("tokens", "parents", "num_drafts", "source")}
+    ops.finalize_tree(**rest, num_nodes=N, out=ops.FinalTree(**own, index=ops.TreeIndex(**out)))
 
 
 PENALISED = Sampling(repetition_penalty=1.3, bad_words=[[1, 2], [3]], logit_bias={5: 1.0}, seed=3)
@@ -246,14 +271,51 @@ OPERATIONS = (
             Spec("parents", whole(0, B, N, dtype=torch.int64), INDEX),
             Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
             Spec("lengths", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,), optional=True),
-            output("out.depth", B, N + 1, dtype=torch.int32),
-            output("out.first_child", B, N + 1, dtype=torch.int32),
-            output("out.next_sibling", B, N + 1, dtype=torch.int32),
-            output("out.ancestors", B, N + 1, 1, dtype=torch.int64),
-            output("out.positions", B, N + 1, dtype=torch.int64, optional=True),
-            output("out.status", B, dtype=torch.int32),
+            *outputs_of_index(),
         ),
         call_tree_index,
+    ),
+    Operation(
+        "draft_topk",
+        (
+            Spec("logits", reals(B, N, V), REAL, rows=True),
+            Spec("scores", reals(B, N), (torch.float32,), fixed=(0, 1), optional=True),
+            Spec("entries", whole(2, B, N, dtype=torch.int64), INDEX, fixed=(0, 1)),
+            output("out.tokens", B, N, K, dtype=torch.int32),
+            output("out.scores", B, N, K, dtype=torch.float32),
+            output("out.parents", B, N, K, dtype=torch.int32),
+            output("out.status", B, N, dtype=torch.int32),
+        ),
+        call_draft_topk,
+    ),
+    Operation(
+        "draft_topk-flat",
+        (
+            Spec("logits", reals(B, V), REAL, rows=True),
+            Spec("scores", reals(B), (torch.float32,), fixed=(0,), optional=True),
+            Spec("entries", whole(2, B, dtype=torch.int64), INDEX, fixed=(0,), optional=True),
+            output("out.tokens", B, K, dtype=torch.int32),
+            output("out.scores", B, K, dtype=torch.float32),
+            output("out.parents", B, K, dtype=torch.int32),
+            output("out.status", B, dtype=torch.int32),
+        ),
+        call_draft_topk,
+    ),
+    Operation(
+        "finalize_tree",
+        (
+            Spec("tokens", ids(B, K), INDEX),
+            Spec("scores", lambda: -torch.rand(B, K).cumsum(1), (torch.float32,), fixed=(0, 1)),
+            Spec("parents", lambda: torch.tensor([[-1, -1, 0, 1, 2]] * B), INDEX, fixed=(0, 1)),
+            Spec("budget", whole(2, B), (torch.int32,), fixed=(0,), optional=True),
+            Spec("lengths", whole(9, B, dtype=torch.int64), (torch.int64,), fixed=(0,), optional=True),
+            output("out.tokens", B, N, dtype=torch.int64),
+            output("out.parents", B, N, dtype=torch.int32),
+            output("out.num_drafts", B, dtype=torch.int32),
+            output("out.source", B, N, dtype=torch.int32),
+            *outputs_of_index(),
+        ),
+        call_finalize_tree,
     ),
     Operation(
         "intake8",

@@ -1,6 +1,6 @@
 """Every call of ``ops`` made twice: on the CPU, which is the oracle, and on another device that has to agree.
 
-Inside ``mirroring`` whoever calls ``ft.ops.verify``, ``sample`` or ``tree_index`` with CPU tensors gets the
+Inside ``mirroring`` whoever calls an operation of ``ft.ops`` with CPU tensors gets the
 CPU's result, after the same call on the device has given the same integers (and log-probabilities equal to
 1e-6). So any test of the CPU is one of the device: ``pytest --also-on cuda tests/test_verify_faults.py``.
 Tensors reach the device in turn as they are, unaligned, and as views of wider memory.
@@ -35,6 +35,7 @@ class Mirror:
         self.requests = 0
         self.unserved: dict[str, int] = {}  # what the device has no kernel for, and how often it was asked
         self._verify, self._sample, self._tree_index = ft.ops.verify, ft.ops.sample, ft.ops.tree_index
+        self._draft_topk, self._finalize_tree = ft.ops.draft_topk, ft.ops.finalize_tree
 
     # ------------------------------------------------------------------------------ moving
 
@@ -50,7 +51,11 @@ class Mirror:
 
     def moved_fields(self, record: Any) -> Any:
         """A copy of a dataclass of output buffers, with what they hold."""
-        fields = {field.name: self.moved(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        fields = {
+            name: self.moved_fields(value) if dataclasses.is_dataclass(value) else self.moved(value)
+            for name, value in values.items()
+        }
         return dataclasses.replace(record, **fields)
 
     @contextlib.contextmanager
@@ -111,6 +116,23 @@ class Mirror:
             assert_same_fields(
                 self._tree_index(self.moved(parents), out=before, **moved), expected, "tree_index"
             )
+        return expected
+
+    def draft_topk(self, logits: Any, k: Any, **given: Any) -> Any:
+        return self._twice(self._draft_topk, "draft_topk", [logits], k, given)
+
+    def finalize_tree(self, tokens: Any, scores: Any, parents: Any, num_nodes: Any, **given: Any) -> Any:
+        return self._twice(self._finalize_tree, "finalize_tree", [tokens, scores, parents], num_nodes, given)
+
+    def _twice(self, call: Any, name: str, rows: list[Any], size: Any, given: dict[str, Any]) -> Any:
+        if not mirrorable(rows, list(given.values())):
+            return call(*rows, size, **given)
+        out = given.pop("out", None)
+        moved = self.moved_all(given)
+        before = self.moved_fields(out) if dataclasses.is_dataclass(out) else None
+        expected = call(*rows, size, out=out, **given)
+        self.calls += 1
+        assert_same_fields(call(*map(self.moved, rows), size, out=before, **moved), expected, name)
         return expected
 
 
@@ -185,7 +207,9 @@ def assert_same_fields(found: Any, expected: Any, name: str) -> None:
     for field in results_of(expected):
         ours, theirs = getattr(found, field.name), getattr(expected, field.name)
         assert (ours is None) == (theirs is None), f"{name}: {field.name}"
-        if theirs is not None:
+        if dataclasses.is_dataclass(theirs):
+            assert_same_fields(ours, theirs, f"{name}: {field.name}")
+        elif theirs is not None:
             assert_same(ours, theirs, f"{name}: {field.name}")
 
 
@@ -196,6 +220,8 @@ def mirroring(device: str | torch.device) -> Iterator[Mirror]:
         "verify": mirror.verify,
         "sample": mirror.sample,
         "tree_index": mirror.tree_index,
+        "draft_topk": mirror.draft_topk,
+        "finalize_tree": mirror.finalize_tree,
     }
     before = {name: getattr(ft.ops, name) for name in names}
     for name, call in names.items():

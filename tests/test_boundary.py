@@ -70,6 +70,7 @@ def problem_with(case: Case) -> str | None:
     message = str(error)
     # Flattened or not is decided by the rank, so a wrong rank of the one may be told by the other.
     told_by = {name} | ({"row_offsets"} if name == "target_logits" else set())
+    told_by |= {"scores"} if operation.name.startswith("draft_topk") and name == "logits" else set()
     # Of two that come together, one is missed when the other is None.
     told_by |= {"draft_topk"} if name.startswith("draft_topk") else set()
     told_by |= {"history", "prompt_lengths"} if name in ("history", "prompt_lengths") else set()

@@ -65,3 +65,24 @@ def test_tree_index(mirror: Mirror):
     parents = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 9, 0, 0]])
     counts = torch.tensor([4, 2, 4], dtype=torch.int32)
     ft.ops.tree_index(parents, num_drafts=counts, lengths=torch.tensor([5, 6, 7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_draft_topk(mirror: Mirror, dtype: torch.dtype):
+    logits = torch.randn(2, 3, 33_001).to(dtype)
+    logits[0, 1] = 0.0  # more ties than the list holds
+    logits[1, 2, 5] = torch.nan
+    scores = torch.tensor([[-1.0, -2.0, -torch.inf], [-1.0, torch.nan, -3.0]])
+    for vocab in (37, 2500, 33_001):
+        ft.ops.draft_topk(logits[..., :vocab], 10, scores=scores, entries=torch.arange(6).view(2, 3))
+
+
+@pytest.mark.parametrize("count", [5, 300, 1024])
+def test_finalize_tree(mirror: Mirror, count: int):
+    scores = -torch.rand(4, count).cumsum(1)
+    parents = (torch.arange(count) - torch.randint(1, 9, (4, count))).clamp(min=-1)
+    scores[2, 3] = torch.nan
+    budget = torch.tensor([3, -1, 60, 99], dtype=torch.int32)
+    tokens = torch.randint(0, 99, (4, count))
+    for num_nodes in (4, 100, 255):
+        ft.ops.finalize_tree(tokens, scores, parents, num_nodes, lengths=torch.arange(4), budget=budget)

@@ -49,7 +49,7 @@ def without_scores(picture: str) -> str:
 
 def test_the_page_on_trees_runs_and_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    assert len(fenced("docs/trees.md", "python")) == 3
+    assert len(fenced("docs/trees.md", "python")) == 4
     names = run_blocks("docs/trees.md")
     printed = capsys.readouterr().out
     text = (ROOT / "docs/trees.md").read_text(encoding="utf-8")
@@ -61,6 +61,8 @@ def test_the_page_on_trees_runs_and_shows_what_it_prints(capsys: pytest.CaptureF
     assert without_scores(names["picture"]) == without_scores(committed)
     assert names["arguments"]["num_drafts"].tolist() == [4, 2, -1]
     assert names["verdict"].status.tolist() == [0, 0, 0]
+    assert names["grown"].num_drafts.tolist() == [8, 8]
+    assert names["verified"].status.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("page", PRINTED)

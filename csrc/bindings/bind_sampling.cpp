@@ -21,10 +21,12 @@ using boundary::Layout;
 
 constexpr int64_t kMaxStep = (1 << 24) - 1;
 
-void sample(py::handle logits, const SamplingTable& sampling, py::handle base, py::handle slots,
-            py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle path,
-            py::handle vocab_map, int64_t vocab_size, Purpose purpose, SampleMethod method, int64_t step,
-            py::handle tokens, py::handle logprobs, py::handle status, py::handle records) {
+// Bytes of device scratch that are missing: then nothing was done. 0: done.
+int64_t sample(py::handle logits, const SamplingTable& sampling, py::handle base, py::handle slots,
+               py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle path,
+               py::handle vocab_map, int64_t vocab_size, Purpose purpose, SampleMethod method, int64_t step,
+               py::handle tokens, py::handle logprobs, py::handle status, py::handle records,
+               py::handle workspace) {
   Intake intake("sample");
   SampleArgs args;
   int64_t batch = 0, vocab = 0, drafted = 0;
@@ -56,12 +58,18 @@ void sample(py::handle logits, const SamplingTable& sampling, py::handle base, p
                           std::to_string(step));
   }
   args.step = static_cast<int32_t>(step);
+  args.constrained = sampling.constrained();
+  int64_t room = 0;
+  const TensorView scratch =
+      intake.write_or_null(workspace, "workspace", DType::uint8, {Dim::bind(room, "bytes")});
   const Device device = intake.device();
+  const int64_t needed = dispatch::sample_workspace(args, device);
+  if (needed > room) return needed;
   const Stream stream = intake.stream();
   args.sampling = sampling.view(device, stream);
-  args.constrained = sampling.constrained();
   py::gil_scoped_release unlocked;
-  dispatch::sample(args, device, stream);
+  dispatch::sample(args, scratch.data, device, stream);
+  return 0;
 }
 
 void bind_table(py::module_& module) {
@@ -134,7 +142,8 @@ void register_sampling(py::module_& module) {
              py::arg("bitmask"), py::arg("history"), py::arg("prompt_lengths"), py::arg("path"),
              py::arg("vocab_map"), py::arg("vocab_size"), py::arg("purpose"), py::arg("method"),
              py::arg("step"), py::arg("out"), py::arg("logprobs"), py::arg("status"), py::arg("records"),
-             "See foretoken.ops.sample.");
+             py::arg("workspace"),
+             "See foretoken.ops.sample. Returns the bytes of workspace that are missing; 0: done.");
 }
 
 }  // namespace foretoken

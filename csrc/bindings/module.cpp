@@ -3,6 +3,7 @@
 
 namespace foretoken {
 void register_commit(pybind11::module_& module);
+void register_draft_tree(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_loop(module);
   foretoken::register_sampling(module);
   foretoken::register_tree(module);
+  foretoken::register_draft_tree(module);
   foretoken::register_verify(module);
   foretoken::register_testing(module);
 }

@@ -14,6 +14,10 @@ struct RowSummary {
   int32_t first[kMaxTiles + 1];
 };
 
+// The first pass over a row: what each tile holds, relative to its own largest element, and law.max. False if
+// the row has no law. Of the law, scale is read.
+bool summarise(const Row& row, RowLaw& law, RowSummary& summary);
+
 bool filters_on(const Processing& processing, int64_t vocab);
 
 // Smallest logit that every active filter keeps. `law` has max and scale; its cut and mass are not read.

@@ -61,22 +61,6 @@ void for_each_run(const Row& row, float pad, Body body) {
   body(rest.ref(row_kernels(), row, whole, pad), int64_t{1}, whole);
 }
 
-// First pass of a sampled row: what each tile holds, relative to its own largest element.
-// False if the row has no law.
-bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
-  const RowKernels& kernels = row_kernels();
-  for_each_run(row, -kInfinity, [&](TileRef first, int64_t count, int64_t at) {
-    kernels.summarise_logits(first, count, law.scale, summary.tiles + at);
-  });
-  law.max = -kInfinity;
-  bool regular = true;
-  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
-    regular &= summary.tiles[index].regular;
-    law.max = std::max(law.max, summary.tiles[index].max);
-  }
-  return regular && law.max > -kInfinity;
-}
-
 // Sums of tiles relative to their largest element, of the elements that a filter has kept.
 class CutTiles {
  public:
@@ -212,6 +196,20 @@ RowLaw law_of_probs(const Row& row) {
   }
   const double total = static_cast<double>(law.mass) / kMassUnit * static_cast<double>(law.max);
   return total > 0.98 && total < 1.02 ? law : unusable(row);
+}
+
+bool summarise(const Row& row, RowLaw& law, RowSummary& summary) {
+  const RowKernels& kernels = row_kernels();
+  for_each_run(row, -kInfinity, [&](TileRef first, int64_t count, int64_t at) {
+    kernels.summarise_logits(first, count, law.scale, summary.tiles + at);
+  });
+  law.max = -kInfinity;
+  bool regular = true;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    regular &= summary.tiles[index].regular;
+    law.max = std::max(law.max, summary.tiles[index].max);
+  }
+  return regular && law.max > -kInfinity;
 }
 
 int64_t argmax(const Row& row) { return top_of(row).token; }

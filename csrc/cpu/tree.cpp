@@ -34,6 +34,8 @@ void write_words(const TreeIndexArgs& args, int64_t b, const TreeIndex& tree, in
   }
 }
 
+}  // namespace
+
 void index_row(const TreeIndexArgs& args, int64_t b) {
   TreeIndex tree;
   int32_t status = 0;
@@ -56,8 +58,6 @@ void index_row(const TreeIndexArgs& args, int64_t b) {
   }
   write_index(args.status, status, b);
 }
-
-}  // namespace
 
 void tree_index(const TreeIndexArgs& args) {
   constexpr int64_t kElementsPerNode = 8;  // a node costs about as much as reading so many logits

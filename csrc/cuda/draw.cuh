@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_weights(const Residual& residual, int64_t i
 }
 
 // Exact mass of a tile; edits are accounted for by whoever adds tiles up.
-__device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t index) {
+inline __device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t index) {
   LaneTile weights;
   load_weights<false>(residual, index, weights);
   uint64_t mass = 0;
@@ -74,7 +74,7 @@ __device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t in
 }
 
 // Sum of a tile's weights, in the pinned order.
-__device__ __noinline__ float residual_sum(const Residual& residual, int64_t index) {
+inline __device__ __noinline__ float residual_sum(const Residual& residual, int64_t index) {
   LaneTile weights;
   load_weights<true>(residual, index, weights);
   return sum_of_tile([&](int i) { return weights.x[i]; });
@@ -86,7 +86,7 @@ struct TilePick {
   uint64_t of_tile;  // all of them
 };
 
-__device__ __noinline__ TilePick pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
+inline __device__ __noinline__ TilePick pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
   LaneTile weights;
   load_weights<false>(residual, index, weights);
   uint64_t mass[32];

@@ -17,7 +17,7 @@ __device__ inline TileStats read_stats(const TileStats* stats) {
 }
 
 // Lowest id of the largest element `high` of a row; 0 if the row has none. By a warp.
-__device__ __noinline__ int64_t lowest_of(const DeviceRow& row, const TileStats* stats, float high) {
+inline __device__ __noinline__ int64_t lowest_of(const DeviceRow& row, const TileStats* stats, float high) {
   const int64_t tiles = tiles_of(row.size);
   if (!(high > -infinity())) return 0;
   unsigned first = ~0u;
@@ -44,7 +44,7 @@ __device__ inline uint64_t mass_of_stats(const TileStats& tile, const RowLaw& la
   return mass_of_tile(tile.sum, weight_of_logit(tile.max, law.max, law.scale, law.cut));
 }
 
-__device__ __noinline__ uint64_t mass_of_row(const TileStats* stats, int64_t tiles, const RowLaw& law) {
+inline __device__ __noinline__ uint64_t mass_of_row(const TileStats* stats, int64_t tiles, const RowLaw& law) {
   uint64_t mass = 0;
   for (int64_t index = lane_id(); index < tiles; index += kWarpSize) {
     mass += mass_of_stats(read_stats(stats + index), law);
@@ -57,7 +57,7 @@ struct RowExtremes {
   bool regular;
 };
 
-__device__ __noinline__ RowExtremes extremes_of(const TileStats* stats, int64_t tiles, LawKind kind) {
+inline __device__ __noinline__ RowExtremes extremes_of(const TileStats* stats, int64_t tiles, LawKind kind) {
   float high = -infinity();
   bool regular = true;
   for (int64_t index = lane_id(); index < tiles; index += kWarpSize) {
@@ -70,7 +70,7 @@ __device__ __noinline__ RowExtremes extremes_of(const TileStats* stats, int64_t 
 }
 
 // Of a row without filters. The same in every lane.
-__device__ __noinline__ RowLaw law_of_stats(const RowTask& task) {
+inline __device__ __noinline__ RowLaw law_of_stats(const RowTask& task) {
   const int64_t tiles = tiles_of(task.row.size);
   const RowExtremes found = extremes_of(task.stats, tiles, task.reading.kind);
   RowLaw law;

@@ -3,10 +3,10 @@
 
 #include "cuda/draw.cuh"
 #include "cuda/filter.cuh"
-#include "cuda/prepare.hpp"
 #include "cuda/race.cuh"
 #include "cuda/views.cuh"
 #include "math/tree_walk.hpp"
+#include "ops/prepare.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken::cuda {
@@ -129,28 +129,31 @@ class Request {
     return {launch_.prepared.target + (b_ * max_nodes_ + node) * vocab_, DType::float32, vocab_};
   }
 
-  // The row of a draft law in the drafter's own order, from which the law is made.
-  __device__ DeviceRow own_draft_row(int64_t law_row) const {
+  // The row that a node's children were drawn from, in the drafter's own order: its law is made from that.
+  __device__ DeviceRow own_draft_row(int32_t node, int64_t law_row) const {
+    if (args_.draft_probs && args_.vocab_map) return draft_row(node, law_row);
+    const PreparedRows& prepared = launch_.prepared;
+    if (prepared.draft != nullptr) {
+      const int64_t row = prepared.draft_row_of(b_, node, law_row);
+      return {prepared.draft + row * prepared.draft_size, DType::float32, prepared.draft_size};
+    }
     const TensorView& laws = args_.draft_logits ? args_.draft_logits : args_.draft_probs;
     DeviceRow row = row_of(laws, offset_of(laws, b_, law_row));
     if (!args_.vocab_map) row.size = row.size < vocab_ ? row.size : vocab_;
-    if (args_.draft_probs && args_.vocab_map) return draft_row(law_row);
-    if (launch_.prepared.draft != nullptr) {
-      row = {launch_.prepared.draft + (b_ * laws.shape[1] + law_row) * row.size, DType::float32, row.size};
-    }
     return row;
   }
 
   // The same by target ids.
-  __device__ DeviceRow draft_row(int64_t law_row) const {
-    if (launch_.prepared.mapped == nullptr) return own_draft_row(law_row);
-    const int64_t rows = law_rows();
-    return {launch_.prepared.mapped + (b_ * rows + law_row) * vocab_, DType::float32, vocab_};
+  __device__ DeviceRow draft_row(int32_t node, int64_t law_row) const {
+    const PreparedRows& prepared = launch_.prepared;
+    if (prepared.mapped == nullptr) return own_draft_row(node, law_row);
+    return {prepared.mapped + prepared.draft_row_of(b_, node, law_row) * vocab_, DType::float32, vocab_};
   }
 
-  __device__ bool draft_sound(int64_t law_row) const {
-    return launch_.prepared.draft_unsound == nullptr ||
-           launch_.prepared.draft_unsound[b_ * law_rows() + law_row] == 0;
+  __device__ bool draft_sound(int32_t node, int64_t law_row) const {
+    const PreparedRows& prepared = launch_.prepared;
+    return prepared.draft_unsound == nullptr ||
+           prepared.draft_unsound[prepared.draft_row_of(b_, node, law_row)] == 0;
   }
 
   __device__ const TensorView& laws() const {

@@ -215,12 +215,16 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_consta
 
 }  // namespace
 
-void sample(const SampleArgs& args, Device device, Stream stream) {
+int64_t sample_workspace(const SampleArgs& args) { return preparation_of(args).bytes; }
+
+void sample(const SampleArgs& args, void* workspace, Device device, Stream stream) {
   const int64_t rows = args.logits.shape[0];
   if (rows == 0) return;
   const int64_t tiles = (args.logits.shape[1] + kTile - 1) / kTile;
   SampleLaunch launch;
   launch.args = args;
+  const Preparation what = preparation_of(args);
+  if (what.any()) launch.prepared = prepare(args, what, workspace, device, stream);
   launch_clusters(sample_kernel, rows, cluster_for(device, rows, tiles), sizeof(SampleShared), stream,
                   launch);
 }

@@ -4,6 +4,9 @@
 
 namespace foretoken::cuda {
 
-void sample(const SampleArgs& args, Device device, Stream stream);
+// Bytes of scratch that a call needs, of any contents; 0 unless something edits the rows.
+int64_t sample_workspace(const SampleArgs& args);
+
+void sample(const SampleArgs& args, void* workspace, Device device, Stream stream);
 
 }  // namespace foretoken::cuda

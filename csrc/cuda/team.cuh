@@ -99,7 +99,8 @@ class Team {
     residual.target_law = command.target_law;
     residual.gain = command.gain;
     residual.draft_law = command.draft_law;
-    if (command.with_draft) residual.draft = request_.draft_row(shared_.law_row[command.first]);
+    if (command.with_draft)
+      residual.draft = request_.draft_row(command.first, shared_.law_row[command.first]);
     switch (command.task) {
       case Task::residual_sums:
         return add_up(residual.target, [&](int64_t index) {
@@ -131,7 +132,7 @@ class Team {
   __device__ RowTask draft_task(int32_t node) const {
     const int64_t row = request_.max_nodes() + node;
     const bool probs = static_cast<bool>(request_.args().draft_probs);
-    return {request_.own_draft_row(shared_.law_row[node]),
+    return {request_.own_draft_row(node, shared_.law_row[node]),
             probs ? RowReading::of_probs() : RowReading::of_logits(filters_.draft.temperature),
             request_.stats(row), filters_drafts_ ? request_.lanes(row) : nullptr};
   }

@@ -195,7 +195,7 @@ __device__ __forceinline__ void load_tile_here(const DeviceRow& row, int64_t ind
 
 // The same as one copy of the code, through memory: for what is seldom done. Instructions have to be fetched
 // too, and a kernel of some hundred kilobytes waits for them more than for its data.
-__device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
+inline __device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
   load_tile_here(row, index, of_probs, tile);
 }
 

@@ -54,7 +54,7 @@ __device__ inline float sum_of_weights(const LaneTile& tile, float anchor, float
   return sum_of_tile([&](int i) { return weight_of_logit(tile.x[i], anchor, scale, cut); });
 }
 
-__device__ __noinline__ float sum_of_weights_at(const DeviceRow& row, int64_t index, float anchor,
+inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow& row, int64_t index, float anchor,
                                                 float scale, float cut) {
   LaneTile tile;
   load_tile_here(row, index, false, tile);
@@ -147,7 +147,7 @@ struct Wave {
 // Reads the rows of a wave, one tile a warp and another on its way meanwhile. This warp takes the tiles
 // worker, worker + workers, ... of all.
 template <DType kType>
-__device__ __noinline__ void read_rows(const Wave& wave, uint32_t worker, uint32_t workers) {
+inline __device__ __noinline__ void read_rows(const Wave& wave, uint32_t worker, uint32_t workers) {
   const uint32_t tiles = static_cast<uint32_t>((wave.size + kTile - 1) / kTile), items = wave.count * tiles;
   const int64_t size = wave.size;
   const auto load = [&](RawTile<kType>& raw, uint32_t row, uint32_t index) {

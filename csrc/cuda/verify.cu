@@ -1,6 +1,7 @@
 #include "cuda/verify.hpp"
 
 #include "cuda/launch.hpp"
+#include "cuda/prepare.hpp"
 #include "cuda/verdict.cuh"
 
 namespace foretoken::cuda {
@@ -130,7 +131,7 @@ __device__ __noinline__ void look_ahead(const Request& request, const Header& he
     if (!reads_laws || law_row < 0) continue;
     float element = args.draft_logits ? -infinity() : 0.0f;
     if (request.has_row_laws()) {
-      const DeviceRow row = request.draft_row(law_row);
+      const DeviceRow row = request.draft_row(parent, law_row);
       if (token < row.size) element = element_at(row, token);
     } else {
       for (int64_t i = args.topk_ids.shape[2] - 1; i >= 0; --i) {
@@ -272,6 +273,11 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
   return memory;
 }
 
+int64_t room_before_preparation(const VerifyArgs& args, Workspace& workspace, void* memory = nullptr) {
+  char* const begin = static_cast<char*>(memory);
+  return (lay_out(args, begin, workspace) - begin + 255) / 256 * 256;
+}
+
 struct Shape {
   int cluster, clusters;
 };
@@ -309,7 +315,7 @@ bool reads_all_rows(const VerifyArgs& args, int clusters) {
 
 int64_t verify_workspace(const VerifyArgs& args, Device) {
   Workspace workspace;
-  return lay_out(args, nullptr, workspace) - static_cast<char*>(nullptr);
+  return room_before_preparation(args, workspace) + preparation_of(args).bytes;
 }
 
 void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) {
@@ -317,7 +323,9 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   if (batch == 0) return;
   VerifyLaunch launch;
   launch.args = args;
-  lay_out(args, static_cast<char*>(memory), launch.workspace);
+  const int64_t room = room_before_preparation(args, launch.workspace, memory);
+  const Preparation what = preparation_of(args);
+  if (what.any()) launch.prepared = prepare(args, what, static_cast<char*>(memory) + room, device, stream);
   const Shape shape = shape_for(device, batch, plan_of(args).tiles);
   launch.clusters = shape.clusters;
   launch.reads_all_rows = reads_all_rows(args, shape.clusters);

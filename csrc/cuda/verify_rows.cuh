@@ -229,13 +229,13 @@ class VerifyRows {
       if (args_.draft_records) {
         const int64_t* record = static_cast<const int64_t*>(args_.draft_records.data) +
                                 offset_of(args_.draft_records, request_.index(), row);
-        law = read_record(record, args_.draft_records.strides[2], request_.own_draft_row(row).size);
+        law = read_record(record, args_.draft_records.strides[2], request_.own_draft_row(node, row).size);
       }
       if (args_.draft_logits && args_.vocab_map && law.top >= 0) {
         law.top = static_cast<const int32_t*>(args_.vocab_map.data)[law.top * args_.vocab_map.strides[0]];
         law.usable = law.usable && law.top >= 0 && law.top < request_.vocab();
       }
-      law.usable = law.usable && request_.draft_sound(row);
+      law.usable = law.usable && request_.draft_sound(node, row);
     }
     __syncwarp();
     for (int32_t node = 1 + lane_id(); node < tree().nodes; node += kWarpSize) {
@@ -345,7 +345,7 @@ class VerifyRows {
     }
     const float in_weights = gain_in_weights(gain, residual.target_law.mass, law.mass);
     if (request_.has_row_laws()) {
-      residual.draft = request_.draft_row(row);
+      residual.draft = request_.draft_row(node, row);
       residual.draft_law = law;
       residual.gain = in_weights;
       return residual;
@@ -425,7 +425,7 @@ class VerifyRows {
 
 // The share of the draft's law that the first `count` children have not. Counted anew rather than subtracted:
 // after a token that was all but certain, little is left, and drafts are drawn from that.
-__device__ __noinline__ double VerifyRows::left(int32_t node, int32_t count) {
+inline __device__ __noinline__ double VerifyRows::left(int32_t node, int32_t count) {
   const RowLaw& law = shared_.draft[node];
   const auto taken = [&](int64_t id) {
     int32_t child = tree().first_child[node];

@@ -443,6 +443,14 @@ def derive_seed(seed: typing.SupportsInt | typing.SupportsIndex, row: typing.Sup
     """
     Seed of a row and return sequence under one integer seed; (0, 0) is the seed itself.
     """
+def draft_topk(logits: typing.Any, k: typing.SupportsInt | typing.SupportsIndex, scores: typing.Any, entries: typing.Any, out_tokens: typing.Any, out_scores: typing.Any, out_parents: typing.Any, out_status: typing.Any) -> None:
+    """
+    See foretoken.ops.draft_topk.
+    """
+def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, num_nodes: typing.SupportsInt | typing.SupportsIndex, budget: typing.Any, lengths: typing.Any, out_tokens: typing.Any, out_parents: typing.Any, out_num_drafts: typing.Any, out_source: typing.Any, out_depth: typing.Any, out_first_child: typing.Any, out_next_sibling: typing.Any, out_ancestors: typing.Any, out_positions: typing.Any, out_status: typing.Any) -> None:
+    """
+    See foretoken.ops.finalize_tree.
+    """
 def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.

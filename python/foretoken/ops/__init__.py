@@ -8,6 +8,14 @@ argument, what was expected and what came.
 from __future__ import annotations
 
 from foretoken.ops._commit import RequestState, commit, record_width
+from foretoken.ops._draft_tree import (
+    MAX_CANDIDATES,
+    MAX_CHILDREN,
+    DraftTopK,
+    FinalTree,
+    draft_topk,
+    finalize_tree,
+)
 from foretoken.ops._sample import sample
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex, tree_index
 from foretoken.ops._verdict import Status, Tolerance, Verdict
@@ -15,8 +23,12 @@ from foretoken.ops._verify import Draw, Rule, rule_codes, verify
 from foretoken.sampling import Sampling, SamplingTable
 
 __all__ = [
+    "MAX_CANDIDATES",
+    "MAX_CHILDREN",
     "MAX_DRAFTS",
+    "DraftTopK",
     "Draw",
+    "FinalTree",
     "RequestState",
     "Rule",
     "Sampling",
@@ -26,6 +38,8 @@ __all__ = [
     "TreeIndex",
     "Verdict",
     "commit",
+    "draft_topk",
+    "finalize_tree",
     "record_width",
     "rule_codes",
     "sample",

@@ -164,7 +164,7 @@ def sample(
     scores = torch.empty(batch, dtype=torch.float32, device=logits.device) if logprobs else None
     if vocab_map is not None and vocab_size is None:
         raise ValueError("vocab_size: expected the number of ids that vocab_map maps to, got None")
-    _core.sample(
+    arguments = (
         logits,
         table_of("sampling", sampling, batch),
         base,
@@ -183,4 +183,7 @@ def sample(
         status,
         records,
     )
+    missing = _core.sample(*arguments, None)
+    if missing:  # rows that something edits, on CUDA
+        _core.sample(*arguments, torch.empty(missing, dtype=torch.uint8, device=logits.device))
     return out if scores is None else (out, scores)

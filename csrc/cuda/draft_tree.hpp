@@ -1,0 +1,10 @@
+#pragma once
+
+#include "ops/draft_tree.hpp"
+
+namespace foretoken::cuda {
+
+void draft_topk(const DraftTopkArgs& args, Device device, Stream stream);
+void finalize_tree(const FinalizeTreeArgs& args, Device device, Stream stream);
+
+}  // namespace foretoken::cuda
