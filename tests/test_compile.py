@@ -209,6 +209,28 @@ def test_commit(backend):
     assert (expected.base > torch.arange(3, 6)).all()
 
 
+def grown(logits, lengths):
+    """Two levels of a tree, cut to its best nodes."""
+    first = ft.ops.draft_topk(logits[:, :1], 3)
+    entries = torch.arange(3, dtype=torch.int32).expand(len(logits), 3)
+    second = ft.ops.draft_topk(logits[:, 1:4], 2, scores=first.scores[:, 0], entries=entries)
+    tokens = torch.cat([first.tokens.flatten(1), second.tokens.flatten(1)], 1)
+    scores = torch.cat([first.scores.flatten(1), second.scores.flatten(1)], 1)
+    parents = torch.cat([first.parents.flatten(1), second.parents.flatten(1)], 1)
+    return first, ft.ops.finalize_tree(tokens, scores, parents, 5, lengths=lengths)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trees_grown_in_one_graph(backend):
+    logits, lengths = torch.randn(2, 4, 60), torch.tensor([8, 9])
+    (level, found), (other, expected) = compiled(grown, backend)(logits, lengths), grown(logits, lengths)
+    assert_same_fields(level, other, "draft_topk")
+    assert_same_fields(found.index, expected.index, "index")
+    for name in ("tokens", "parents", "num_drafts", "source"):
+        assert_same(getattr(found, name), getattr(expected, name), name)
+    assert not expected.index.status.any()
+
+
 # -------------------------------------------------------------------------------------- what may change
 
 
@@ -353,12 +375,18 @@ def test_opcheck_of_the_others():
     parents, lengths = torch.tensor([[0, 1], [0, 0]]), torch.tensor([4, 5])
     calls = registered_calls(lambda backend: compiled(both, backend)(logits, parents, lengths))
     check(calls, "sample", "tree_index", "tree_index")
+    calls = registered_calls(lambda backend: compiled(grown, backend)(torch.randn(2, 4, 60), lengths))
+    check(calls, "draft_topk", "draft_topk", "finalize_tree")
 
 
+INDEX = [field.name for field in dataclasses.fields(TreeIndex)]
 WRITTEN = {
-    "out",
-    "records",
-    *(field.name for kind in (Verdict, TreeIndex) for field in dataclasses.fields(kind)),
+    "verify": [field.name for field in dataclasses.fields(Verdict)],
+    "sample": ["out", "logprobs", "status", "records"],
+    "tree_index": INDEX,
+    "commit": ["text", "base", "next_drafts", "ends", "record"],
+    "draft_topk": ["out_tokens", "out_scores", "out_parents", "status"],
+    "finalize_tree": ["out_tokens", "out_parents", "num_drafts", "source", *INDEX],
 }
 
 
@@ -382,28 +410,21 @@ def test_opcheck_of_commit():
 
 def check(calls: list[tuple[Any, tuple[Any, ...]]], *names: str) -> None:
     assert [str(target).rsplit(".", 1)[-1] for target, _ in calls] == list(names)
-    for target, args in calls:
+    for (target, args), name in zip(calls, names, strict=True):
         for declared, value in zip(target.default._schema.arguments, args, strict=True):
-            if declared.name in WRITTEN and value is not None:
+            if declared.name in WRITTEN[name] and value is not None:
                 value.fill_(-7)  # else a second run would change nothing
         found = torch.library.opcheck(target.default, args)
         assert set(found.values()) == {"SUCCESS"}
 
 
-def test_what_an_op_writes_is_what_its_schema_says():
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_an_op_writes_is_what_its_schema_says(name):
     from foretoken.ops import _library  # noqa: F401  (registers)
 
-    written = {
-        name: [
-            argument.name
-            for argument in getattr(torch.ops.foretoken, name).default._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        for name in ("verify", "sample", "tree_index")
-    }
-    assert sorted(written["verify"]) == sorted(field.name for field in dataclasses.fields(Verdict))
-    assert written["sample"] == ["out", "logprobs", "status", "records"]
-    assert sorted(written["tree_index"]) == sorted(field.name for field in dataclasses.fields(TreeIndex))
+    arguments = getattr(torch.ops.foretoken, name).default._schema.arguments
+    written = [one.name for one in arguments if one.alias_info is not None and one.alias_info.is_write]
+    assert sorted(written) == sorted(WRITTEN[name])
 
 
 def test_nothing_is_registered_until_something_is_traced():

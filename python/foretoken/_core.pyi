@@ -459,9 +459,9 @@ def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: b
     """
     See foretoken.ops.record_width.
     """
-def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any) -> None:
+def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """
-    See foretoken.ops.sample.
+    See foretoken.ops.sample. Returns the bytes of workspace that are missing; 0: done.
     """
 def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, ...]:
     """

@@ -17,6 +17,7 @@ from foretoken import _core
 from foretoken.ops import _sample, _verify
 from foretoken.ops._choices import choose
 from foretoken.ops._commit import RequestState
+from foretoken.ops._draft_tree import MAX_CHILDREN, DraftTopK, FinalTree
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex
 from foretoken.ops._verdict import Tolerance, Verdict
 from foretoken.sampling import SamplingTable, live_table
@@ -48,6 +49,12 @@ _TREE_INDEX = """Tensor parents, Tensor? num_drafts, Tensor? lengths, Tensor(a!)
 _COMMIT = """Tensor tokens, Tensor num_emitted, Tensor num_accepted, Tensor status, Tensor? logprobs,
     Tensor num_drafts, Tensor? slots, Tensor(a!) text, Tensor(b!) base, Tensor(c!) next_drafts,
     Tensor(d!) ends, Tensor limits, Tensor budgets, Tensor eos_ids, Tensor stop_ids, Tensor(e!)? record"""
+_DRAFT_TOPK = """Tensor logits, SymInt k, Tensor? scores, Tensor? entries, Tensor(a!) out_tokens,
+    Tensor(b!) out_scores, Tensor(c!) out_parents, Tensor(d!) status"""
+_FINALIZE_TREE = """Tensor tokens, Tensor scores, Tensor parents, SymInt num_nodes, Tensor? budget,
+    Tensor? lengths, Tensor(a!) out_tokens, Tensor(b!) out_parents, Tensor(c!) num_drafts, Tensor(d!) source,
+    Tensor(e!) depth, Tensor(f!) first_child, Tensor(g!) next_sibling, Tensor(h!) ancestors,
+    Tensor(i!)? positions, Tensor(j!) status"""
 
 
 # ------------------------------------------------------------------------------ what runs in a graph
@@ -74,15 +81,19 @@ def _run_sample(*arguments: Any) -> None:
     given[1] = live_table("sampling", given[1])
     given[10] = choose("purpose", _sample._PURPOSES, given[10])
     given[11] = choose("method", _sample._METHODS, given[11])
-    _core.sample(*given)
+    missing = _core.sample(*given, None)
+    if missing:
+        _core.sample(*given, torch.empty(missing, dtype=torch.uint8, device=given[0].device))
 
 
-def _run_tree_index(*arguments: Any) -> None:
-    _core.tree_index(*arguments)
+def _run(name: str) -> Callable[..., None]:
+    """An op whose arguments are those of the native function."""
+    native = getattr(_core, name)
 
+    def run(*arguments: Any) -> None:
+        native(*arguments)
 
-def _run_commit(*arguments: Any) -> None:
-    _core.commit(*arguments)
+    return run
 
 
 def _fake(*arguments: Any) -> None:
@@ -101,8 +112,13 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 
 _register("verify", f"{_VERIFY_INPUTS}, {_VERIFY_OUTPUTS}", _run_verify)
 _register("sample", _SAMPLE, _run_sample)
-_register("tree_index", _TREE_INDEX, _run_tree_index)
-_register("commit", _COMMIT, _run_commit)
+for _name, _schema in (
+    ("tree_index", _TREE_INDEX),
+    ("commit", _COMMIT),
+    ("draft_topk", _DRAFT_TOPK),
+    ("finalize_tree", _FINALIZE_TREE),
+):
+    _register(_name, _schema, _run(_name))
 
 
 # ------------------------------------------------------------------------------ what is traced
@@ -331,3 +347,57 @@ def commit(
         state.stop_ids,
         record,
     )
+
+
+def draft_topk(
+    logits: Tensor, k: int, scores: Tensor | None, entries: Tensor | None, out: DraftTopK | None
+) -> DraftTopK:
+    if out is None:
+        out = DraftTopK.empty(logits.shape[:-1], min(max(k, 0), MAX_CHILDREN), device=logits.device)
+    elif not isinstance(out, DraftTopK):
+        raise TypeError(f"out: expected a DraftTopK, got {type(out).__name__}")
+    torch.ops.foretoken.draft_topk(
+        logits, k, scores, entries, out.tokens, out.scores, out.parents, out.status
+    )
+    return out
+
+
+def finalize_tree(
+    tokens: Tensor,
+    scores: Tensor,
+    parents: Tensor,
+    num_nodes: int,
+    budget: Tensor | None,
+    lengths: Tensor | None,
+    out: FinalTree | None,
+) -> FinalTree:
+    if out is None:
+        out = FinalTree.empty(
+            tokens.shape[0],
+            min(max(num_nodes, 0), MAX_DRAFTS),
+            dtype=tokens.dtype,
+            device=tokens.device,
+            positions=lengths is not None,
+        )
+    elif not isinstance(out, FinalTree):
+        raise TypeError(f"out: expected a FinalTree, got {type(out).__name__}")
+    index = out.index
+    torch.ops.foretoken.finalize_tree(
+        tokens,
+        scores,
+        parents,
+        num_nodes,
+        budget,
+        lengths,
+        out.tokens,
+        out.parents,
+        out.num_drafts,
+        out.source,
+        index.depth,
+        index.first_child,
+        index.next_sibling,
+        index.ancestors,
+        index.positions,
+        index.status,
+    )
+    return out
