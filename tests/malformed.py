@@ -148,6 +148,20 @@ def call_tree_index(arguments: dict[str, Any]) -> None:
     ops.tree_index(**rest, out=ops.TreeIndex(**out))
 
 
+def call_commit(arguments: dict[str, Any]) -> None:
+    def part(prefix: str) -> dict[str, Any]:
+        return {name[len(prefix) :]: value for name, value in arguments.items() if name.startswith(prefix)}
+
+    none = torch.empty(0)
+    if arguments["verdict.logprobs"] is None:
+        arguments = {**arguments, "record": None}
+    ops.commit(
+        ops.Verdict(**{"path": none, "next_token": none, "next_lengths": none, **part("verdict.")}),
+        ops.RequestState(**part("state.")),
+        **{name: value for name, value in arguments.items() if "." not in name},
+    )
+
+
 def call_draft_topk(arguments: dict[str, Any]) -> None:
     out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
     rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
@@ -274,6 +288,30 @@ OPERATIONS = (
             *outputs_of_index(),
         ),
         call_tree_index,
+    ),
+    Operation(
+        "commit",
+        (
+            Spec("verdict.tokens", ids(B, N + 1), INDEX),
+            Spec("verdict.num_emitted", whole(N + 1, B), (torch.int32,), fixed=(0,)),
+            Spec("verdict.num_accepted", whole(N, B), (torch.int32,), fixed=(0,)),
+            Spec("verdict.status", whole(0, B), (torch.int32,), fixed=(0,)),
+            Spec("verdict.logprobs", reals(B, N + 1), (torch.float32,), fixed=(0, 1), optional=True),
+            Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,)),
+            Spec(
+                "slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True
+            ),
+            Spec("state.limits", whole(2 * BASE, B, dtype=torch.int64), (torch.int64,), fixed=(0,)),
+            Spec("state.budgets", whole(N, B), (torch.int32,), fixed=(0,)),
+            Spec("state.eos_ids", whole(-1, B, 2), (torch.int32,), fixed=(0,)),
+            Spec("state.stop_ids", whole(-1, B, 1), (torch.int32,), fixed=(0,)),
+            output("state.text", B, 2 * BASE, dtype=torch.int32, free=(0, 1)),
+            output("state.base", B, dtype=torch.int64),
+            output("state.next_drafts", B, dtype=torch.int32),
+            output("state.ends", B, dtype=torch.int32),
+            output("record", B, ops.record_width(N + 1, True), dtype=torch.int32, optional=True),
+        ),
+        call_commit,
     ),
     Operation(
         "draft_topk",

@@ -19,7 +19,7 @@ from foretoken import Sampling, ops
 from guarded import FAR, guarded, spread, virtual
 from malformed import OPERATIONS, UNWRITTEN, B, N, Operation, Spec, V
 
-KERNELS = [operation for operation in OPERATIONS if operation.name != "intake8"]
+KERNELS = [operation for operation in OPERATIONS if operation.name not in ("intake8", "commit")]
 EXTREMES = [-(2**63), -(2**32) - 1, -(2**31), -2, -1, V - 1, V, 255, 2**31 - 1, 2**32, 2**32 + 1, 2**63 - 1]
 FLOATS = [torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45]
 TOKENS = ("draft_tokens", "tokens")  # whose dtype is that of an output

@@ -201,6 +201,35 @@ def test_what_only_the_device_can_see_costs_its_row_alone(device: str) -> None:
     assert state.text[2, :3].tolist() == [1, 2, 5]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name", ["num_emitted", "slots", "num_drafts", "limits", "budgets", "base", "next_drafts"]
+)
+def test_damaged_numbers_stay_in_their_row(name: str, device: str) -> None:
+    """Any number anywhere: the other rows are those of an undamaged call, and nothing else is written."""
+    for value in (-(2**63), -(2**31), -2, -1, 0, 1, 7, 8, 9, 255, 2**31 - 1, 2**63 - 1):
+        results = []
+        for damaged in (False, True):
+            state = RequestState.empty(3, 8, device=device)
+            for slot in range(3):
+                state.seat(slot, [1, 2], max_new_tokens=6, num_drafts=3)
+            verdict = verdict_of([[3, 4], [5, 6], [7, 8]], 2, device, torch.int64, False)
+            rows = {"slots": int32([0, 1, 2], device), "num_drafts": int32([3, 3, 3], device)}
+            arrays = {**rows, "num_emitted": verdict.num_emitted}
+            tensor = arrays.get(name, getattr(state, name, None))
+            if not torch.iinfo(tensor.dtype).min <= value <= torch.iinfo(tensor.dtype).max:
+                break
+            if name == "slots" and value in (0, 2):
+                break  # a slot twice is the caller's fault
+            if damaged:
+                tensor[1] = value
+            record = torch.empty(3, record_width(2), dtype=torch.int32, device=device)
+            commit(verdict, state, record=record, **rows)
+            results.append([part[[0, 2]].tolist() for part in (state.text, state.base, state.ends, record)])
+            assert 1 <= int(state.base[1]) <= 8 or name == "base"
+        assert len(results) < 2 or results[0] == results[1]
+
+
 def test_a_full_text_takes_nothing() -> None:
     state = RequestState.empty(1, 4)
     state.seat(0, [1, 2], max_new_tokens=2)

@@ -13,6 +13,7 @@ from torch import Tensor
 import foretoken as ft
 import hf_toys
 from foretoken import ops
+from foretoken.device import why_no_edits_on
 from foretoken.drafters import ModelDrafter
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
@@ -69,6 +70,8 @@ def test_rules_are_those_of_the_cpu(rule: ops.Rule) -> None:
 
 
 def test_penalties_are_those_of_the_cpu() -> None:
+    if (reason := why_no_edits_on(torch.device("cuda"))) is not None:
+        pytest.skip(reason)
     wanted = asks(6, True, 4)
     wanted[0].sampling = ft.Sampling(
         repetition_penalty=1.4, presence_penalty=0.5, bad_words=[[1, 2], [3]], seed=9

@@ -11,7 +11,8 @@ import torch
 
 from foretoken import ops
 from foretoken.device import places
-from foretoken.drafters import NgramDrafter
+from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.generate import StopStrings, stream
 from foretoken.sampling import Sampling
 from foretoken.session import Session
 from rounds_ahead import LENGTH, BlindModel, GatherModel, asks, pair, told
@@ -249,3 +250,49 @@ def test_models_in_tensor_operations_agree_with_the_tables(ahead, kind: str) -> 
     wanted = asks(31, True, 4)
     host, device = pair(ahead, kind, models=(TableModel, GatherModel), num_drafts=4)
     assert told(*device, wanted) == told(*host, wanted)
+
+
+class Letters:
+    """One letter a token."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join("abcdefghijklmnopqrstuvwxyz"[token] for token in token_ids)
+
+
+@pytest.mark.parametrize("kind", ["none", "ngram", "model"])
+def test_stop_strings_are_found_a_round_late(ahead, kind: str) -> None:
+    """Also in the last tokens of a text, which are known when its rounds are over."""
+    wanted = [Ask(ask.prompt, 9 + number) for number, ask in enumerate(asks(40, False, 4, count=8))]
+    plain = [run(*pair(ahead, "none", num_drafts=0)[0], [ask])[0] for ask in wanted]
+    # Strings that end in the middle of a text, at its very end, and at its first token.
+    strings = [
+        Letters().decode(plain[0][-4:-1]),
+        Letters().decode(plain[3][-4:-1]),
+        Letters().decode(plain[1][5:8]),
+        Letters().decode([*wanted[2].prompt[-2:], plain[2][0]]),
+    ]
+    texts = []
+    for session, forward in pair(ahead, kind, num_drafts=4 if kind != "none" else 0):
+        heard: dict[int, list[int]] = {}
+        requests = [ask.admit(session) for ask in wanted]
+        for event in stream(session, forward, stop_strings=StopStrings(Letters(), strings)):
+            assert event.retracted == 0
+            heard.setdefault(event.request.id, []).extend(event.tokens)
+        assert [heard[request.id] for request in requests] == [session.generated(r) for r in requests]
+        texts.append([(session.generated(request), request.finish_reason) for request in requests])
+    assert texts[0] == texts[1]
+    assert sum(reason == "stop" for _, reason in texts[0]) >= 3
+
+
+def test_a_stop_string_in_the_last_round_of_all(ahead) -> None:
+    """Its tokens come with a round that was issued in vain."""
+    logits = table(VOCAB, 3)
+    plain = run(*pair(ahead, "none", num_drafts=0)[0], [Ask([3, 4], 10)])[0]
+    forward = BlindModel(logits, 1, LENGTH)
+    drafter = ModelDrafter(BlindModel(logits, 1, LENGTH), max_batch=1, vocab_size=VOCAB, max_length=LENGTH)
+    session = ahead(max_batch=1, vocab_size=VOCAB, max_length=LENGTH, num_drafts=4, drafter=drafter)
+    request = session.admit([3, 4], GREEDY, max_new_tokens=10)
+    stops = StopStrings(Letters(), Letters().decode(plain[4:8]))
+    heard = [token for event in stream(session, forward, stop_strings=stops) for token in event.tokens]
+    assert heard == session.generated(request) == plain[:8]
+    assert request.finish_reason == "stop"

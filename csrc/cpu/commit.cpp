@@ -36,7 +36,7 @@ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64_t base) {
   outcome.accepted = static_cast<int32_t>(read_index(args.num_accepted, b));
   outcome.status = static_cast<int32_t>(read_index(args.status, b));
   const int64_t limit = std::min(read_index(args.limits, slot), args.text.shape[1]);
-  const int64_t room = std::max<int64_t>(limit - base, 0);
+  const int64_t room = limit > base ? limit - base : 0;
   if (room == 0) outcome.end = CommitEnd::length;
   while (outcome.kept < outcome.emitted && outcome.end == CommitEnd::none) {
     const int64_t token = read_index(args.tokens, b, outcome.kept);
@@ -45,10 +45,13 @@ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64_t base) {
     outcome.end = end_with(args, slot, token, outcome.kept >= room);
   }
   const int64_t next = base + outcome.kept;
-  const int64_t drafts = std::max<int64_t>(std::min(read_index(args.budgets, slot), limit - next - 1), 0);
+  int64_t drafts = -1;
+  if (outcome.end == CommitEnd::none) {
+    drafts = std::max<int64_t>(std::min(read_index(args.budgets, slot), limit - next - 1), 0);
+  }
   write_index(args.base, next, slot);
   write_index(args.ends, static_cast<int64_t>(outcome.end), slot);
-  write_index(args.next_drafts, outcome.end == CommitEnd::none ? drafts : -1, slot);
+  write_index(args.next_drafts, drafts, slot);
   return outcome;
 }
 

@@ -68,13 +68,17 @@ __device__ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64
   for (int32_t i = lane; i < outcome.kept; i += kLanes) {
     write_index(args.text, static_cast<int32_t>(read_index(args.tokens, b, i)), slot, base + i);
   }
-  const int64_t next = base + outcome.kept, left = limit - next - 1;
-  const int64_t budget = read_index(args.budgets, slot);
-  const int64_t most = budget < left ? budget : left;
+  const int64_t next = base + outcome.kept;
+  int64_t drafts = -1;
+  if (outcome.end == 0) {
+    const int64_t budget = read_index(args.budgets, slot), left = limit - next - 1;
+    const int64_t most = budget < left ? budget : left;
+    drafts = most > 0 ? most : 0;
+  }
   if (lane == 0) {
     write_index(args.base, next, slot);
     write_index(args.ends, outcome.end, slot);
-    write_index(args.next_drafts, outcome.end != 0 ? -1 : most > 0 ? most : 0, slot);
+    write_index(args.next_drafts, drafts, slot);
   }
   return outcome;
 }
