@@ -81,9 +81,11 @@ def _run_sample(*arguments: Any) -> None:
     given[1] = live_table("sampling", given[1])
     given[10] = choose("purpose", _sample._PURPOSES, given[10])
     given[11] = choose("method", _sample._METHODS, given[11])
-    missing = _core.sample(*given, None)
+    given.append(None)
+    missing = _core.sample(*given)
     if missing:
-        _core.sample(*given, torch.empty(missing, dtype=torch.uint8, device=given[0].device))
+        given[-1] = torch.empty(missing, dtype=torch.uint8, device=arguments[0].device)
+        _core.sample(*given)
 
 
 def _run(name: str) -> Callable[..., None]:
