@@ -28,8 +28,9 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _also_on(request: pytest.FixtureRequest) -> Iterator[None]:
     device = request.config.getoption("--also-on")
-    with mirroring(device) if device else contextlib.nullcontext():
+    with mirroring(device) if device else contextlib.nullcontext() as mirror:
         yield
+    assert mirror is None or not mirror.unserved, mirror.unserved
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def mirror() -> Iterator[Mirror]:
     """Of this test's calls, on the CUDA device."""
     with mirroring(TEST_DEVICE) as mirror:
         yield mirror
+    assert not mirror.unserved, mirror.unserved
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ class Mirror:
         self.device = torch.device(device)
         self.calls = 0
         self.requests = 0
+        self.unserved: dict[str, int] = {}  # what the device has no kernel for, and how often it was asked
         self._verify, self._sample, self._tree_index = ft.ops.verify, ft.ops.sample, ft.ops.tree_index
         self._draft_topk, self._finalize_tree = ft.ops.draft_topk, ft.ops.finalize_tree
 
@@ -57,6 +58,16 @@ class Mirror:
         }
         return dataclasses.replace(record, **fields)
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """A call that the device has no kernel for is noted, and the test goes on without it."""
+        try:
+            yield
+        except ValueError as error:
+            if "this version has no CUDA kernel" not in str(error):
+                raise
+            self.unserved[str(error)] = self.unserved.get(str(error), 0) + 1
+
     # ------------------------------------------------------------------------------ the calls
 
     def verify(self, target_logits: Any, draft_tokens: Any, **given: Any) -> Any:
@@ -69,8 +80,10 @@ class Mirror:
         expected = self._verify(target_logits, draft_tokens, out=out, **given)
         self.calls += 1
         self.requests += len(draft_tokens)
-        found = self._verify(self.moved(target_logits), self.moved(draft_tokens), out=before, **moved)
-        assert_same_fields(found, expected, "verify")
+        moved_rows = self.moved(target_logits), self.moved(draft_tokens)
+        with self.serving():
+            found = self._verify(*moved_rows, out=before, **moved)
+            assert_same_fields(found, expected, "verify")
         return expected
 
     def sample(self, logits: Any, **given: Any) -> Any:
@@ -80,14 +93,15 @@ class Mirror:
         moved = self.moved_all(given)
         expected = self._sample(logits, **given)
         self.calls += 1
-        found = self._sample(self.moved(logits), **moved)
-        tokens, scores = (expected, None) if isinstance(expected, Tensor) else expected
-        assert_same(found if scores is None else found[0], tokens, "sample: tokens")
-        if scores is not None:
-            assert_same(found[1], scores, "sample: logprobs")
-        for name in ("out", "status", "records"):
-            if given.get(name) is not None:
-                assert_same(moved[name], given[name], f"sample: {name}")
+        with self.serving():
+            found = self._sample(self.moved(logits), **moved)
+            tokens, scores = (expected, None) if isinstance(expected, Tensor) else expected
+            assert_same(found if scores is None else found[0], tokens, "sample: tokens")
+            if scores is not None:
+                assert_same(found[1], scores, "sample: logprobs")
+            for name in ("out", "status", "records"):
+                if given.get(name) is not None:
+                    assert_same(moved[name], given[name], f"sample: {name}")
         return expected
 
     def tree_index(self, parents: Any, **given: Any) -> Any:
@@ -98,7 +112,10 @@ class Mirror:
         before = self.moved_fields(out) if dataclasses.is_dataclass(out) else None
         expected = self._tree_index(parents, out=out, **given)
         self.calls += 1
-        assert_same_fields(self._tree_index(self.moved(parents), out=before, **moved), expected, "tree_index")
+        with self.serving():
+            assert_same_fields(
+                self._tree_index(self.moved(parents), out=before, **moved), expected, "tree_index"
+            )
         return expected
 
     def draft_topk(self, logits: Any, k: Any, **given: Any) -> Any:
@@ -181,10 +198,13 @@ def assert_same(found: Tensor, expected: Tensor, name: str) -> None:
     )
 
 
+def results_of(record: Any) -> list[dataclasses.Field[Any]]:
+    """All buffers but the scratch."""
+    return [field for field in dataclasses.fields(record) if field.compare]
+
+
 def assert_same_fields(found: Any, expected: Any, name: str) -> None:
-    for field in dataclasses.fields(expected):
-        if not field.compare:
-            continue
+    for field in results_of(expected):
         ours, theirs = getattr(found, field.name), getattr(expected, field.name)
         assert (ours is None) == (theirs is None), f"{name}: {field.name}"
         if dataclasses.is_dataclass(theirs):

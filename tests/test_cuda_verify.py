@@ -25,7 +25,7 @@ import test_boundary_data
 from covering import ROWS, configurations
 from experiments import Experiment
 from large_rounds import Large, Rounds, pairwise, random_row
-from mirrored import TEST_DEVICE, Mirror, assert_same, assert_same_fields
+from mirrored import TEST_DEVICE, Mirror, assert_same, assert_same_fields, results_of
 
 pytestmark = pytest.mark.cuda
 ON_CUDA = pytest.mark.skipif(TEST_DEVICE != "cuda", reason="graphs, streams and device memory are CUDA's")
@@ -188,10 +188,10 @@ def rows_of(arguments: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
         if name in BY_ROW and value is not None:
             value = tuple(x[chosen] for x in value) if isinstance(value, tuple) else value[chosen]
         part[name] = value
-    fields = [field.name for field in dataclasses.fields(ft.ops.Verdict)]
+    fields = [field.name for field in results_of(ft.ops.Verdict)]
     out = arguments["out"]
     chosen_out = {f: None if getattr(out, f) is None else getattr(out, f)[chosen] for f in fields}
-    return part | {"out": dataclasses.replace(out, **chosen_out)}
+    return part | {"out": ft.ops.Verdict(**chosen_out)}
 
 
 @over(VARIETY)
@@ -206,7 +206,7 @@ def test_a_request_is_itself_in_any_batch(row: Large):
     orders += [[pick.randrange(size) for _ in range(count)] for count in (2, size, 3 * size)]
     for chosen in orders:
         found = ft.ops.verify(**rows_of(arguments, chosen))
-        for field in dataclasses.fields(found):
+        for field in results_of(found):
             ours, theirs = getattr(found, field.name), getattr(expected, field.name)
             if ours is not None and field.name != "path_rows":
                 assert torch.equal(ours, theirs[chosen]), field.name  # the bits of floats too
@@ -218,13 +218,13 @@ def test_buffers_are_written_whole_each_time(row: Large):
     expected = None
     for garbage in (0, -7, 111):
         arguments = placed(Rounds(row).arguments())
-        for field in dataclasses.fields(arguments["out"]):
+        for field in results_of(arguments["out"]):
             if (buffer := getattr(arguments["out"], field.name)) is not None:
                 buffer.fill_(garbage)
         found = ft.ops.verify(**arguments)
         assert found is arguments["out"]
         if expected is not None:
-            for field in dataclasses.fields(found):
+            for field in results_of(found):
                 ours, theirs = getattr(found, field.name), getattr(expected, field.name)
                 assert ours is None or torch.equal(ours, theirs), field.name
         expected = found
@@ -307,7 +307,7 @@ def test_streams_do_not_disturb_each_other():
                     ft.ops.verify(**one) if how == "eager" else graph.replay()
         torch.cuda.synchronize()
         for found, theirs in zip(buffers, expected, strict=True):
-            for field in dataclasses.fields(theirs):
+            for field in results_of(theirs):
                 value = getattr(theirs, field.name)
                 if value is not None:
                     assert_same(getattr(found["out"], field.name), value.cpu(), f"{how}: {field.name}")

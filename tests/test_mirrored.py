@@ -55,6 +55,22 @@ def test_a_wrong_device_is_told(operation, field, amount):
             call()
 
 
+def test_what_a_device_does_not_serve_is_noted():
+    def refusing(*_, **__):
+        raise ValueError("sample: this version has no CUDA kernel for it")
+
+    with mirroring("cpu") as mirror:
+        mirror._sample, real = refusing, mirror._sample
+        with pytest.raises(ValueError, match="no CUDA kernel"):
+            call()  # of the oracle too
+        mirror._sample = lambda *a, calls=[], **k: (
+            calls.append(0),
+            real(*a, **k) if len(calls) % 2 else refusing(),
+        )[1]
+        call()
+    assert list(mirror.unserved.values()) == [1]
+
+
 def test_what_is_no_tensor_of_the_cpu_passes_through():
     with mirroring("cpu") as mirror:
         with pytest.raises((TypeError, ValueError)):

@@ -84,3 +84,11 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_the_page_on_compiling_runs() -> None:
+    assert len(fenced("docs/compile.md", "python")) == 1
+    names = run_blocks("docs/compile.md")
+    assert names["roots"].equal(names["verdict"].next_token)
+    assert (names["verdict"].num_emitted >= 1).all()
+    assert not names["verdict"].status.any()

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from foretoken._core import SamplingTable, derive_seed
+from foretoken import _core
+from foretoken._core import derive_seed
 
 __all__ = ["Sampling", "SamplingTable", "derive_seed", "fresh_seed"]
 
 Value = TypeVar("Value")
+
+
+_numbers = itertools.count(2)  # 0 and 1 are what torch.compile would make constants of
+_live: weakref.WeakValueDictionary[int, SamplingTable] = weakref.WeakValueDictionary()
+
+
+class SamplingTable(_core.SamplingTable):
+    """Sampling law of a number of request slots. Slots start at temperature 1, no filters, seed 0."""
+
+    __slots__ = ("handle",)
+
+    handle: int
+    """What stands for the table in a compiled graph; no other table of this process ever has it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.handle = next(_numbers)
+        _live[self.handle] = self
+
+
+def live_table(name: str, handle: int) -> SamplingTable:
+    table = _live.get(handle)
+    if table is None:
+        raise ValueError(f"{name}: expected a table that still exists, got the handle of one that was freed")
+    return table
 
 
 def fresh_seed() -> int:
@@ -78,7 +106,7 @@ class Sampling:
     def __post_init__(self) -> None:
         # A wrong value is refused where it is written down, not where it is used.
         for row in range(self._rows()):
-            self.write(SamplingTable(1), 0, row=row, seed=0)
+            self.write(_core.SamplingTable(1), 0, row=row, seed=0)
 
     def prepare(self, batch: int) -> SamplingTable:
         """The native table of ``batch`` slots, slot b holding the law of row b.
@@ -88,8 +116,14 @@ class Sampling:
         ValueError
             A field is a sequence whose length is not ``batch``.
         """
-        base = fresh_seed() if self.seed is None else self.seed
         table = SamplingTable(batch)
+        self.fill(table)
+        return table
+
+    def fill(self, table: _core.SamplingTable) -> None:
+        """Write the law of row b into slot b of a table, for each of its slots."""
+        batch = table.size
+        base = fresh_seed() if self.seed is None else self.seed
         for row in range(batch):
             seed = (
                 derive_seed(_seed_bits(base), row, 0)
@@ -97,10 +131,9 @@ class Sampling:
                 else _of_row("seed", base, row, batch)
             )
             self.write(table, row, row=row, batch=batch, seed=seed)
-        return table
 
     def write(
-        self, table: SamplingTable, slot: int, *, row: int = 0, batch: int | None = None, seed: int
+        self, table: _core.SamplingTable, slot: int, *, row: int = 0, batch: int | None = None, seed: int
     ) -> None:
         """Write the law of ``row`` into one slot of a table, under the given seed."""
         table.set(

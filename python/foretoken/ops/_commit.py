@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
 from foretoken import _core
@@ -147,6 +148,11 @@ def commit(
     >>> state.text[0, :4].tolist(), int(state.base), int(state.ends), int(state.next_drafts)
     ([5, 6, 7, 2], 4, 1, -1)
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        _library.commit(verdict, state, num_drafts, slots, record)
+        return
     _core.commit(
         verdict.tokens,
         verdict.num_emitted,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from foretoken import _core
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex
@@ -139,6 +140,10 @@ def draft_topk(
     >>> level.tokens.tolist(), level.scores.exp().mul(2.718282).round(decimals=2).tolist()
     ([[1, 0]], [[0.5, 0.25]])
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        return _library.draft_topk(logits, k, scores, entries, out)
     if out is None:
         frontier = _core.sizes(logits, "logits", 2 if getattr(logits, "ndim", 3) == 2 else 3)[:-1]
         out = DraftTopK.empty(frontier, min(max(k, 0), MAX_CHILDREN), device=logits.device)
@@ -211,6 +216,10 @@ def finalize_tree(
     >>> tree.tokens.tolist(), tree.parents.tolist(), tree.source.tolist()
     ([[8, 5, 7]], [[0, 1, 0]], [[1, 3, 0]])
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        return _library.finalize_tree(tokens, scores, parents, num_nodes, budget, lengths, out)
     if out is None:
         batch, _ = _core.sizes(tokens, "tokens", 2)
         # Never more than is allowed: a size that is refused below must not be allocated first.

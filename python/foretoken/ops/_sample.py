@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from foretoken import _core
 from foretoken.ops._choices import choose, table_of
@@ -135,6 +136,28 @@ def sample(
     >>> sample(logits, sampling=Sampling(temperature=0.0), base=torch.tensor([5])).tolist()
     [1]
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        return _library.sample(
+            logits,
+            sampling,
+            base,
+            step,
+            purpose,
+            method,
+            slots,
+            bitmask,
+            history,
+            prompt_lengths,
+            path,
+            vocab_map,
+            vocab_size,
+            out,
+            status,
+            records,
+            logprobs,
+        )
     batch, width = _core.sizes(logits, "logits", 2)
     if out is None:
         out = torch.empty(batch, dtype=torch.int64, device=logits.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from foretoken import _core
 
@@ -94,6 +95,10 @@ def tree_index(
     >>> index.depth.tolist(), index.positions.tolist(), index.ancestors.flatten().tolist()
     ([[0, 1, 1, 2]], [[7, 8, 8, 9]], [1, 3, 5, 11])
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        return _library.tree_index(parents, num_drafts, lengths, out)
     batch, drafts = _core.sizes(parents, "parents", 2)
     if out is None:
         # Never more than can be indexed: a size that is refused below must not be allocated first.

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from foretoken import _core
 from foretoken.ops._choices import choose, table_of
@@ -226,6 +227,36 @@ def verify(
     >>> verdict.tokens.tolist(), verdict.path.tolist()
     ([[0, 1, -1]], [[2, -1]])
     """
+    if is_dynamo_compiling():
+        from foretoken.ops import _library
+
+        return _library.verify(
+            target_logits,
+            draft_tokens,
+            parents,
+            row_offsets,
+            num_drafts,
+            draft_logits,
+            draft_probs,
+            draft_topk,
+            draft_row,
+            draft_records,
+            vocab_map,
+            draw,
+            sampling,
+            draft_sampling,
+            bitmask,
+            history,
+            prompt_lengths,
+            base,
+            slots,
+            rule,
+            tolerance,
+            logprobs,
+            raw_logprobs,
+            num_top,
+            out,
+        )
     batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
     if out is None:
         out = Verdict.empty(
