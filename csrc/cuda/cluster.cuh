@@ -9,7 +9,7 @@
 namespace foretoken::cuda {
 
 constexpr int kMaxCluster = 16;
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

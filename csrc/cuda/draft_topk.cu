@@ -74,7 +74,8 @@ class TopkRow {
       tile.load(row, tile_in(slot), minus_infinity_bits<kType>());
       if (skip) return;
       float mine;
-      const TileStats stats = stats_of_logits(tile, row, tile_in(slot), reading, mine);
+      TileStats stats = stats_of_logits(tile, reading, mine);
+      if (stats.sum == kAgain) stats = stats_slowly(row, reading, tile_in(slot), mine);
       const bool regular = stats.max < infinity() && stats.sum <= static_cast<float>(kTile + 1);
       high = regular ? fmaxf(high, mine) : infinity();
       if (lane_id() == 0) scratch_.stats[slot] = stats;

@@ -29,82 +29,114 @@ __device__ inline float residual_weight(float of_target, float of_draft, float g
   return fmaxf(fused(-gain, of_draft, of_target), 0.0f);
 }
 
-// The weights of a tile. kHere: with code of its own, and the tile in registers all the time.
-template <bool kHere>
-__device__ __forceinline__ void load_weights(const Residual& residual, int64_t index, LaneTile& weights) {
-  const auto load = [](const DeviceRow& row, int64_t tile, bool of_probs, LaneTile& to) {
-    if constexpr (kHere) {
-      load_tile_here(row, tile, of_probs, to);
-    } else {
-      load_tile(row, tile, of_probs, to);
-    }
-  };
-  const RowLaw& target = residual.target_law;
-  load(residual.target, index, false, weights);
-#pragma unroll
-  for (int i = 0; i < 32; ++i)
-    weights.x[i] = weight_of_logit(weights.x[i], target.max, target.scale, target.cut);
-  if (residual.draft.data == nullptr) return;
-  const RowLaw& draft = residual.draft_law;
-  LaneTile other;
-  load(residual.draft, index, draft.kind == LawKind::probs, other);
-  if (draft.kind == LawKind::probs) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      weights.x[i] =
-          residual_weight(weights.x[i], weight_of_prob(other.x[i], draft.scale, draft.cut), residual.gain);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float of_draft = weight_of_logit(other.x[i], draft.max, draft.scale, draft.cut);
-      weights.x[i] = residual_weight(weights.x[i], of_draft, residual.gain);
-    }
+// The weights of a tile, quarter by quarter.
+class WeightReader {
+ public:
+  __device__ WeightReader(const Residual& residual, int64_t index)
+      : residual_(residual),
+        target_(residual.target, index, false),
+        draft_(residual.draft.data != nullptr ? residual.draft : residual.target, index, of_probs(residual)) {
   }
-}
+
+  __device__ Eight next() {
+    const RowLaw &target = residual_.target_law, &draft = residual_.draft_law;
+    Eight weights = target_.next();
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      weights.x[j] = weight_of_logit(weights.x[j], target.max, target.scale, target.cut);
+    if (residual_.draft.data == nullptr) return weights;
+    Eight other = draft_.next();
+    if (of_probs(residual_)) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) other.x[j] = weight_of_prob(other.x[j], draft.scale, draft.cut);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) other.x[j] = weight_of_logit(other.x[j], draft.max, draft.scale, draft.cut);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) weights.x[j] = residual_weight(weights.x[j], other.x[j], residual_.gain);
+    return weights;
+  }
+
+ private:
+  __device__ static bool of_probs(const Residual& residual) {
+    return residual.draft.data != nullptr && residual.draft_law.kind == LawKind::probs;
+  }
+
+  const Residual& residual_;
+  TileReader target_, draft_;
+};
 
 // Exact mass of a tile; edits are accounted for by whoever adds tiles up.
 inline __device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t index) {
-  LaneTile weights;
-  load_weights<false>(residual, index, weights);
+  WeightReader reader(residual, index);
   uint64_t mass = 0;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const Eight weights = reader.next();
 #pragma unroll
-  for (int i = 0; i < 32; ++i) mass += mass_of(weights.x[i]);
+    for (int j = 0; j < 8; ++j) mass += mass_of(weights.x[j]);
+  }
   return sum_of_warp(mass);
 }
 
 // Sum of a tile's weights, in the pinned order.
 inline __device__ __noinline__ float residual_sum(const Residual& residual, int64_t index) {
-  LaneTile weights;
-  load_weights<true>(residual, index, weights);
-  return sum_of_tile([&](int i) { return weights.x[i]; });
+  WeightReader reader(residual, index);
+  PinnedSum sum;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) sum.add(quarter, reader.next());
+  return sum.total();
 }
 
-// Where a place falls among the exact masses of a tile's elements.
-struct TilePick {
-  Interval at;
-  uint64_t of_tile;  // all of them
+// The element of a tile in whose interval `left` falls, counted in exact masses from element 0, and where
+// that begins and ends; element -1: `left` lies behind them all. The same in every lane.
+struct Interval {
+  int32_t place;
+  uint64_t begin, end;
 };
 
-inline __device__ __noinline__ TilePick pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
-  LaneTile weights;
-  load_weights<false>(residual, index, weights);
-  uint64_t mass[32];
+inline __device__ __noinline__ Interval pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
+  WeightReader reader(residual, index);
+  uint64_t before = 0;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const Eight weights = reader.next();
+    const int32_t first = quarter * 256 + lane_id() * 8;
+    uint64_t mass[8], mine = 0;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) mass[i] = mass_of(weights.x[i]);
-  for (int e = 0; e < residual.num_edits; ++e) {
-    const MassEdit edit = residual.edits[e];
-    if (edit.token / kTile != index) continue;
-    const int element = static_cast<int>(edit.token % kTile);
+    for (int j = 0; j < 8; ++j) mass[j] = mass_of(weights.x[j]);
+#pragma unroll 1
+    for (int e = 0; e < residual.num_edits; ++e) {
+      const MassEdit edit = residual.edits[e];
+      if (edit.token / kTile != index) continue;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      if (LaneTile::element_of(i) == element) mass[i] = edit.mass;
+      for (int j = 0; j < 8; ++j) {
+        if (first + j == static_cast<int32_t>(edit.token % kTile)) mass[j] = edit.mass;
+      }
     }
-  }
-  uint64_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) sum += mass[i];
-  return {find_in_tile([&](int i) { return mass[i]; }, left), sum_of_warp(sum)};
+    for (int j = 0; j < 8; ++j) mine += mass[j];
+    const uint64_t up_to = before + sum_up_to_lane(mine);
+    const unsigned holders = __ballot_sync(kAllLanes, left < up_to);
+    if (holders == 0) {
+      before = __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
+      continue;
+    }
+    Interval found{-1, up_to - mine, up_to - mine};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (found.end <= left) {
+        found.place = first + j;
+        found.begin = found.end;
+        found.end += mass[j];
+      }
+    }
+    const int owner = __ffs(static_cast<int>(holders)) - 1;
+    return {__shfl_sync(kAllLanes, found.place, owner), __shfl_sync(kAllLanes, found.begin, owner),
+            __shfl_sync(kAllLanes, found.end, owner)};
+  }
+  return {-1, 0, 0};
 }
 
 constexpr int64_t kUndecided = -2;
@@ -143,13 +175,11 @@ class TokenDraw {
     const int64_t index = tile_holding(left);
     const bool first = index == 0, last = index == tiles_ - 1;
     if ((!first && left < reach) || (!last && masses_[index] - left <= reach)) return kUndecided;
-    const TilePick found = pick_in_tile(residual_, index, left);
-    if (left >= found.of_tile) return kUndecided;
-    if ((found.at.begin != 0 && left - found.at.begin < reach) ||
-        (found.at.end != found.of_tile && found.at.end - left <= reach)) {
+    const Interval found = pick_in_tile(residual_, index, left);
+    if (found.place < 0 || (found.begin != 0 && left - found.begin < reach) || found.end - left <= reach) {
       return kUndecided;
     }
-    return index * kTile + found.at.element;
+    return index * kTile + found.place;
   }
 
   // From exact masses; -1 if the residual has no mass at all.
@@ -159,7 +189,7 @@ class TokenDraw {
     if (total == 0) return -1;
     uint64_t left = multiply_high(bits, total);  // uniform in [0, total)
     const int64_t index = tile_holding(left);
-    return index * kTile + pick_in_tile(residual_, index, left).at.element;
+    return index * kTile + pick_in_tile(residual_, index, left).place;
   }
 
  private:

@@ -20,7 +20,7 @@ struct Filters {
 };
 
 constexpr int kBins = 1024;
-constexpr int kList = 2048;
+constexpr int kList = 1024;
 constexpr int kLaneGroups = 512;
 
 // Shared memory of a block.

@@ -32,13 +32,13 @@ inline DeviceLimits limits_of(Device device) {
   return limits;
 }
 
-// Blocks that share a row: enough to give every multiprocessor two, no more than there are tiles for their
+// Blocks that share a row: enough to give every multiprocessor one, no more than there are tiles for their
 // warps. Results do not depend on it.
 inline int cluster_for(Device device, int64_t rows, int64_t tiles) {
   const DeviceLimits limits = limits_of(device);
   if (!limits.has_clusters) return 1;
   int cluster = 1;
-  while (cluster < kMaxCluster && rows * cluster < 2 * limits.multiprocessors && cluster * kWarps < tiles) {
+  while (cluster < kMaxCluster && rows * cluster * 2 <= limits.multiprocessors && cluster * kWarps < tiles) {
     cluster *= 2;
   }
   return cluster;

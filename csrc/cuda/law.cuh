@@ -44,7 +44,8 @@ __device__ inline uint64_t mass_of_stats(const TileStats& tile, const RowLaw& la
   return mass_of_tile(tile.sum, weight_of_logit(tile.max, law.max, law.scale, law.cut));
 }
 
-inline __device__ __noinline__ uint64_t mass_of_row(const TileStats* stats, int64_t tiles, const RowLaw& law) {
+inline __device__ __noinline__ uint64_t mass_of_row(const TileStats* stats, int64_t tiles,
+                                                    const RowLaw& law) {
   uint64_t mass = 0;
   for (int64_t index = lane_id(); index < tiles; index += kWarpSize) {
     mass += mass_of_stats(read_stats(stats + index), law);

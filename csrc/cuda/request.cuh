@@ -20,13 +20,18 @@ struct Workspace {
   int32_t max_edits = 0;
 };
 
-struct VerifyLaunch {
+struct alignas(16) VerifyLaunch {
   VerifyArgs args;
   PreparedRows prepared;
   Workspace workspace;
   int32_t clusters = 1;         // that read the rows of one request
   bool reads_all_rows = false;  // at once, rather than as the walk asks for them
-  float rates[kMaxNodes];       // of the synthetic rule
+  bool short_way = false;       // see cuda/chain.cuh
+};
+
+struct VerifyParams {
+  VerifyLaunch launch;
+  float rates[kMaxNodes];  // of the synthetic rule
 };
 
 // What the leading warp asks of all others. About a row: that of node `first`, with its laws.
@@ -56,7 +61,25 @@ struct Command {
 };
 
 // Shared memory of a block. The leading block's holds what is known of the request.
+#ifdef FT_PROF
+#define FT_MARK(i)                                   \
+  do {                                               \
+    if (threadIdx.x == 0 && cluster_rank() == 0) {   \
+      shared.marks[shared.num_marks] = clock64();    \
+      shared.mark_ids[shared.num_marks] = i;         \
+      if (shared.num_marks < 63) ++shared.num_marks; \
+    }                                                \
+  } while (0)
+#else
+#define FT_MARK(i)
+#endif
 struct RequestShared {
+#ifdef FT_PROF
+  long long marks[64];
+  int mark_ids[64];
+  int num_marks;
+#endif
+  VerifyLaunch launch;  // parameters that are passed on by address would be read through the L2
   FilterScratch filter;
   Command command;
   uint64_t part[kMaxCluster];           // a share of a result from each block
@@ -66,8 +89,8 @@ struct RequestShared {
   int32_t num_unsolved;
   int32_t is_last;
   RowLaw raw_law;
-  WaveRow wave[2 * kMaxNodes];        // rows that are read together: of the target, then of the drafts
-  DeviceRow wave_target, wave_draft;  // what they have in common
+  WaveRow wave_rows[2 * kMaxNodes];  // rows that are read together:
+  Wave wave[2];                      // of the target, and of the drafts
 
   RowLaw target[kMaxNodes], draft[kMaxNodes];
   NodeState states[kMaxNodes];
@@ -190,6 +213,21 @@ class Request {
   const int64_t b_;
   int64_t vocab_, tiles_, max_nodes_;
 };
+
+// Whether this cluster is the one that goes on: all others of the request have read their share.
+__device__ inline bool is_last_cluster(uint32_t* arrivals, int32_t clusters, RequestShared& shared) {
+  cluster_sync();
+  if (clusters == 1) return true;
+  if (cluster_rank() == 0 && threadIdx.x == 0) {
+    __threadfence();
+    const bool last = atomicAdd(arrivals, 1u) == static_cast<uint32_t>(clusters) - 1;
+    if (last) *arrivals = 0;
+    __threadfence();
+    for (uint32_t rank = 0; rank < cluster_size(); ++rank) of_block(&shared, rank)->is_last = last ? 1 : 0;
+  }
+  cluster_sync();
+  return shared.is_last != 0;
+}
 
 // build_tree() of math/tree_index.hpp by a warp, from parents in shared memory; false if one is not a smaller
 // node.

@@ -80,9 +80,8 @@ class RowSampler {
     cluster_sync();  // nobody's memory is written before everybody runs
     if (threadIdx.x == 0) shared_.wave = {task_.row.data, task_.stats, task_.lanes};
     __syncthreads();
-    const Wave wave{&shared_.wave, 1, 1, task_.row.size, task_.reading, task_.reading};
-    with_dtype(task_.row.dtype,
-               [&](auto type) { read_rows<decltype(type)::value>(wave, worker(), workers()); });
+    const Wave wave{&shared_.wave, 1, task_.row.dtype, task_.row.size, task_.reading};
+    read_rows(wave, worker(), workers());
     cluster_sync();
     RowLaw law;
     bool solved = true;
@@ -176,7 +175,7 @@ class RowSampler {
 };
 
 // One cluster a row.
-__global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_constant__ SampleLaunch launch) {
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ SampleLaunch launch) {
   extern __shared__ __align__(16) unsigned char memory[];
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   const SampleArgs& args = launch.args;

@@ -33,38 +33,38 @@ class Team {
     return request_.has_row_laws() && !request_.args().draft_records;
   }
 
-  // The statistics of target rows first .. first + count - 1, and of the rows of all dense nodes. `worker` of
-  // `workers` warps; nothing is known of them before the next barrier of the cluster.
-  __device__ __noinline__ void read_rows_of(int32_t first, int32_t count, bool with_drafts, uint32_t worker,
-                                            uint32_t workers) {
+  // The wave of target rows first .. first + count - 1, and of the rows of all dense nodes.
+  __device__ __noinline__ void plan_wave(int32_t first, int32_t count, bool with_drafts) {
     const int32_t drafts = with_drafts && makes_draft_laws() ? shared_.num_dense : 0;
     __syncthreads();
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count + drafts; i += kThreads) {
       const RowTask task = i < count ? target_task(first + i) : draft_task(shared_.dense[i - count]);
-      shared_.wave[i] = {task.row.data, task.stats, task.lanes};
-      if (i == 0) shared_.wave_target = {nullptr, task.row.dtype, task.row.size};
-      if (i == count) shared_.wave_draft = {nullptr, task.row.dtype, task.row.size};
+      shared_.wave_rows[i] = {task.row.data, task.stats, task.lanes};
+      Wave& wave = shared_.wave[i < count ? 0 : 1];
+      if (i != 0 && i != count) continue;
+      wave.rows = shared_.wave_rows + i;
+      wave.dtype = task.row.dtype;
+      wave.size = task.row.size;
+      wave.reading = task.reading;
+    }
+    if (threadIdx.x == 0) {
+      shared_.wave[0].count = static_cast<uint32_t>(count);
+      shared_.wave[1].count = static_cast<uint32_t>(drafts);
     }
     __syncthreads();
-    const RowReading of_target = RowReading::of_logits(filters_.target.temperature);
-    RowReading of_draft;
-    if (drafts > 0) {
-      of_draft = request_.args().draft_probs ? RowReading::of_probs()
-                                             : RowReading::of_logits(filters_.draft.temperature);
+  }
+
+  // Its statistics, as far as they are the part of `worker` among `workers` warps; nothing is known of them
+  // before the next barrier of the cluster.
+  __device__ __noinline__ void read_wave(uint32_t worker, uint32_t workers) const {
+    for (int part = 0; part < 2; ++part) {
+      const Wave& wave = shared_.wave[part];
+      if (wave.count == 0) continue;
+      const uint32_t items = wave.count * wave.tiles();
+      read_rows(wave, worker, workers);
+      // Whoever had least to do here begins there.
+      worker = (worker + workers - items % workers) % workers;
     }
-    const bool alike = drafts > 0 && count > 0 && shared_.wave_draft.dtype == shared_.wave_target.dtype &&
-                       shared_.wave_draft.size == shared_.wave_target.size;
-    const Wave all{shared_.wave,
-                   static_cast<uint32_t>(count),
-                   static_cast<uint32_t>(alike ? count + drafts : count),
-                   shared_.wave_target.size,
-                   of_target,
-                   of_draft};
-    if (count > 0) read(shared_.wave_target.dtype, all, worker, workers);
-    if (drafts == 0 || alike) return;
-    const Wave rest{shared_.wave + count,    0,         static_cast<uint32_t>(drafts),
-                    shared_.wave_draft.size, of_target, of_draft};
-    read(shared_.wave_draft.dtype, rest, worker, workers);
   }
 
   // Their laws, into the memory of the leading block; the rows are dealt out to the blocks.
@@ -87,8 +87,8 @@ class Team {
   // Carries out this block's share of a command; the barriers around it are the caller's.
   __device__ __noinline__ void execute(const Command& command) {
     if (command.task == Task::laws) {
-      read_rows_of(command.first, command.count, false, rank_ + size_ * (threadIdx.x / kWarpSize),
-                   size_ * kWarps);
+      plan_wave(command.first, command.count, false);
+      read_wave(rank_ + size_ * (threadIdx.x / kWarpSize), size_ * kWarps);
       cluster_sync();
       make_laws(command.first, command.count, false);
       return;
@@ -138,12 +138,6 @@ class Team {
   }
 
  private:
-  __device__ static void read(DType dtype, const Wave& wave, uint32_t worker, uint32_t workers) {
-    if (dtype == DType::float32) return read_rows<DType::float32>(wave, worker, workers);
-    if (dtype == DType::bfloat16) return read_rows<DType::bfloat16>(wave, worker, workers);
-    read_rows<DType::float16>(wave, worker, workers);
-  }
-
   template <class NodeOf, class TaskOf>
   __device__ void deal(int32_t count, bool filtered, NodeOf node_of, TaskOf task_of, const Filters& filters,
                        RowLaw* laws, int32_t mark) {
@@ -300,11 +294,7 @@ class Team {
 
   __device__ static TileStats stats_at(const RowTask& task, int64_t index) {
     float lane_max = 0.0f;
-    return with_dtype(task.row.dtype, [&](auto type) {
-      RawTile<decltype(type)::value> raw;
-      raw.load(task.row, index, minus_infinity_bits<decltype(type)::value>());
-      return stats_of_logits(raw, task.row, index, task.reading, lane_max);
-    });
+    return stats_slowly(task.row, task.reading, index, lane_max);
   }
 
   __device__ void race(const Residual& residual, const Command& command) {
@@ -323,10 +313,10 @@ class Team {
       if (shared_.parents[node] != command.first) continue;
       ++seen;
       if (shared_.tokens[node] / kTile != index) continue;
-      const int element = shared_.tokens[node] % kTile;
+      const int32_t place = shared_.tokens[node] % kTile;
 #pragma unroll 4
       for (int i = 0; i < 32; ++i) {
-        if (LaneTile::element_of(i) == element) tile.x[i] = probs ? 0.0f : -infinity();
+        if (LaneTile::element_of(i) == place) tile.x[i] = probs ? 0.0f : -infinity();
       }
     }
     float high = -infinity();

@@ -66,7 +66,7 @@ __device__ inline float element_at(const DeviceRow& row, int64_t index) {
 struct LaneTile {
   float x[32];  // quarter q, neighbour j at 8q + j
 
-  static __device__ int element_of(int i) { return (i / 8) * 256 + lane_id() * 8 + i % 8; }
+  static __device__ int32_t element_of(int i) { return (i / 8) * 256 + lane_id() * 8 + i % 8; }
 };
 
 // A tile as it lies in memory: what may be on its way while another one is worked on.
@@ -76,21 +76,38 @@ struct RawTile {
   static constexpr int kLoads = kBytes * 8 / 16;  // of 16 bytes, for the eight neighbours of a quarter
   uint4 words[4 * kLoads];
 
-  // What lies behind the row's end is `pad`, given as the bits of an element.
-  __device__ __forceinline__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
-    const char* base = static_cast<const char*>(row.data) + index * kTile * kBytes;
-    if ((index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0) {
-      base += lane_id() * 8 * kBytes;
-#pragma unroll
-      for (int i = 0; i < 4 * kLoads; ++i) {
-        words[i] = __ldg(reinterpret_cast<const uint4*>(base + i / kLoads * 256 * kBytes + i % kLoads * 16));
-      }
-      return;
-    }
+  // Whether a tile lies in the row as a whole, where it can be read 16 bytes at a time.
+  __device__ static bool fits(const void* data, int64_t size, int64_t index) {
+    return (index + 1) * kTile <= size && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+
+  __device__ __forceinline__ void load(const void* data, int64_t index) {
+    const char* base = static_cast<const char*>(data) + (index * kTile + lane_id() * 8) * kBytes;
 #pragma unroll
     for (int i = 0; i < 4 * kLoads; ++i) {
-      const int64_t first = index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * (16 / kBytes);
-      words[i] = load_slowly(row, first, pad);
+      words[i] = __ldcs(reinterpret_cast<const uint4*>(base + i / kLoads * 256 * kBytes + i % kLoads * 16));
+    }
+  }
+
+  // Any tile; what lies behind the row's end is `pad`, given as the bits of an element.
+  __device__ __forceinline__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
+    if (fits(row.data, row.size, index)) return load(row.data, index);
+#pragma unroll
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      uint32_t word[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int64_t at =
+            index * kTile + i / kLoads * 256 + lane_id() * 8 + (i % kLoads * 4 + w) * (4 / kBytes);
+        if constexpr (kBytes == 4) {
+          word[w] = at < row.size ? static_cast<const uint32_t*>(row.data)[at] : pad;
+        } else {
+          const uint16_t* data = static_cast<const uint16_t*>(row.data);
+          const uint32_t low = at < row.size ? data[at] : pad, high = at + 1 < row.size ? data[at + 1] : pad;
+          word[w] = low | high << 16;
+        }
+      }
+      words[i] = make_uint4(word[0], word[1], word[2], word[3]);
     }
   }
 
@@ -152,23 +169,6 @@ struct RawTile {
     high = fmaxf(float(most.x), float(most.y));
     low = fminf(float(least.x), float(least.y));
   }
-
-  // By value: an address taken would put every tile into memory.
-  __device__ static __noinline__ uint4 load_slowly(DeviceRow row, int64_t first, uint32_t pad) {
-    uint32_t word[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int64_t at = first + w * (4 / kBytes);
-      if constexpr (kBytes == 4) {
-        word[w] = at < row.size ? static_cast<const uint32_t*>(row.data)[at] : pad;
-      } else {
-        const uint16_t* data = static_cast<const uint16_t*>(row.data);
-        const uint32_t low = at < row.size ? data[at] : pad, high = at + 1 < row.size ? data[at + 1] : pad;
-        word[w] = low | high << 16;
-      }
-    }
-    return make_uint4(word[0], word[1], word[2], word[3]);
-  }
 };
 
 template <DType kType>
@@ -176,28 +176,102 @@ __device__ constexpr uint32_t minus_infinity_bits() {
   return kType == DType::float32 ? 0xFF800000u : kType == DType::bfloat16 ? 0xFF80u : 0xFC00u;
 }
 
-template <class Body>
-__device__ inline auto with_dtype(DType dtype, Body body) {
-  if (dtype == DType::float32) return body(std::integral_constant<DType, DType::float32>{});
-  if (dtype == DType::bfloat16) return body(std::integral_constant<DType, DType::bfloat16>{});
-  return body(std::integral_constant<DType, DType::float16>{});
+struct Eight {
+  float x[8];
+};
+
+// Eight neighbours one by one; what lies behind the end of the row is `nothing`.
+inline __device__ __noinline__ Eight read_eight(const DeviceRow row, int64_t at, float nothing) {
+  Eight eight;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) eight.x[j] = at + j < row.size ? element_at(row, at + j) : nothing;
+  return eight;
 }
 
-// A tile as float32. `of_probs`: what lies behind the end has no probability, rather than no logit.
-__device__ __forceinline__ void load_tile_here(const DeviceRow& row, int64_t index, bool of_probs,
-                                               LaneTile& tile) {
-  with_dtype(row.dtype, [&](auto type) {
-    RawTile<decltype(type)::value> raw;
-    raw.load(row, index, of_probs ? 0u : minus_infinity_bits<decltype(type)::value>());
-    raw.unpack(tile);
-  });
+// A tile quarter by quarter, eight neighbours a lane, whatever its dtype. All of it is asked for at once, but
+// the code that works on it exists once: instructions have to be fetched too, and a kernel of some hundred
+// kilobytes waits for them more than for its data.
+class TileReader {
+ public:
+  // `of_probs`: what lies behind the end has no probability, rather than no logit.
+  __device__ TileReader(const DeviceRow& row, int64_t index, bool of_probs)
+      : row_(row), at_(index * kTile + lane_id() * 8), nothing_(of_probs ? 0.0f : -infinity()) {
+    const int bytes = row.dtype == DType::float32 ? 4 : 2;
+    const char* base = static_cast<const char*>(row.data) + at_ * bytes;
+    whole_ = (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0;
+    if (!whole_) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words_[2 * i] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes));
+      if (bytes == 4) words_[2 * i + 1] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes + 16));
+    }
+  }
+
+  __device__ Eight next() {
+    Eight eight;
+    if (whole_) {
+      const uint32_t word[8] = {words_[0].x, words_[0].y, words_[0].z, words_[0].w,
+                                words_[1].x, words_[1].y, words_[1].z, words_[1].w};
+      if (row_.dtype == DType::float32) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) eight.x[j] = __uint_as_float(word[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t bits = j % 2 == 0 ? word[j / 2] & 0xFFFFu : word[j / 2] >> 16;
+          eight.x[j] = row_.dtype == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 6; ++i) words_[i] = words_[i + 2];
+    } else {
+      eight = read_eight(row_, at_, nothing_);
+    }
+    at_ += 256;
+    return eight;
+  }
+
+ private:
+  const DeviceRow row_;
+  int64_t at_;  // this lane's next element
+  const float nothing_;
+  bool whole_;
+  uint4 words_[8];
+};
+
+// A tile as float32, through memory: for what is seldom done.
+inline __device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs,
+                                              LaneTile& tile) {
+  TileReader reader(row, index, of_probs);
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const Eight eight = reader.next();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) tile.x[8 * quarter + j] = eight.x[j];
+  }
 }
 
-// The same as one copy of the code, through memory: for what is seldom done. Instructions have to be fetched
-// too, and a kernel of some hundred kilobytes waits for them more than for its data.
-inline __device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs, LaneTile& tile) {
-  load_tile_here(row, index, of_probs, tile);
-}
+// The pinned sum of a tile whose quarters come one after the other.
+class PinnedSum {
+ public:
+  __device__ void add(int quarter, const Eight& eight) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float pair = held_.x[j] + eight.x[j];
+      if (quarter == 1) half_.x[j] = pair;
+      if (quarter == 3) half_.x[j] += pair;
+      held_.x[j] = eight.x[j];
+    }
+  }
+  // The same value in every lane.
+  __device__ float total() const {
+    const float* v = half_.x;
+    return sum_of_warp(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+  }
+
+ private:
+  Eight held_{}, half_{};
+};
 
 // Quarters, then neighbours three times, then halves five times. The same value in every lane. `weight(x, i)`
 template <class Weight>
@@ -207,53 +281,6 @@ __device__ inline float sum_of_tile(Weight weight) {
   for (int j = 0; j < 8; ++j) v[j] = (weight(j) + weight(8 + j)) + (weight(16 + j) + weight(24 + j));
   const float sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   return sum_of_warp(sum);
-}
-
-// The element in whose interval `left` falls, counted from element 0, and where it begins and ends; `left` is
-// below the tile's mass. The same in every lane.
-struct Interval {
-  int element;
-  uint64_t begin, end;
-};
-
-template <class Mass>
-__device__ inline Interval find_in_tile(Mass mass, uint64_t left) {
-  uint64_t mine[4], up_to[4];
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    mine[q] = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) mine[q] += mass(8 * q + j);
-    up_to[q] = mine[q];
-  }
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint64_t lower = __shfl_up_sync(kAllLanes, up_to[q], step);
-      if (lane_id() >= step) up_to[q] += lower;
-    }
-  }
-  int found = -1;
-  uint64_t begin = 0, end = 0, before = 0;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    uint64_t at = before + up_to[q] - mine[q];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint64_t next = at + mass(8 * q + j);
-      if (left >= at && left < next) {
-        found = q * 256 + lane_id() * 8 + j;
-        begin = at;
-        end = next;
-      }
-      at = next;
-    }
-    before += __shfl_sync(kAllLanes, up_to[q], kWarpSize - 1);
-  }
-  const int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, found >= 0))) - 1;
-  return {__shfl_sync(kAllLanes, found, owner), __shfl_sync(kAllLanes, begin, owner),
-          __shfl_sync(kAllLanes, end, owner)};
 }
 
 }  // namespace foretoken::cuda

@@ -54,17 +54,27 @@ __device__ inline float sum_of_weights(const LaneTile& tile, float anchor, float
   return sum_of_tile([&](int i) { return weight_of_logit(tile.x[i], anchor, scale, cut); });
 }
 
-inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow& row, int64_t index, float anchor,
-                                                float scale, float cut) {
-  LaneTile tile;
-  load_tile_here(row, index, false, tile);
-  return sum_of_weights(tile, anchor, scale, cut);
+inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow row, int64_t index, float anchor,
+                                                       float scale, float cut) {
+  TileReader tile(row, index, false);
+  PinnedSum sum;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    Eight x = tile.next();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x.x[j] = weight_of_logit(x.x[j], anchor, scale, cut);
+    sum.add(quarter, x);
+  }
+  return sum.total();
 }
 
-// `lane_max`, if wanted: the largest of the 32 elements that this lane holds.
+// A tile that has to be looked at again, element by element.
+constexpr float kAgain = -1.0f;
+
+// `lane_max`: the largest of the 32 elements that this lane holds.
 template <DType kType>
-__device__ inline TileStats stats_of_logits(const RawTile<kType>& raw, const DeviceRow& row, int64_t index,
-                                            const RowReading& reading, float& lane_max) {
+__device__ __forceinline__ TileStats stats_of_logits(const RawTile<kType>& raw, const RowReading& reading,
+                                                     float& lane_max) {
   float high, low;
   raw.extremes(high, low);
   high = high == high ? high : -infinity();
@@ -72,54 +82,50 @@ __device__ inline TileStats stats_of_logits(const RawTile<kType>& raw, const Dev
   const float max = max_of_warp(high);
   const float anchor = max > -infinity() ? max : 0.0f;
   // Nearly always every element has a weight; then none has to be compared.
-  if (__any_sync(kAllLanes, low < anchor - reading.surely)) {
-    return {max, sum_of_weights_at(row, index, anchor, reading.scale, reading.floor_below(anchor))};
-  }
+  if (__any_sync(kAllLanes, low < anchor - reading.surely)) return {max, kAgain};
   LaneTile tile;
   raw.unpack(tile);
   return {max, sum_of_tile([&](int i) { return exp2_scaled(tile.x[i] - anchor, reading.scale); })};
 }
 
 template <DType kType>
-__device__ inline TileStats stats_of_greedy(const RawTile<kType>& raw) {
+__device__ __forceinline__ TileStats stats_of_greedy(const RawTile<kType>& raw) {
   LaneTile tile;
   raw.unpack(tile);
   float high = tile.x[0];
 #pragma unroll
   for (int i = 1; i < 32; ++i) high = max_or_nan(high, tile.x[i]);
-  const bool nan = __any_sync(kAllLanes, high != high);
-  if (nan) {
-    high = -infinity();
-#pragma unroll
-    for (int i = 0; i < 32; ++i) high = fmaxf(high, tile.x[i]);
-  }
-  return {max_of_warp(high), nan ? __int_as_float(0x7FC00000) : 0.0f};
+  if (__any_sync(kAllLanes, high != high)) return {0.0f, kAgain};
+  return {max_of_warp(high), 0.0f};
 }
 
-// A negative probability makes the sum NaN as well.
-template <DType kType>
-__device__ inline TileStats stats_of_probs(const RawTile<kType>& raw) {
-  LaneTile tile;
-  raw.unpack(tile);
-  float high = tile.x[0], low = tile.x[0];
+// The same of any tile, by the code that takes its time.
+inline __device__ __noinline__ TileStats stats_slowly(const DeviceRow& row, const RowReading& reading,
+                                                      int64_t index, float& lane_max) {
+  const bool probs = reading.kind == LawKind::probs;
+  TileReader tile(row, index, probs);
+  float high = -infinity(), low = 0.0f;
+  bool nan = false;
+  PinnedSum sum;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    Eight eight = tile.next();
 #pragma unroll
-  for (int i = 1; i < 32; ++i) {
-    high = max_or_nan(high, tile.x[i]);
-    low = fminf(low, tile.x[i]);
+    for (int j = 0; j < 8; ++j) {
+      high = fmaxf(high, eight.x[j]);
+      low = fminf(low, eight.x[j]);
+      nan = nan || eight.x[j] != eight.x[j];
+      eight.x[j] = eight.x[j] < kLeastProb ? 0.0f : eight.x[j];
+    }
+    if (probs) sum.add(quarter, eight);
   }
-  if (__any_sync(kAllLanes, high != high || low < 0.0f)) return {0.0f, __int_as_float(0x7FC00000)};
-  const float sum = sum_of_tile([&](int i) { return tile.x[i] < kLeastProb ? 0.0f : tile.x[i]; });
-  return {max_of_warp(high), sum};
-}
-
-template <DType kType>
-__device__ inline TileStats stats_of_tile(const RawTile<kType>& raw, const DeviceRow& row, int64_t index,
-                                          const RowReading& reading, float& lane_max) {
-  switch (reading.kind) {
-    case LawKind::logits: return stats_of_logits(raw, row, index, reading, lane_max);
-    case LawKind::probs: return stats_of_probs(raw);
-    default: return stats_of_greedy(raw);
-  }
+  lane_max = high;
+  nan = __any_sync(kAllLanes, nan || (probs && low < 0.0f)) != 0;
+  const float max = max_of_warp(high), none = __int_as_float(0x7FC00000);
+  if (reading.kind == LawKind::point) return {max, nan ? none : 0.0f};
+  if (probs) return {max, nan ? none : sum.total()};
+  const float anchor = max > -infinity() ? max : 0.0f;
+  return {max, sum_of_weights_at(row, index, anchor, reading.scale, reading.floor_below(anchor))};
 }
 
 // A row whose law is wanted, and where its statistics go.
@@ -138,42 +144,80 @@ struct WaveRow {
 };
 
 struct Wave {
-  const WaveRow* rows;  // [count] in shared memory
-  uint32_t first_draft, count;
-  int64_t size;  // of every row
-  RowReading of_target, of_draft;
+  const WaveRow* rows = nullptr;  // [count] in shared memory
+  uint32_t count = 0;
+  DType dtype = DType::float32;  // of every row
+  int64_t size = 0;
+  RowReading reading;
+
+  __device__ uint32_t tiles() const { return static_cast<uint32_t>((size + kTile - 1) / kTile); }
 };
 
 // Reads the rows of a wave, one tile a warp and another on its way meanwhile. This warp takes the tiles
-// worker, worker + workers, ... of all.
+// worker, worker + workers, ... of all. No call is made from here: values that live across calls live in
+// memory. True: some tile is left to read_again().
 template <DType kType>
-inline __device__ __noinline__ void read_rows(const Wave& wave, uint32_t worker, uint32_t workers) {
-  const uint32_t tiles = static_cast<uint32_t>((wave.size + kTile - 1) / kTile), items = wave.count * tiles;
+__device__ __forceinline__ bool read_whole_tiles(const Wave& wave, uint32_t worker, uint32_t workers) {
+  const uint32_t tiles = wave.tiles(), items = wave.count * tiles;
   const int64_t size = wave.size;
-  const auto load = [&](RawTile<kType>& raw, uint32_t row, uint32_t index) {
-    const LawKind kind = row < wave.first_draft ? wave.of_target.kind : wave.of_draft.kind;
-    const uint32_t pad = kind == LawKind::probs ? 0u : minus_infinity_bits<kType>();
-    raw.load({wave.rows[row].data, kType, size}, index, pad);
-  };
-  if (worker >= items) return;
+  const RowReading reading = wave.reading;
+  const WaveRow* const rows = wave.rows;
+  if (worker >= items) return false;
+  bool again = false;
   RawTile<kType> raw;
   uint32_t row = worker / tiles, index = worker % tiles;
-  load(raw, row, index);
+  bool fits = RawTile<kType>::fits(rows[row].data, size, index);
+  if (fits) raw.load(rows[row].data, index);
   for (uint32_t item = worker;;) {
     const uint32_t next = item + workers, next_row = next / tiles, next_index = next % tiles;
     RawTile<kType> coming;
-    if (next < items) load(coming, next_row, next_index);
-    const RowReading& reading = row < wave.first_draft ? wave.of_target : wave.of_draft;
+    bool next_fits = false;
+    if (next < items) {
+      next_fits = RawTile<kType>::fits(rows[next_row].data, size, next_index);
+      if (next_fits) coming.load(rows[next_row].data, next_index);
+    }
     float lane_max = -infinity();
-    const TileStats stats = stats_of_tile(raw, {wave.rows[row].data, kType, size}, index, reading, lane_max);
-    if (lane_id() == 0) wave.rows[row].stats[index] = stats;
-    if (float* lanes = wave.rows[row].lanes) lanes[index * kWarpSize + lane_id()] = lane_max;
-    if (next >= items) return;
+    TileStats stats{0.0f, kAgain};
+    if (fits && reading.kind != LawKind::probs) {
+      stats =
+          reading.kind == LawKind::logits ? stats_of_logits(raw, reading, lane_max) : stats_of_greedy(raw);
+    }
+    again = again || stats.sum == kAgain;
+    if (lane_id() == 0) rows[row].stats[index] = stats;
+    if (float* lanes = rows[row].lanes) lanes[index * kWarpSize + lane_id()] = lane_max;
+    if (next >= items) return again;
     item = next;
     row = next_row;
     index = next_index;
+    fits = next_fits;
     raw = coming;
   }
+}
+
+// The tiles that were left: cut by the end of the row, of unusual numbers, of probabilities.
+inline __device__ __noinline__ void read_again(const Wave& wave, uint32_t worker, uint32_t workers) {
+  const uint32_t tiles = wave.tiles(), items = wave.count * tiles;
+  __syncwarp();
+  for (uint32_t item = worker; item < items; item += workers) {
+    const WaveRow& row = wave.rows[item / tiles];
+    const uint32_t index = item % tiles;
+    if (row.stats[index].sum != kAgain) continue;
+    float lane_max = -infinity();
+    const TileStats stats = stats_slowly({row.data, wave.dtype, wave.size}, wave.reading, index, lane_max);
+    __syncwarp();
+    if (lane_id() == 0) row.stats[index] = stats;
+    if (row.lanes != nullptr) row.lanes[index * kWarpSize + lane_id()] = lane_max;
+  }
+}
+
+__device__ __forceinline__ void read_rows(const Wave& wave, uint32_t worker, uint32_t workers) {
+  bool again = false;
+  switch (wave.dtype) {
+    case DType::float32: again = read_whole_tiles<DType::float32>(wave, worker, workers); break;
+    case DType::bfloat16: again = read_whole_tiles<DType::bfloat16>(wave, worker, workers); break;
+    default: again = read_whole_tiles<DType::float16>(wave, worker, workers); break;
+  }
+  if (again) read_again(wave, worker, workers);
 }
 
 }  // namespace foretoken::cuda

@@ -1,5 +1,6 @@
 #include "cuda/verify.hpp"
 
+#include "cuda/chain.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/verdict.cuh"
@@ -74,9 +75,8 @@ __device__ __noinline__ void load_proposal(const Request& request, int32_t draft
   const VerifyArgs& args = request.args();
   const int64_t b = request.index();
   const int32_t node = static_cast<int32_t>(threadIdx.x);
-  static_assert(kThreads == kMaxNodes);
-  shared.has_child[node] = 0;
-  shared.target_made[node] = 0;
+  static_assert(kThreads >= kMaxNodes);
+  if (node < kMaxNodes) shared.has_child[node] = shared.target_made[node] = 0;
   if (node == 0) shared.num_dense = 0;
   __syncthreads();
   if (node >= 1 && node <= drafts) {
@@ -158,48 +158,66 @@ __device__ __noinline__ void look_ahead(const Request& request, const Header& he
   __syncwarp();
 }
 
-// Whether this cluster is the one that goes on: all others of the request have read their share.
-__device__ bool is_last_cluster(const Request& request, int32_t clusters, RequestShared& shared) {
-  if (clusters == 1) return true;
-  cluster_sync();
-  if (cluster_rank() == 0 && threadIdx.x == 0) {
-    __threadfence();
-    const bool last = atomicAdd(request.arrivals(), 1u) == static_cast<uint32_t>(clusters) - 1;
-    if (last) *request.arrivals() = 0;
-    __threadfence();
-    for (uint32_t rank = 0; rank < cluster_size(); ++rank) of_block(&shared, rank)->is_last = last ? 1 : 0;
-  }
-  cluster_sync();
-  return shared.is_last != 0;
-}
-
 __device__ __noinline__ void lead(const VerifyLaunch& launch, const Request& request, Team& team,
                                   const TeamFilters& filters, const Header& header, int32_t rows_made,
-                                  RequestShared& shared) {
+                                  const float* rates, RequestShared& shared) {
   const VerifyArgs& args = launch.args;
   VerifyRows rows(request, team, filters, shared);
   rows.note_made(0, rows_made);
+  FT_MARK(8);
   int32_t status = 0;
   if (!rows.take_proposal(header.rule)) status |= kBadDraft;
+  FT_MARK(9);
   WalkOptions options{header.rule, args.draw, args.num_paths, args.tolerance};
-  options.tolerance.rates = launch.rates;
+  options.tolerance.rates = rates;
   PhiloxCoins coins{args.sampling.seed[header.slot],
                     static_cast<uint64_t>(read_index(args.base, request.index())), shared.coin};
   const TreeVerdict verdict = walk(rows, rows.tree(), options, shared.states, coins);
+  FT_MARK(10);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
   const int64_t closing = close(rows, verdict, coins, options.rule);
+  FT_MARK(11);
   VerdictWriter(args, request.index()).verdict(request, rows, verdict.node, closing, status);
+  FT_MARK(12);
   Command done;
   rows.call(done);
+  FT_MARK(13);
+#ifdef FT_PROF
+  if (threadIdx.x == 0 && request.index() == 0)
+    for (int i = 1; i < shared.num_marks; ++i)
+      printf("%d:%lld ", shared.mark_ids[i], shared.marks[i] - shared.marks[i - 1]);
+  if (threadIdx.x == 0 && request.index() == 0) printf("\n");
+#endif
 }
 
 // One cluster a request, or several that share the reading of its rows; then the last of them goes on alone.
-__global__ void __launch_bounds__(kThreads, 2) verify_kernel(const __grid_constant__ VerifyLaunch launch) {
+__global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   extern __shared__ __align__(16) unsigned char memory[];
   RequestShared& shared = *reinterpret_cast<RequestShared*>(memory);
-  const VerifyArgs& args = launch.args;
+#ifdef FT_PROF
+  if (threadIdx.x == 0) shared.num_marks = 0;
+#endif
+  FT_MARK(0);
   const uint32_t size = cluster_size(), rank = cluster_rank();
-  const int64_t cluster = blockIdx.x / size, b = cluster / launch.clusters, part = cluster % launch.clusters;
+  int32_t clusters = params.launch.clusters;  // that share the reading
+  const int64_t cluster = blockIdx.x / size, b = cluster / clusters;
+  int64_t part = cluster % clusters;
+  if (params.launch.short_way) {
+    const Way way = ChainVerifier(params.launch, b, shared).run(part);
+    if (way == Way::done) return;
+    if (way == Way::general_alone) {
+      clusters = 1;
+      part = 0;
+    }
+    __syncthreads();
+  }
+  static_assert(sizeof(VerifyLaunch) % 16 == 0);
+  for (uint32_t i = threadIdx.x; i < sizeof(VerifyLaunch) / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(&shared.launch)[i] = reinterpret_cast<const uint4*>(&params.launch)[i];
+  }
+  __syncthreads();
+  const VerifyLaunch& launch = shared.launch;
+  const VerifyArgs& args = launch.args;
   const Request request(launch, b);
   const Header header = read_header(launch, request);
   if (!header.admitted) {  // the same for all blocks of the request
@@ -211,22 +229,32 @@ __global__ void __launch_bounds__(kThreads, 2) verify_kernel(const __grid_consta
   const bool reads_laws = request.laws() && filters.target.temperature != 0.0f &&
                           args.draw != Draw::deterministic && header.rule != Rule::target_only &&
                           header.rule != Rule::coupled;
+  FT_MARK(1);
   Team team(request, launch, filters, shared);
   load_proposal(request, header.drafts, reads_laws, shared);
 
+  FT_MARK(2);
   // Leaving the leader out of the reading lets it look at the proposal meanwhile.
   const int32_t rows = launch.reads_all_rows ? header.drafts + 1 : 1;
-  const int64_t warp =
-      (rank + static_cast<int64_t>(size) * (threadIdx.x / kWarpSize)) * launch.clusters + part;
-  const int64_t workers = static_cast<int64_t>(size) * kWarps * launch.clusters;
-  if (team.leads()) look_ahead(request, header, reads_laws, shared);
-  team.read_rows_of(0, rows, reads_laws, warp, workers);
-  if (!is_last_cluster(request, launch.clusters, shared)) return;
-  cluster_sync();
-  team.make_laws(0, rows, reads_laws);
-  cluster_sync();
+  const uint32_t leaders = static_cast<uint32_t>(clusters);
+  const uint32_t warp = (rank + size * (threadIdx.x / kWarpSize)) * leaders + static_cast<uint32_t>(part);
+  const uint32_t workers = size * kWarps * leaders - leaders;
+  team.plan_wave(0, rows, reads_laws);
   if (team.leads()) {
-    lead(launch, request, team, filters, header, rows, shared);
+    look_ahead(request, header, reads_laws, shared);
+  } else {
+    team.read_wave(warp - leaders, workers);
+  }
+  FT_MARK(3);
+  FT_MARK(4);
+  if (!is_last_cluster(request.arrivals(), clusters, shared)) return;
+  FT_MARK(5);
+  team.make_laws(0, rows, reads_laws);
+  FT_MARK(6);
+  cluster_sync();
+  FT_MARK(7);
+  if (team.leads()) {
+    lead(launch, request, team, filters, header, rows, params.rates, shared);
     return;
   }
   while (true) {
@@ -282,11 +310,11 @@ struct Shape {
   int cluster, clusters;
 };
 
-// Blocks for a request: enough to give every multiprocessor two. A cluster has at most 16; beyond that
+// Blocks for a request: enough to give every multiprocessor one. A cluster has at most 16; beyond that
 // several read the rows.
 Shape shape_for(Device device, int64_t batch, int64_t tiles) {
   const DeviceLimits limits = limits_of(device);
-  const int64_t blocks = 2 * limits.multiprocessors;
+  const int64_t blocks = limits.multiprocessors;
   Shape shape{1, 1};
   if (!limits.has_clusters) return shape;
   while (shape.cluster < kMaxCluster && 2 * shape.cluster * batch <= blocks &&
@@ -296,6 +324,23 @@ Shape shape_for(Device device, int64_t batch, int64_t tiles) {
   while (2 * shape.clusters * shape.cluster * batch <= blocks && shape.cluster == kMaxCluster)
     shape.clusters *= 2;
   return shape;
+}
+
+// What the host can know of it; the rest is in the request's data.
+bool takes_short_way(const VerifyArgs& args) {
+  const TensorView &target = args.target_logits, &draft = args.draft_logits;
+  const bool alike = !draft || (draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
+                                draft.shape[1] >= args.draft_tokens.shape[1]);
+  const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal ||
+                    args.rule == Rule::target_only;
+  const bool plain = !args.parents && !args.row_offsets && !args.rules && !args.draft_probs &&
+                     !args.topk_ids && !args.draft_row && !args.draft_records && !args.vocab_map &&
+                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
+  const bool asked = args.path_rows || args.processed.chosen || args.processed.top_tokens ||
+                     args.raw.chosen || args.raw.top_tokens;
+  return alike && rule && plain && !asked && args.draw != Draw::iid_paths &&
+         args.draft_tokens.shape[1] <= kMostOnShortWay &&
+         args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
 }
 
 constexpr int64_t kEagerBytes = int64_t{48} << 20;
@@ -321,7 +366,8 @@ int64_t verify_workspace(const VerifyArgs& args, Device) {
 void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) {
   const int64_t batch = args.draft_tokens.shape[0];
   if (batch == 0) return;
-  VerifyLaunch launch;
+  VerifyParams params;
+  VerifyLaunch& launch = params.launch;
   launch.args = args;
   const int64_t room = room_before_preparation(args, launch.workspace, memory);
   const Preparation what = preparation_of(args);
@@ -329,11 +375,12 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   const Shape shape = shape_for(device, batch, plan_of(args).tiles);
   launch.clusters = shape.clusters;
   launch.reads_all_rows = reads_all_rows(args, shape.clusters);
+  launch.short_way = takes_short_way(args);
   const int64_t rates = std::min<int64_t>(args.tolerance.num_rates, kMaxNodes);
-  std::copy(args.tolerance.rates, args.tolerance.rates + rates, launch.rates);
+  std::copy(args.tolerance.rates, args.tolerance.rates + rates, params.rates);
   launch.args.tolerance.num_rates = rates;
   launch_clusters(verify_kernel, batch * shape.clusters, shape.cluster, sizeof(RequestShared), stream,
-                  launch);
+                  params);
 }
 
 }  // namespace foretoken::cuda
