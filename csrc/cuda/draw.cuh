@@ -30,6 +30,7 @@ __device__ inline float residual_weight(float of_target, float of_draft, float g
 }
 
 // The weights of a tile, quarter by quarter.
+template <bool kWhole>
 class WeightReader {
  public:
   __device__ WeightReader(const Residual& residual, int64_t index)
@@ -38,7 +39,7 @@ class WeightReader {
         draft_(residual.draft.data != nullptr ? residual.draft : residual.target, index, of_probs(residual)) {
   }
 
-  __device__ Eight next() {
+  __device__ __forceinline__ Eight next() {
     const RowLaw &target = residual_.target_law, &draft = residual_.draft_law;
     Eight weights = target_.next();
 #pragma unroll
@@ -63,13 +64,14 @@ class WeightReader {
     return residual.draft.data != nullptr && residual.draft_law.kind == LawKind::probs;
   }
 
-  const Residual& residual_;
-  TileReader target_, draft_;
+  const Residual residual_;  // a copy: kept in registers
+  TileReader<kWhole> target_, draft_;
 };
 
 // Exact mass of a tile; edits are accounted for by whoever adds tiles up.
-inline __device__ __noinline__ uint64_t exact_mass(const Residual& residual, int64_t index) {
-  WeightReader reader(residual, index);
+template <bool kWhole>
+__device__ __noinline__ uint64_t exact_mass_of(const Residual& residual, int64_t index) {
+  WeightReader<kWhole> reader(residual, index);
   uint64_t mass = 0;
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
@@ -81,8 +83,9 @@ inline __device__ __noinline__ uint64_t exact_mass(const Residual& residual, int
 }
 
 // Sum of a tile's weights, in the pinned order.
-inline __device__ __noinline__ float residual_sum(const Residual& residual, int64_t index) {
-  WeightReader reader(residual, index);
+template <bool kWhole>
+__device__ __noinline__ float residual_sum_of(const Residual& residual, int64_t index) {
+  WeightReader<kWhole> reader(residual, index);
   PinnedSum sum;
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) sum.add(quarter, reader.next());
@@ -96,8 +99,9 @@ struct Interval {
   uint64_t begin, end;
 };
 
-inline __device__ __noinline__ Interval pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
-  WeightReader reader(residual, index);
+template <bool kWhole>
+__device__ __noinline__ Interval pick_in_tile_of(const Residual& residual, int64_t index, uint64_t left) {
+  WeightReader<kWhole> reader(residual, index);
   uint64_t before = 0;
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
@@ -137,6 +141,26 @@ inline __device__ __noinline__ Interval pick_in_tile(const Residual& residual, i
             __shfl_sync(kAllLanes, found.end, owner)};
   }
   return {-1, 0, 0};
+}
+
+__device__ inline bool reads_whole(const Residual& residual, int64_t index) {
+  return reads_whole(residual.target, index) &&
+         (residual.draft.data == nullptr || reads_whole(residual.draft, index));
+}
+
+__device__ inline uint64_t exact_mass(const Residual& residual, int64_t index) {
+  return reads_whole(residual, index) ? exact_mass_of<true>(residual, index)
+                                      : exact_mass_of<false>(residual, index);
+}
+
+__device__ inline float residual_sum(const Residual& residual, int64_t index) {
+  return reads_whole(residual, index) ? residual_sum_of<true>(residual, index)
+                                      : residual_sum_of<false>(residual, index);
+}
+
+__device__ inline Interval pick_in_tile(const Residual& residual, int64_t index, uint64_t left) {
+  return reads_whole(residual, index) ? pick_in_tile_of<true>(residual, index, left)
+                                      : pick_in_tile_of<false>(residual, index, left);
 }
 
 constexpr int64_t kUndecided = -2;

@@ -224,8 +224,10 @@ void sample(const SampleArgs& args, void* workspace, Device device, Stream strea
   launch.args = args;
   const Preparation what = preparation_of(args);
   if (what.any()) launch.prepared = prepare(args, what, workspace, device, stream);
-  launch_clusters(sample_kernel, rows, cluster_for(device, rows, tiles), sizeof(SampleShared), stream,
-                  launch);
+  launch_clusters(
+      sample_kernel, rows,
+      shape_for(room_for(sample_kernel, sizeof(SampleShared), device), rows, tiles, false).cluster,
+      sizeof(SampleShared), stream, launch);
 }
 
 }  // namespace foretoken::cuda

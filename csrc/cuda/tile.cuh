@@ -180,36 +180,33 @@ struct Eight {
   float x[8];
 };
 
-// Eight neighbours one by one; what lies behind the end of the row is `nothing`.
-inline __device__ __noinline__ Eight read_eight(const DeviceRow row, int64_t at, float nothing) {
-  Eight eight;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) eight.x[j] = at + j < row.size ? element_at(row, at + j) : nothing;
-  return eight;
+__device__ inline bool reads_whole(const DeviceRow& row, int64_t index) {
+  return (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
 }
 
-// A tile quarter by quarter, eight neighbours a lane, whatever its dtype. All of it is asked for at once, but
-// the code that works on it exists once: instructions have to be fetched too, and a kernel of some hundred
-// kilobytes waits for them more than for its data.
+// A tile quarter by quarter, eight neighbours a lane, whatever its dtype. kWhole: it can be read 16 bytes at
+// a time, and all of it is asked for at once.
+template <bool kWhole>
 class TileReader {
  public:
   // `of_probs`: what lies behind the end has no probability, rather than no logit.
   __device__ TileReader(const DeviceRow& row, int64_t index, bool of_probs)
       : row_(row), at_(index * kTile + lane_id() * 8), nothing_(of_probs ? 0.0f : -infinity()) {
-    const int bytes = row.dtype == DType::float32 ? 4 : 2;
-    const char* base = static_cast<const char*>(row.data) + at_ * bytes;
-    whole_ = (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(base) % 16 == 0;
-    if (!whole_) return;
+    if constexpr (kWhole) {
+      const int bytes = row.dtype == DType::float32 ? 4 : 2;
+      const char* base = static_cast<const char*>(row.data) + at_ * bytes;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words_[2 * i] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes));
-      if (bytes == 4) words_[2 * i + 1] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes + 16));
+      for (int i = 0; i < 4; ++i) {
+        words_[2 * i] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes));
+        if (bytes == 4)
+          words_[2 * i + 1] = __ldg(reinterpret_cast<const uint4*>(base + i * 256 * bytes + 16));
+      }
     }
   }
 
-  __device__ Eight next() {
+  __device__ __forceinline__ Eight next() {
     Eight eight;
-    if (whole_) {
+    if constexpr (kWhole) {
       const uint32_t word[8] = {words_[0].x, words_[0].y, words_[0].z, words_[0].w,
                                 words_[1].x, words_[1].y, words_[1].z, words_[1].w};
       if (row_.dtype == DType::float32) {
@@ -225,9 +222,10 @@ class TileReader {
 #pragma unroll
       for (int i = 0; i < 6; ++i) words_[i] = words_[i + 2];
     } else {
-      eight = read_eight(row_, at_, nothing_);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) eight.x[j] = at_ + j < row_.size ? element_at(row_, at_ + j) : nothing_;
+      at_ += 256;
     }
-    at_ += 256;
     return eight;
   }
 
@@ -235,14 +233,13 @@ class TileReader {
   const DeviceRow row_;
   int64_t at_;  // this lane's next element
   const float nothing_;
-  bool whole_;
   uint4 words_[8];
 };
 
 // A tile as float32, through memory: for what is seldom done.
 inline __device__ __noinline__ void load_tile(const DeviceRow& row, int64_t index, bool of_probs,
                                               LaneTile& tile) {
-  TileReader reader(row, index, of_probs);
+  TileReader<false> reader(row, index, of_probs);
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
     const Eight eight = reader.next();

@@ -56,7 +56,7 @@ __device__ inline float sum_of_weights(const LaneTile& tile, float anchor, float
 
 inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow row, int64_t index, float anchor,
                                                        float scale, float cut) {
-  TileReader tile(row, index, false);
+  TileReader<false> tile(row, index, false);
   PinnedSum sum;
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ TileStats stats_of_greedy(const RawTile<kType>& raw) 
 inline __device__ __noinline__ TileStats stats_slowly(const DeviceRow& row, const RowReading& reading,
                                                       int64_t index, float& lane_max) {
   const bool probs = reading.kind == LawKind::probs;
-  TileReader tile(row, index, probs);
+  TileReader<false> tile(row, index, probs);
   float high = -infinity(), low = 0.0f;
   bool nan = false;
   PinnedSum sum;
@@ -153,45 +153,33 @@ struct Wave {
   __device__ uint32_t tiles() const { return static_cast<uint32_t>((size + kTile - 1) / kTile); }
 };
 
-// Reads the rows of a wave, one tile a warp and another on its way meanwhile. This warp takes the tiles
-// worker, worker + workers, ... of all. No call is made from here: values that live across calls live in
-// memory. True: some tile is left to read_again().
+// Reads the rows of a wave, one tile a warp. This warp takes the tiles worker, worker + workers, ... of all.
+// No call is made from here: values that live across calls live in memory, and what sixteen warps keep there
+// does not fit the first-level cache. True: some tile is left to read_again().
 template <DType kType>
 __device__ __forceinline__ bool read_whole_tiles(const Wave& wave, uint32_t worker, uint32_t workers) {
   const uint32_t tiles = wave.tiles(), items = wave.count * tiles;
   const int64_t size = wave.size;
   const RowReading reading = wave.reading;
   const WaveRow* const rows = wave.rows;
-  if (worker >= items) return false;
   bool again = false;
-  RawTile<kType> raw;
-  uint32_t row = worker / tiles, index = worker % tiles;
-  bool fits = RawTile<kType>::fits(rows[row].data, size, index);
-  if (fits) raw.load(rows[row].data, index);
-  for (uint32_t item = worker;;) {
-    const uint32_t next = item + workers, next_row = next / tiles, next_index = next % tiles;
-    RawTile<kType> coming;
-    bool next_fits = false;
-    if (next < items) {
-      next_fits = RawTile<kType>::fits(rows[next_row].data, size, next_index);
-      if (next_fits) coming.load(rows[next_row].data, next_index);
-    }
+#pragma unroll 1
+  for (uint32_t item = worker; item < items; item += workers) {
+    const WaveRow& row = rows[item / tiles];
+    const uint32_t index = item % tiles;
     float lane_max = -infinity();
     TileStats stats{0.0f, kAgain};
-    if (fits && reading.kind != LawKind::probs) {
+    if (RawTile<kType>::fits(row.data, size, index) && reading.kind != LawKind::probs) {
+      RawTile<kType> raw;
+      raw.load(row.data, index);
       stats =
           reading.kind == LawKind::logits ? stats_of_logits(raw, reading, lane_max) : stats_of_greedy(raw);
     }
     again = again || stats.sum == kAgain;
-    if (lane_id() == 0) rows[row].stats[index] = stats;
-    if (float* lanes = rows[row].lanes) lanes[index * kWarpSize + lane_id()] = lane_max;
-    if (next >= items) return again;
-    item = next;
-    row = next_row;
-    index = next_index;
-    fits = next_fits;
-    raw = coming;
+    if (lane_id() == 0) row.stats[index] = stats;
+    if (float* lanes = row.lanes) lanes[index * kWarpSize + lane_id()] = lane_max;
   }
+  return again;
 }
 
 // The tiles that were left: cut by the end of the row, of unusual numbers, of probabilities.

@@ -306,26 +306,6 @@ int64_t room_before_preparation(const VerifyArgs& args, Workspace& workspace, vo
   return (lay_out(args, begin, workspace) - begin + 255) / 256 * 256;
 }
 
-struct Shape {
-  int cluster, clusters;
-};
-
-// Blocks for a request: enough to give every multiprocessor one. A cluster has at most 16; beyond that
-// several read the rows.
-Shape shape_for(Device device, int64_t batch, int64_t tiles) {
-  const DeviceLimits limits = limits_of(device);
-  const int64_t blocks = limits.multiprocessors;
-  Shape shape{1, 1};
-  if (!limits.has_clusters) return shape;
-  while (shape.cluster < kMaxCluster && 2 * shape.cluster * batch <= blocks &&
-         shape.cluster * kWarps < tiles) {
-    shape.cluster *= 2;
-  }
-  while (2 * shape.clusters * shape.cluster * batch <= blocks && shape.cluster == kMaxCluster)
-    shape.clusters *= 2;
-  return shape;
-}
-
 // What the host can know of it; the rest is in the request's data.
 bool takes_short_way(const VerifyArgs& args) {
   const TensorView &target = args.target_logits, &draft = args.draft_logits;
@@ -345,8 +325,8 @@ bool takes_short_way(const VerifyArgs& args) {
 
 constexpr int64_t kEagerBytes = int64_t{48} << 20;
 
-bool reads_all_rows(const VerifyArgs& args, int clusters) {
-  if (clusters > 1) return true;
+// Where all rows are needed anyway, or so few bytes that reading them at once beats going row by row.
+bool reads_all_rows(const VerifyArgs& args) {
   const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::gbv ||
                         (args.rule == Rule::automatic && args.draw != Draw::deterministic &&
                          (args.draft_logits || args.draft_probs || args.topk_ids));
@@ -372,10 +352,14 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   const int64_t room = room_before_preparation(args, launch.workspace, memory);
   const Preparation what = preparation_of(args);
   if (what.any()) launch.prepared = prepare(args, what, static_cast<char*>(memory) + room, device, stream);
-  const Shape shape = shape_for(device, batch, plan_of(args).tiles);
-  launch.clusters = shape.clusters;
-  launch.reads_all_rows = reads_all_rows(args, shape.clusters);
   launch.short_way = takes_short_way(args);
+  launch.reads_all_rows = reads_all_rows(args);
+  const Plan plan = plan_of(args);
+  const ClusterRoom& room_there = room_for(verify_kernel, sizeof(RequestShared), device);
+  const Shape shape =
+      shape_for(room_there, batch, plan.nodes * plan.tiles, launch.short_way || launch.reads_all_rows);
+  launch.clusters = shape.clusters;
+  if (shape.clusters > 1) launch.reads_all_rows = true;
   const int64_t rates = std::min<int64_t>(args.tolerance.num_rates, kMaxNodes);
   std::copy(args.tolerance.rates, args.tolerance.rates + rates, params.rates);
   launch.args.tolerance.num_rates = rates;
