@@ -145,8 +145,7 @@ class BlockFilter {
 
   // Smaller for larger elements, and never the other way round.
   __device__ int bin_of(float x) const {
-    const int bin = static_cast<int>((max_ - x) * fine_);
-    return bin < kBins ? bin : kBins - 1;
+    return static_cast<int>(fminf((max_ - x) * fine_, static_cast<float>(kBins - 1)));
   }
 
   // Elements in bins up to limit_ are looked at. Of disjoint groups of elements the k largest maxima are k

@@ -16,6 +16,7 @@ struct Workspace {
   TileStats* stats = nullptr;    // [B, 2 T + 1, tiles] of the target's rows, of the drafts', of one more
   float* lanes = nullptr;        // [B, 2 T + 1, tiles, 32]; null: no room was made for it
   MassEdit* edits = nullptr;     // [B, max_edits]
+  NodeState* states = nullptr;   // [B, 32, T] of the walk: every lane of the leading warp has its own
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
   int32_t max_edits = 0;
 };
@@ -61,24 +62,7 @@ struct Command {
 };
 
 // Shared memory of a block. The leading block's holds what is known of the request.
-#ifdef FT_PROF
-#define FT_MARK(i)                                   \
-  do {                                               \
-    if (threadIdx.x == 0 && cluster_rank() == 0) {   \
-      shared.marks[shared.num_marks] = clock64();    \
-      shared.mark_ids[shared.num_marks] = i;         \
-      if (shared.num_marks < 63) ++shared.num_marks; \
-    }                                                \
-  } while (0)
-#else
-#define FT_MARK(i)
-#endif
 struct RequestShared {
-#ifdef FT_PROF
-  long long marks[64];
-  int mark_ids[64];
-  int num_marks;
-#endif
   VerifyLaunch launch;  // parameters that are passed on by address would be read through the L2
   FilterScratch filter;
   Command command;
@@ -93,7 +77,6 @@ struct RequestShared {
   Wave wave[2];                      // of the target, and of the drafts
 
   RowLaw target[kMaxNodes], draft[kMaxNodes];
-  NodeState states[kMaxNodes];
   TreeIndex tree;
   bool tree_usable;
   uint8_t target_made[kMaxNodes];
@@ -194,6 +177,10 @@ class Request {
     return launch_.workspace.lanes + (b_ * (2 * max_nodes_ + 1) + row) * stats_tiles() * kWarpSize;
   }
   __device__ MassEdit* edits() const { return launch_.workspace.edits + b_ * launch_.workspace.max_edits; }
+  // Lanes that walk side by side must not add to the same numbers.
+  __device__ NodeState* states() const {
+    return launch_.workspace.states + (b_ * kWarpSize + lane_id()) * max_nodes_;
+  }
   __device__ uint32_t* arrivals() const { return launch_.workspace.arrivals + b_; }
 
   // A drafter's own order may be longer than the target's vocabulary.

@@ -164,40 +164,24 @@ __device__ __noinline__ void lead(const VerifyLaunch& launch, const Request& req
   const VerifyArgs& args = launch.args;
   VerifyRows rows(request, team, filters, shared);
   rows.note_made(0, rows_made);
-  FT_MARK(8);
   int32_t status = 0;
   if (!rows.take_proposal(header.rule)) status |= kBadDraft;
-  FT_MARK(9);
   WalkOptions options{header.rule, args.draw, args.num_paths, args.tolerance};
   options.tolerance.rates = rates;
   PhiloxCoins coins{args.sampling.seed[header.slot],
                     static_cast<uint64_t>(read_index(args.base, request.index())), shared.coin};
-  const TreeVerdict verdict = walk(rows, rows.tree(), options, shared.states, coins);
-  FT_MARK(10);
+  const TreeVerdict verdict = walk(rows, rows.tree(), options, request.states(), coins);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
   const int64_t closing = close(rows, verdict, coins, options.rule);
-  FT_MARK(11);
   VerdictWriter(args, request.index()).verdict(request, rows, verdict.node, closing, status);
-  FT_MARK(12);
   Command done;
   rows.call(done);
-  FT_MARK(13);
-#ifdef FT_PROF
-  if (threadIdx.x == 0 && request.index() == 0)
-    for (int i = 1; i < shared.num_marks; ++i)
-      printf("%d:%lld ", shared.mark_ids[i], shared.marks[i] - shared.marks[i - 1]);
-  if (threadIdx.x == 0 && request.index() == 0) printf("\n");
-#endif
 }
 
 // One cluster a request, or several that share the reading of its rows; then the last of them goes on alone.
 __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_constant__ VerifyParams params) {
   extern __shared__ __align__(16) unsigned char memory[];
   RequestShared& shared = *reinterpret_cast<RequestShared*>(memory);
-#ifdef FT_PROF
-  if (threadIdx.x == 0) shared.num_marks = 0;
-#endif
-  FT_MARK(0);
   const uint32_t size = cluster_size(), rank = cluster_rank();
   int32_t clusters = params.launch.clusters;  // that share the reading
   const int64_t cluster = blockIdx.x / size, b = cluster / clusters;
@@ -229,11 +213,8 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   const bool reads_laws = request.laws() && filters.target.temperature != 0.0f &&
                           args.draw != Draw::deterministic && header.rule != Rule::target_only &&
                           header.rule != Rule::coupled;
-  FT_MARK(1);
   Team team(request, launch, filters, shared);
   load_proposal(request, header.drafts, reads_laws, shared);
-
-  FT_MARK(2);
   // Leaving the leader out of the reading lets it look at the proposal meanwhile.
   const int32_t rows = launch.reads_all_rows ? header.drafts + 1 : 1;
   const uint32_t leaders = static_cast<uint32_t>(clusters);
@@ -245,14 +226,9 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   } else {
     team.read_wave(warp - leaders, workers);
   }
-  FT_MARK(3);
-  FT_MARK(4);
   if (!is_last_cluster(request.arrivals(), clusters, shared)) return;
-  FT_MARK(5);
   team.make_laws(0, rows, reads_laws);
-  FT_MARK(6);
   cluster_sync();
-  FT_MARK(7);
   if (team.leads()) {
     lead(launch, request, team, filters, header, rows, params.rates, shared);
     return;
@@ -294,6 +270,7 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
   };
   take(workspace.arrivals, batch);
   take(workspace.edits, batch * plan.lists);
+  take(workspace.states, batch * kWarpSize * plan.nodes);
   take(workspace.stats, rows * plan.stats_tiles);
   workspace.max_edits = static_cast<int32_t>(plan.lists);
   const int64_t lanes = rows * plan.stats_tiles * kWarpSize;

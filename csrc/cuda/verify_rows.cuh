@@ -142,17 +142,10 @@ class VerifyRows {
     __syncwarp();
     if (static_cast<uint32_t>(lane_id()) < team_.size())
       *of_block(&shared_.command, static_cast<uint32_t>(lane_id())) = command;
-#ifdef FT_PROF
-    RequestShared& shared = shared_;
-#endif
-    FT_MARK(100 + int(command.task));
     cluster_sync();
-    FT_MARK(200);
     if (command.task == Task::finish) return;
     team_.execute(command);
-    FT_MARK(201);
     cluster_sync();
-    FT_MARK(202);
   }
 
   __device__ __noinline__ uint64_t ask(const Command& command) {
