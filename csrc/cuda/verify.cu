@@ -60,7 +60,9 @@ __device__ __noinline__ Header read_header(const VerifyLaunch& launch, const Req
   const int64_t rows = request.target_rows();
   const bool history =
       launch.prepared.history_unusable == nullptr || launch.prepared.history_unusable[b] == 0;
-  if (code >= kRules || rows < 1 || !history) return header;
+  // No kernel ranks the paths of gbv: a slot that asks for it is refused like one that asks for no rule at
+  // all.
+  if (code >= kRules || code == static_cast<int>(Rule::gbv) || rows < 1 || !history) return header;
   header.admitted = true;
   header.status = 0;
   header.rule = static_cast<Rule>(code);

@@ -115,7 +115,7 @@ class VerifyRows {
     return static_cast<int64_t>(ask(command)) < k;
   }
   __device__ void ignore_draft_laws() { ignore_draft_laws_ = true; }
-  __device__ void keep_first_path(int32_t) {}
+  __device__ void keep_first_path(int32_t) {}  // gbv does not come here
 
   // The token whose Gumbel noise wins at this node.
   __device__ __noinline__ int64_t raced(int32_t node, uint64_t seed, uint64_t position) {
