@@ -324,11 +324,13 @@ void Session::pack_drafts(const int64_t* from, int64_t stride, int64_t columns) 
   drafted_columns_ = columns;
 }
 
-bool Session::plan(bool drafting) {
+bool Session::plan(bool drafting) { return plan_step(&Session::build_decode, drafting); }
+
+bool Session::plan_step(void (Session::*build_rows)(), bool drafting) {
   if (outstanding_) {
     drop_finished_rows();
     if (!rows_.empty()) {
-      step_.kind == StepKind::prefill ? build_prefill() : build_decode();
+      step_.kind == StepKind::prefill ? build_prefill() : (this->*build_rows)();
       return true;
     }
     outstanding_ = false;
@@ -343,7 +345,7 @@ bool Session::plan(bool drafting) {
     return false;
   }
   choose_budgets();
-  build_decode();
+  (this->*build_rows)();
   drafting_ = drafting && max_budget_ > 0;
   outstanding_ = !drafting_;
   return false;

@@ -138,6 +138,7 @@ class Session {
   bool choose_rows();
   void drop_finished_rows();
   void pack_drafts(const int64_t* from, int64_t stride, int64_t columns);
+  bool plan_step(void (Session::*build_rows)(), bool drafting);
   void choose_budgets();
   void build_prefill();
   void build_decode();

@@ -25,28 +25,7 @@ void Session::build_ahead() {
   }
 }
 
-bool Session::plan_ahead() {
-  if (outstanding_) {
-    drop_finished_rows();
-    if (!rows_.empty()) {
-      step_.kind == StepKind::prefill ? build_prefill() : build_ahead();
-      return true;
-    }
-    outstanding_ = false;
-  }
-  drafting_ = false;
-  drafted_columns_ = 0;
-  assign_waiting();
-  if (!choose_rows()) return false;
-  if (step_.kind == StepKind::prefill) {
-    build_prefill();
-  } else {
-    choose_budgets();
-    build_ahead();
-  }
-  outstanding_ = true;
-  return false;
-}
+bool Session::plan_ahead() { return plan_step(&Session::build_ahead, false); }
 
 void Session::launch() {
   if (!outstanding_ || step_.kind != StepKind::decode) {
