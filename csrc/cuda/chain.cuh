@@ -37,7 +37,7 @@ class ChainVerifier {
     if (warp < leaders) {
       look_ahead();
     } else {
-      read(warp - leaders, size_ * kWarps * leaders - leaders);
+      read_waves(shared_.wave, warp - leaders, size_ * kWarps * leaders - leaders);
     }
     if (!is_last_cluster(arrivals(), launch_.clusters, shared_)) return Way::done;
     if (rank_ == 0) make_laws();
@@ -117,17 +117,6 @@ class ChainVerifier {
     __syncthreads();
   }
 
-  __device__ __noinline__ void read(uint32_t worker, uint32_t workers) const {
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const Wave& wave = shared_.wave[i];
-      if (wave.count == 0) return;
-      const uint32_t items = wave.count * wave.tiles();
-      read_rows(wave, worker, workers);
-      worker = (worker + workers - items % workers) % workers;  // whoever had least to do goes on
-    }
-  }
-
   // What a lane knows of its node before any law is there. By the leading warp of each cluster.
   __device__ __forceinline__ void look_ahead() {
     const int32_t node = lane_id();
@@ -170,23 +159,7 @@ class ChainVerifier {
     if (command.with_draft) residual.draft = row_of(args_.draft_logits, command.first);
     residual.draft_law = command.draft_law;
     residual.gain = command.gain;
-    uint64_t sum = 0;
-#pragma unroll 1
-    for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles_;
-         index += static_cast<int64_t>(size_) * kWarps) {
-      const uint64_t mass = command.task == Task::exact_masses
-                                ? exact_mass(residual, index)
-                                : mass_of_tile(residual_sum(residual, index), 1.0f);
-      if (lane_id() == 0) of_block(shared_.filter.bins, 0)[index] = mass;
-      sum += mass;
-    }
-    if (lane_id() == 0) shared_.filter.warp_words[threadIdx.x / kWarpSize] = sum;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    sum = 0;
-#pragma unroll 1
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared_.filter.warp_words[warp];
-    of_block(shared_.part, 0)[rank_] = sum;
+    add_up_masses(shared_, residual, command.task);
   }
 
   __device__ __noinline__ uint64_t call(const Command& command) {

@@ -51,4 +51,14 @@ __device__ inline T* of_block(T* shared, uint32_t) {
 
 #endif
 
+// body(tile) for those of a row's tiles that are this warp's, when all warps of a cluster share them.
+template <class Body>
+__device__ inline void for_own_tiles(int64_t tiles, Body body) {
+  const int64_t step = static_cast<int64_t>(cluster_size()) * kWarps;
+  for (int64_t index = cluster_rank() + static_cast<int64_t>(cluster_size()) * (threadIdx.x / 32);
+       index < tiles; index += step) {
+    body(index);
+  }
+}
+
 }  // namespace foretoken::cuda

@@ -350,20 +350,10 @@ class ClusterFilter {
   }
 
  private:
-  // body(tile) for the tiles of this warp.
-  template <class Body>
-  __device__ void for_tiles(Body body) {
-    const int64_t step = static_cast<int64_t>(size_) * kWarps;
-    for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles_;
-         index += step) {
-      body(index);
-    }
-  }
-
   // body(element) for the elements of this block in [low, high].
   template <class Body>
   __device__ void for_elements(const KeyRange& range, Body body) {
-    for_tiles([&](int64_t index) {
+    for_own_tiles(tiles_, [&](int64_t index) {
       if (key_of(read_stats(task_.stats + index).max) < range.bottom) return;
       LaneTile tile;
       load_tile(task_.row, index, false, tile);
@@ -497,7 +487,7 @@ class ClusterFilter {
 
   // The sums of the first pass contain what the filters have removed since.
   __device__ void count_anew(const RowLaw& law) {
-    for_tiles([&](int64_t index) {
+    for_own_tiles(tiles_, [&](int64_t index) {
       const float anchor = read_stats(task_.stats + index).max;
       if (anchor < law.cut) return;
       const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));

@@ -50,6 +50,22 @@ struct ClusterRoom {
   int clusters[std::size(kClusterSizes)] = {};
 };
 
+// A launch of `clusters` clusters; `attribute` has to outlive its use.
+inline cudaLaunchConfig_t configure(int64_t clusters, int cluster, size_t shared,
+                                    cudaLaunchAttribute& attribute) {
+  attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return config;
+}
+
 template <class Args>
 const ClusterRoom& room_for(void (*kernel)(Args), size_t shared, Device device) {
   constexpr int kKept = 16;
@@ -61,16 +77,8 @@ const ClusterRoom& room_for(void (*kernel)(Args), size_t shared, Device device) 
   ClusterRoom found;
   found.clusters[0] = limits.multiprocessors;
   for (size_t i = 1; limits.has_clusters && i < std::size(kClusterSizes); ++i) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(kClusterSizes[i]);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(kClusterSizes[i]));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = configure(1, kClusterSizes[i], shared, attribute);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
       cudaGetLastError();
@@ -110,17 +118,9 @@ inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles,
 template <class Args>
 void launch_clusters(void (*kernel)(Args), int64_t clusters, int cluster, size_t shared, Stream stream,
                      const Args& args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = configure(clusters, cluster, shared, attribute);
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
   throw_if_failed(cudaLaunchKernelEx(&config, kernel, args), "launch");
 }
 

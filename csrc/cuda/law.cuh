@@ -8,8 +8,6 @@ namespace foretoken::cuda {
 
 constexpr int kMaxTiles = 1024;  // kMaxVocab / kTile, rounded up
 
-__device__ inline int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
-
 // Written by any block of the cluster, into global or shared memory: an ordinary load behind its barrier.
 __device__ inline TileStats read_stats(const TileStats* stats) {
   const float2 words = *reinterpret_cast<const float2*>(stats);

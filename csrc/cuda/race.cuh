@@ -51,10 +51,8 @@ class Race {
 __device__ inline RaceEntry race_in_block(const DeviceRow& row, const RowLaw& law, uint64_t seed,
                                           uint64_t position, const TensorView& vocab_map,
                                           RaceEntry (&warps)[kWarps]) {
-  const int64_t step = static_cast<int64_t>(cluster_size()) * kWarps;
   Race race(law);
-  for (int64_t index = cluster_rank() + static_cast<int64_t>(cluster_size()) * (threadIdx.x / kWarpSize);
-       index < tiles_of(row.size); index += step) {
+  for_own_tiles(tiles_of(row.size), [&](int64_t index) {
     LaneTile tile;
     load_tile(row, index, false, tile);
 #pragma unroll 1
@@ -77,7 +75,7 @@ __device__ inline RaceEntry race_in_block(const DeviceRow& row, const RowLaw& la
         race.run(first + j, pair[j], gumbel_bits(vocab_map ? gumbel_words(seed, position, id) : words, id));
       }
     }
-  }
+  });
   RaceEntry best = race.best();
 #pragma unroll
   for (int lanes = 16; lanes >= 1; lanes /= 2) {

@@ -216,6 +216,36 @@ __device__ inline bool is_last_cluster(uint32_t* arrivals, int32_t clusters, Req
   return shared.is_last != 0;
 }
 
+// Every warp's number, combined; this block's share goes into the leader's memory.
+template <class Combine>
+__device__ inline void share(RequestShared& shared, uint64_t of_warp, Combine combine) {
+  if (lane_id() == 0) shared.filter.warp_words[threadIdx.x / kWarpSize] = of_warp;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  uint64_t all = shared.filter.warp_words[0];
+#pragma unroll 1
+  for (int warp = 1; warp < kWarps; ++warp) all = combine(all, shared.filter.warp_words[warp]);
+  of_block(shared.part, 0)[cluster_rank()] = all;
+}
+
+// The sum over the tiles of a row.
+template <class OfTile>
+__device__ inline void add_up(RequestShared& shared, const DeviceRow& row, OfTile of_tile) {
+  uint64_t sum = 0;
+  for_own_tiles(tiles_of(row.size), [&](int64_t index) { sum += of_tile(index); });
+  share(shared, sum, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+// The mass of a residual; those of its tiles stay in the leader's memory, for a draw that may follow.
+__device__ inline void add_up_masses(RequestShared& shared, const Residual& residual, Task task) {
+  add_up(shared, residual.target, [&](int64_t index) {
+    const uint64_t mass = task == Task::exact_masses ? exact_mass(residual, index)
+                                                     : mass_of_tile(residual_sum(residual, index), 1.0f);
+    if (lane_id() == 0) of_block(shared.filter.bins, 0)[index] = mass;
+    return mass;
+  });
+}
+
 // build_tree() of math/tree_index.hpp by a warp, from parents in shared memory; false if one is not a smaller
 // node.
 __device__ inline bool build_tree_by_warp(TreeIndex& tree, int32_t nodes, const int16_t* parents) {

@@ -117,10 +117,10 @@ class RowSampler {
     share_law(law);
     if (!tell(token == kUndecided)) return token;
     residual.target_law = shared_.law;
-    for (int64_t index = worker(); index < tiles_; index += workers()) {
+    for_own_tiles(tiles_, [&](int64_t index) {
       const uint64_t mass = exact_mass(residual, index);
       if (lane_id() == 0) of_block(shared_.filter.bins, 0)[index] = mass;
-    }
+    });
     cluster_sync();
     return leads() ? TokenDraw(residual, shared_.filter.bins).exactly(bits) : token;
   }

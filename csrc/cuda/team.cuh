@@ -12,10 +12,8 @@ struct TeamFilters {
 
 class Team {
  public:
-  __device__ Team(const Request& request, const VerifyLaunch& launch, const TeamFilters& filters,
-                  RequestShared& shared)
+  __device__ Team(const Request& request, const TeamFilters& filters, RequestShared& shared)
       : request_(request),
-        launch_(launch),
         filters_(filters),
         shared_(shared),
         rank_(cluster_rank()),
@@ -24,7 +22,6 @@ class Team {
         filters_drafts_(request.args().draft_logits &&
                         filters.draft.any(request.args().draft_logits.shape[2])) {}
 
-  __device__ uint32_t rank() const { return rank_; }
   __device__ uint32_t size() const { return size_; }
   __device__ bool leads() const { return rank_ == 0 && threadIdx.x < kWarpSize; }
 
@@ -56,15 +53,8 @@ class Team {
 
   // Its statistics, as far as they are the part of `worker` among `workers` warps; nothing is known of them
   // before the next barrier of the cluster.
-  __device__ __noinline__ void read_wave(uint32_t worker, uint32_t workers) const {
-    for (int part = 0; part < 2; ++part) {
-      const Wave& wave = shared_.wave[part];
-      if (wave.count == 0) continue;
-      const uint32_t items = wave.count * wave.tiles();
-      read_rows(wave, worker, workers);
-      // Whoever had least to do here begins there.
-      worker = (worker + workers - items % workers) % workers;
-    }
+  __device__ void read_wave(uint32_t worker, uint32_t workers) const {
+    read_waves(shared_.wave, worker, workers);
   }
 
   // Their laws, into the memory of the leading block; the rows are dealt out to the blocks.
@@ -103,23 +93,19 @@ class Team {
       residual.draft = request_.draft_row(command.first, shared_.law_row[command.first]);
     switch (command.task) {
       case Task::residual_sums:
-        return add_up(residual.target, [&](int64_t index) {
-          return keep(index, mass_of_tile(residual_sum(residual, index), 1.0f));
-        });
-      case Task::exact_masses:
-        return add_up(residual.target,
-                      [&](int64_t index) { return keep(index, exact_mass(residual, index)); });
+      case Task::exact_masses: return add_up_masses(shared_, residual, command.task);
       case Task::entropy:
-        return add_up(residual.target, [&](int64_t index) { return entropy_of(residual, index); });
+        return add_up(shared_, residual.target, [&](int64_t index) { return entropy_of(residual, index); });
       case Task::likelier:
-        return add_up(residual.target,
+        return add_up(shared_, residual.target,
                       [&](int64_t index) { return count_above(residual, index, command.bound); });
       case Task::race: return race(residual, command);
       case Task::raw_law: return raw_law(residual.target);
       case Task::best: return best(residual, command);
       case Task::left_max: return left_max(residual, command);
       case Task::left_mass:
-        return add_up(residual.draft, [&](int64_t index) { return left_mass_of(residual, index, command); });
+        return add_up(shared_, residual.draft,
+                      [&](int64_t index) { return left_mass_of(residual, index, command); });
       default: return;
     }
   }
@@ -194,41 +180,6 @@ class Team {
     }
   }
 
-  // body(tile) for the tiles of a row that are this warp's.
-  template <class Body>
-  __device__ void for_tiles(const DeviceRow& row, Body body) const {
-    const int64_t tiles = tiles_of(row.size), step = static_cast<int64_t>(size_) * kWarps;
-    for (int64_t index = rank_ + static_cast<int64_t>(size_) * (threadIdx.x / kWarpSize); index < tiles;
-         index += step) {
-      body(index);
-    }
-  }
-
-  // The sum over the tiles of a row, this block's share of it into the leader's memory.
-  template <class OfTile>
-  __device__ void add_up(const DeviceRow& row, OfTile of_tile) {
-    uint64_t sum = 0;
-    for_tiles(row, [&](int64_t index) { sum += of_tile(index); });
-    share(sum, [](uint64_t a, uint64_t b) { return a + b; });
-  }
-
-  // Of a draw that may follow, in the leader's memory.
-  __device__ uint64_t keep(int64_t index, uint64_t mass) const {
-    if (lane_id() == 0) of_block(shared_.filter.bins, 0)[index] = mass;
-    return mass;
-  }
-
-  template <class Combine>
-  __device__ void share(uint64_t of_warp, Combine combine) {
-    if (lane_id() == 0) shared_.filter.warp_words[threadIdx.x / kWarpSize] = of_warp;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      uint64_t all = shared_.filter.warp_words[0];
-      for (int warp = 1; warp < kWarps; ++warp) all = combine(all, shared_.filter.warp_words[warp]);
-      of_block(shared_.part, 0)[rank_] = all;
-    }
-  }
-
   // Weight * log2(1 / weight) in whole mass units: the same in any order.
   __device__ static uint64_t entropy_of(const Residual& residual, int64_t index) {
     const RowLaw& law = residual.target_law;
@@ -256,7 +207,7 @@ class Team {
   // The largest element below a bound that the law keeps, the lowest id first: its key, and its id inverted.
   __device__ void best(const Residual& residual, const Command& command) {
     uint64_t most = 0;
-    for_tiles(residual.target, [&](int64_t index) {
+    for_own_tiles(tiles_of(residual.target.size), [&](int64_t index) {
       LaneTile tile;
       load_tile(residual.target, index, false, tile);
 #pragma unroll 4
@@ -276,12 +227,12 @@ class Team {
       const uint64_t other = __shfl_xor_sync(kAllLanes, most, step_);
       most = other > most ? other : most;
     }
-    share(most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    share(shared_, most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
   }
 
   __device__ void raw_law(const DeviceRow& row) {
     const RowTask task{row, RowReading::of_logits(1.0f), request_.stats(2 * request_.max_nodes()), nullptr};
-    for_tiles(row, [&](int64_t index) {
+    for_own_tiles(tiles_of(row.size), [&](int64_t index) {
       const TileStats stats = stats_at(task, index);
       if (lane_id() == 0) task.stats[index] = stats;
     });
@@ -327,12 +278,12 @@ class Team {
 
   __device__ void left_max(const Residual& residual, const Command& command) {
     uint64_t most = 0;
-    for_tiles(residual.draft, [&](int64_t index) {
+    for_own_tiles(tiles_of(residual.draft.size), [&](int64_t index) {
       LaneTile tile;
       const uint64_t key = key_of(load_left(residual, index, command, tile));
       most = key > most ? key : most;
     });
-    share(most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    share(shared_, most, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
   }
 
   __device__ uint64_t left_mass_of(const Residual& residual, int64_t index, const Command& command) const {
@@ -350,7 +301,6 @@ class Team {
   }
 
   const Request& request_;
-  const VerifyLaunch& launch_;
   const TeamFilters filters_;
   RequestShared& shared_;
   const uint32_t rank_, size_;

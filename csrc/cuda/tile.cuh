@@ -69,17 +69,19 @@ struct LaneTile {
   static __device__ int32_t element_of(int i) { return (i / 8) * 256 + lane_id() * 8 + i % 8; }
 };
 
-// A tile as it lies in memory: what may be on its way while another one is worked on.
+__device__ inline int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// Whether a tile lies in the row as a whole, where it can be read 16 bytes at a time.
+__device__ inline bool reads_whole(const DeviceRow& row, int64_t index) {
+  return (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
+}
+
+// A tile as it lies in memory.
 template <DType kType>
 struct RawTile {
   static constexpr int kBytes = kType == DType::float32 ? 4 : 2;
   static constexpr int kLoads = kBytes * 8 / 16;  // of 16 bytes, for the eight neighbours of a quarter
   uint4 words[4 * kLoads];
-
-  // Whether a tile lies in the row as a whole, where it can be read 16 bytes at a time.
-  __device__ static bool fits(const void* data, int64_t size, int64_t index) {
-    return (index + 1) * kTile <= size && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
 
   __device__ __forceinline__ void load(const void* data, int64_t index) {
     const char* base = static_cast<const char*>(data) + (index * kTile + lane_id() * 8) * kBytes;
@@ -91,7 +93,7 @@ struct RawTile {
 
   // Any tile; what lies behind the row's end is `pad`, given as the bits of an element.
   __device__ __forceinline__ void load(const DeviceRow& row, int64_t index, uint32_t pad) {
-    if (fits(row.data, row.size, index)) return load(row.data, index);
+    if (reads_whole(row, index)) return load(row.data, index);
 #pragma unroll
     for (int i = 0; i < 4 * kLoads; ++i) {
       uint32_t word[4];
@@ -179,10 +181,6 @@ __device__ constexpr uint32_t minus_infinity_bits() {
 struct Eight {
   float x[8];
 };
-
-__device__ inline bool reads_whole(const DeviceRow& row, int64_t index) {
-  return (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
-}
 
 // A tile quarter by quarter, eight neighbours a lane, whatever its dtype. kWhole: it can be read 16 bytes at
 // a time, and all of it is asked for at once.

@@ -150,7 +150,7 @@ struct Wave {
   int64_t size = 0;
   RowReading reading;
 
-  __device__ uint32_t tiles() const { return static_cast<uint32_t>((size + kTile - 1) / kTile); }
+  __device__ uint32_t tiles() const { return static_cast<uint32_t>(tiles_of(size)); }
 };
 
 // Reads the rows of a wave, one tile a warp. This warp takes the tiles worker, worker + workers, ... of all.
@@ -169,7 +169,7 @@ __device__ __forceinline__ bool read_whole_tiles(const Wave& wave, uint32_t work
     const uint32_t index = item % tiles;
     float lane_max = -infinity();
     TileStats stats{0.0f, kAgain};
-    if (RawTile<kType>::fits(row.data, size, index) && reading.kind != LawKind::probs) {
+    if (reads_whole({row.data, kType, size}, index) && reading.kind != LawKind::probs) {
       RawTile<kType> raw;
       raw.load(row.data, index);
       stats =
@@ -206,6 +206,17 @@ __device__ __forceinline__ void read_rows(const Wave& wave, uint32_t worker, uin
     default: again = read_whole_tiles<DType::float16>(wave, worker, workers); break;
   }
   if (again) read_again(wave, worker, workers);
+}
+
+// Two waves, one behind the other.
+inline __device__ __noinline__ void read_waves(const Wave (&waves)[2], uint32_t worker, uint32_t workers) {
+#pragma unroll 1
+  for (const Wave& wave : waves) {
+    if (wave.count == 0) continue;
+    read_rows(wave, worker, workers);
+    // Whoever had least to do here begins there.
+    worker = (worker + workers - wave.count * wave.tiles() % workers) % workers;
+  }
 }
 
 }  // namespace foretoken::cuda

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   const bool reads_laws = request.laws() && filters.target.temperature != 0.0f &&
                           args.draw != Draw::deterministic && header.rule != Rule::target_only &&
                           header.rule != Rule::coupled;
-  Team team(request, launch, filters, shared);
+  Team team(request, filters, shared);
   load_proposal(request, header.drafts, reads_laws, shared);
   // Leaving the leader out of the reading lets it look at the proposal meanwhile.
   const int32_t rows = launch.reads_all_rows ? header.drafts + 1 : 1;
