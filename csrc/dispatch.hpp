@@ -143,10 +143,6 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
 // Bytes of device scratch that verify() needs, zero before its first use; 0: none.
 inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
-  if (args.rule == Rule::gbv) {
-    throw std::invalid_argument(
-        "verify: this version has no CUDA kernel for the rule gbv; move the tensors to the CPU");
-  }
 #ifdef FORETOKEN_HAS_CUDA
   return cuda::verify_workspace(args, device);
 #else

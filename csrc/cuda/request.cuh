@@ -5,6 +5,7 @@
 #include "cuda/filter.cuh"
 #include "cuda/race.cuh"
 #include "cuda/views.cuh"
+#include "math/path_interval.hpp"
 #include "math/tree_walk.hpp"
 #include "ops/prepare.hpp"
 #include "ops/verify.hpp"
@@ -19,6 +20,11 @@ struct Workspace {
   NodeState* states = nullptr;   // [B, 32, T] of the walk: every lane of the leading warp has its own
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
   int32_t max_edits = 0;
+  // Of gbv; null where no request can ask for it.
+  uint64_t* rank_keys = nullptr;  // [B, 2, V] tokens being sorted, before a pass and behind it ...
+  int32_t* rank_ids = nullptr;    // ... [B, 2, V]
+  float* first_laws = nullptr;    // [B, D, first_law_stride] of being first, by depth
+  int64_t first_law_stride = 0;
 };
 
 struct alignas(16) VerifyLaunch {
@@ -46,6 +52,8 @@ enum class Task : uint32_t {
   race,           // the first in the race of the elements
   raw_law,        // plain softmax of the logits as given
   best,           // the largest element below bound, or equal to it and behind `below`
+  rank,           // the law of being first in the path that `at` is the interval of, into the row `level`
+  first_laws,     // of the first `count` such rows
   left_max,       // largest element of the draft's row without the first `count` children
   left_mass,      // its mass without them, in units of bound
 };
@@ -59,6 +67,9 @@ struct Command {
   int64_t below = -1;
   uint64_t seed = 0, position = 0;
   RowLaw target_law, draft_law;
+  int32_t level = -1;  // of gbv: the draft's row is the law of being first at this depth
+  PathInterval at;
+  int64_t token = -1;
 };
 
 // Shared memory of a block. The leading block's holds what is known of the request.
@@ -94,6 +105,9 @@ struct RequestShared {
   uint8_t has_child[kMaxNodes];
   int16_t dense[kMaxNodes];  // nodes whose children were drawn from a law of the draft's
   int32_t num_dense;
+
+  // Of gbv: the nodes that the best prefix ends in, and their children.
+  int16_t prefix[kMaxNodes], followers[kMaxNodes];
 };
 
 constexpr int16_t kBadRowIndex = -2;
@@ -182,6 +196,22 @@ class Request {
     return launch_.workspace.states + (b_ * kWarpSize + lane_id()) * max_nodes_;
   }
   __device__ uint32_t* arrivals() const { return launch_.workspace.arrivals + b_; }
+
+  __device__ uint64_t* rank_keys(int which) const {
+    return launch_.workspace.rank_keys + (b_ * 2 + which) * vocab_;
+  }
+  __device__ int32_t* rank_ids(int which) const {
+    return launch_.workspace.rank_ids + (b_ * 2 + which) * vocab_;
+  }
+  // One element off every alignment: what can be read 16 bytes at a time is read as data that never changes,
+  // and this is written in the same launch.
+  __device__ float* first_law_data(int64_t level) const {
+    const int64_t depth = args_.tokens.shape[1] - 1;
+    return launch_.workspace.first_laws + (b_ * depth + level) * launch_.workspace.first_law_stride + 1;
+  }
+  __device__ DeviceRow first_law(int64_t level) const {
+    return {first_law_data(level), DType::float32, vocab_};
+  }
 
   // A drafter's own order may be longer than the target's vocabulary.
   __device__ int64_t stats_tiles() const {
