@@ -23,6 +23,7 @@
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
+#include "cuda/on_device.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
@@ -87,10 +88,13 @@ class SamplingMirrors {
 #ifdef FORETOKEN_HAS_CUDA
     for (Kept& kept : kept_) {
       if (kept.mirror->device() != device) continue;
-      if (kept.version != version) kept.mirror->update(host, stream);
+      if (kept.version == version) return kept.mirror->view();
+      const cuda::OnDevice current(device);
+      kept.mirror->update(host, stream);
       kept.version = version;
       return kept.mirror->view();
     }
+    const cuda::OnDevice current(device);
     kept_.push_back({std::make_unique<cuda::SamplingMirror>(host, device, stream), version});
     return kept_.back().mirror->view();
 #else
@@ -122,6 +126,7 @@ inline void sample(const SampleArgs& args, [[maybe_unused]] void* workspace, Dev
                    [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::sample(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::sample(args, workspace, device, stream);
 #endif
 }
@@ -134,6 +139,7 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
     return cpu::prepare(prepare_args(args, what, workspace), what, workspace, least_blocks);
   }
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   return cuda::prepare(args, what, workspace, device, stream);
 #else
   return {};
@@ -154,6 +160,7 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
                    [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::verify(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::verify(args, workspace, device, stream);
 #endif
 }
@@ -161,6 +168,7 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
 inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::commit(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
 #endif
 }
