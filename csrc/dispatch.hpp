@@ -27,6 +27,7 @@
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/tree.hpp"
 #include "cuda/verify.hpp"
 #endif
 
@@ -173,9 +174,12 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #endif
 }
 
-inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
-  cpu::tree_index(args);
+inline void tree_index(const TreeIndexArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::tree_index(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::tree_index(args, stream);
+#endif
 }
 
 inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {
