@@ -49,7 +49,8 @@ __device__ void find_ancestors(TreeScratch& scratch, int32_t first, int32_t node
 }
 
 __global__ void __launch_bounds__(kWarpSize) tree_index_kernel(const __grid_constant__ TreeIndexArgs args) {
-  __shared__ TreeScratch scratch;
+  __shared__ __align__(16) unsigned char memory[sizeof(TreeScratch)];
+  TreeScratch& scratch = *reinterpret_cast<TreeScratch*>(memory);
   const int64_t b = blockIdx.x;
   int32_t nodes = build_row(args, b, scratch);
   const bool bad = nodes < 0;
