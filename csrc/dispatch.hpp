@@ -7,12 +7,14 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/cache.hpp"
 #include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/verify.hpp"
+#include "ops/cache.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
@@ -21,6 +23,7 @@
 #include "ops/tree.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
 #include "cuda/prepare.hpp"
@@ -166,6 +169,20 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
   if (backend_for(device) == Backend::cpu) return cpu::commit(args);
 #ifdef FORETOKEN_HAS_CUDA
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void append(const AppendArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::append(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::append(args, device, stream);
+#endif
+}
+
+inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::compact(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::compact(args, device, stream);
 #endif
 }
 
