@@ -59,7 +59,7 @@ TensorView read_cache(Intake& intake, py::handle cache, const char* name, DTypes
 void read_caches(Intake& intake, py::handle k_cache, py::handle v_cache, py::handle block_table,
                  bool heads_first, TreeAttentionArgs& args, Sizes& size) {
   const bool paged = !block_table.is_none();
-  const DTypes dtypes = DTypes(args.q.dtype) | DType::float8_e4m3 | DType::float8_e5m2;
+  const DTypes dtypes = DTypes(args.q.dtype) | boundary::kFloat8DTypes;
   int64_t rows = 0, slots = 0, per_row = 0;
   const Dim any_rows = Dim::bind(rows, "P", 1);
   args.k_cache = read_cache(intake, k_cache, "k_cache", dtypes, paged ? any_rows : Dim(size.batch),

@@ -16,7 +16,7 @@ enum class DType : uint8_t {
   int64,
   uint8,
   boolean,
-  float8_e4m3,  // torch.float8_e4m3fn: no infinities
+  float8_e4m3,  // without infinities: torch.float8_e4m3fn
   float8_e5m2,
 };
 

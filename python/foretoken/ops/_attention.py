@@ -133,7 +133,9 @@ def run_tree_attention(*arguments: Any) -> None:
     missing = _core.tree_attention(*arguments)
     if missing:
         workspace = torch.zeros(missing, dtype=torch.uint8, device=arguments[0].device)
-        _core.tree_attention(*arguments[:-1], workspace)
+        given = [*arguments]
+        given[-1] = workspace
+        _core.tree_attention(*given)
 
 
 def merge(
