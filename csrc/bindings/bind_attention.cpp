@@ -32,6 +32,12 @@ struct Sizes {
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
+void check_head_size(const char* name, int64_t size) {
+  if (size > kMaxHeadSize) {
+    refuse(name, "heads of at most " + std::to_string(kMaxHeadSize), std::to_string(size));
+  }
+}
+
 void read_query(Intake& intake, py::handle q, TreeAttentionArgs& args, Sizes& size) {
   args.q = intake.read(q, "q", kRealDTypes,
                        {Dim::bind(size.batch, "B"), Dim::bind(size.nodes, "T"),
@@ -39,9 +45,7 @@ void read_query(Intake& intake, py::handle q, TreeAttentionArgs& args, Sizes& si
   if (size.nodes > kMaxNodes) {
     refuse("q", "at most " + std::to_string(kMaxNodes) + " nodes a row", std::to_string(size.nodes));
   }
-  if (size.size > kMaxHeadSize) {
-    refuse("q", "heads of at most " + std::to_string(kMaxHeadSize), std::to_string(size.size));
-  }
+  check_head_size("q", size.size);
 }
 
 // A cache as [rows or pages, slots, Hk, D], whatever the order of its middle dimensions.
@@ -148,6 +152,7 @@ void merge(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_
   args.out_a = intake.read(
       out_a, "out_a", kRealDTypes,
       {Dim::bind(batch, "B"), Dim::bind(nodes, "T"), Dim::bind(heads, "Hq"), Dim::bind(size, "D")});
+  check_head_size("out_a", size);
   const DTypes same = args.out_a.dtype;
   args.lse_a = intake.read(lse_a, "lse_a", DType::float32, {batch, nodes, heads}, kAny);
   args.out_b = intake.read(out_b, "out_b", same, {batch, nodes, heads, size});
