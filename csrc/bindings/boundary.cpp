@@ -16,10 +16,16 @@ struct DTypeRow {
 };
 
 constexpr DTypeRow kDTypes[] = {
-    {DType::float32, kDLFloat, 32, "float32"}, {DType::bfloat16, kDLBfloat, 16, "bfloat16"},
-    {DType::float16, kDLFloat, 16, "float16"}, {DType::float64, kDLFloat, 64, "float64"},
-    {DType::int32, kDLInt, 32, "int32"},       {DType::int64, kDLInt, 64, "int64"},
-    {DType::uint8, kDLUInt, 8, "uint8"},       {DType::boolean, kDLBool, 8, "bool"},
+    {DType::float32, kDLFloat, 32, "float32"},
+    {DType::bfloat16, kDLBfloat, 16, "bfloat16"},
+    {DType::float16, kDLFloat, 16, "float16"},
+    {DType::float64, kDLFloat, 64, "float64"},
+    {DType::int32, kDLInt, 32, "int32"},
+    {DType::int64, kDLInt, 64, "int64"},
+    {DType::uint8, kDLUInt, 8, "uint8"},
+    {DType::boolean, kDLBool, 8, "bool"},
+    {DType::float8_e4m3, kDLFloat8_e4m3fn, 8, "float8_e4m3fn"},
+    {DType::float8_e5m2, kDLFloat8_e5m2, 8, "float8_e5m2"},
 };
 
 // False: a dtype we have no name for.

@@ -34,6 +34,7 @@ class DTypes {
 constexpr DTypes operator|(DType a, DType b) { return DTypes(a) | DTypes(b); }
 
 constexpr DTypes kRealDTypes = DTypes(DType::float32) | DType::bfloat16 | DType::float16;
+constexpr DTypes kFloat8DTypes = DTypes(DType::float8_e4m3) | DType::float8_e5m2;
 constexpr DTypes kIndexDTypes = DTypes(DType::int32) | DType::int64;
 
 // What one dimension of an argument has to be. A plain number converts to is(number).

@@ -7,7 +7,18 @@
 
 namespace foretoken {
 
-enum class DType : uint8_t { float32, bfloat16, float16, float64, int32, int64, uint8, boolean };
+enum class DType : uint8_t {
+  float32,
+  bfloat16,
+  float16,
+  float64,
+  int32,
+  int64,
+  uint8,
+  boolean,
+  float8_e4m3,  // without infinities: torch.float8_e4m3fn
+  float8_e5m2,
+};
 
 enum class DeviceType : uint8_t { cpu, cuda };
 
@@ -44,7 +55,9 @@ constexpr int64_t bytes_of(DType dtype) {
     case DType::bfloat16:
     case DType::float16: return 2;
     case DType::uint8:
-    case DType::boolean: return 1;
+    case DType::boolean:
+    case DType::float8_e4m3:
+    case DType::float8_e5m2: return 1;
   }
   return 0;
 }
