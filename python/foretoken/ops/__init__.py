@@ -7,6 +7,7 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
+from foretoken.ops._attention import merge, tree_attention
 from foretoken.ops._cache import CachePlan, append, compact
 from foretoken.ops._commit import RequestState, commit, record_width
 from foretoken.ops._draft_tree import (
@@ -44,9 +45,11 @@ __all__ = [
     "compact",
     "draft_topk",
     "finalize_tree",
+    "merge",
     "record_width",
     "rule_codes",
     "sample",
+    "tree_attention",
     "tree_index",
     "verify",
 ]
