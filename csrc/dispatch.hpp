@@ -7,20 +7,25 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/cache.hpp"
 #include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
+#include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
+#include "ops/cache.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
+#include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
 #include "cuda/on_device.hpp"
@@ -174,12 +179,44 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #endif
 }
 
+inline void append(const AppendArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::append(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::append(args, device, stream);
+#endif
+}
+
+inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::compact(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::compact(args, device, stream);
+#endif
+}
+
 inline void tree_index(const TreeIndexArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::tree_index(args);
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::tree_index(args, stream);
 #endif
+}
+
+// Bytes of device scratch that tree_attention() needs, zero before its first use and zero again behind every
+// call; 0: none. From the shapes alone, as lengths are on the device.
+inline int64_t tree_attention_workspace([[maybe_unused]] const TreeAttentionArgs& args, Device device) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
+  return 0;
+}
+
+inline void tree_attention(const TreeAttentionArgs& args, [[maybe_unused]] void* workspace, Device device,
+                           Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
+  cpu::tree_attention(args);
+}
+
+inline void merge(const MergeArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("merge");
+  cpu::merge(args);
 }
 
 inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {

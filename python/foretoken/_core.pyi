@@ -5,6 +5,25 @@ Native core of foretoken.
 from __future__ import annotations
 import collections.abc
 import typing
+class CachePlan:
+    """
+    See foretoken.ops.CachePlan.
+    """
+    def __init__(self, caches: tuple[typing.Any, ...], heads_first: bool) -> None:
+        ...
+    def attach(self, on_device: typing.Any) -> None:
+        """
+        Take the table's copy on the device.
+        """
+    def table(self) -> bytes:
+        """
+        Bytes that have to lie on the device.
+        """
+    @property
+    def needs_table(self) -> bool:
+        """
+        Nothing is on the device yet.
+        """
 class NgramIndex:
     """
     One request's text and the previous occurrence of its last n-grams. See foretoken.NgramDrafter.
@@ -24,6 +43,10 @@ class NgramIndex:
     def propose(self, k: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
         """
         The k tokens that followed the longest suffix the last time; [] if none.
+        """
+    def propose_tree(self, nodes: typing.SupportsInt | typing.SupportsIndex, branches: typing.SupportsInt | typing.SupportsIndex, depth: typing.SupportsInt | typing.SupportsIndex) -> tuple[typing.Any, ...]:
+        """
+        What followed several earlier occurrences, as one tree: tokens and parents of its drafts.
         """
     def reserve(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -55,6 +78,8 @@ class NgramPool:
         ...
     def propose(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any, budget: typing.Any, drafts: typing.Any, num_drafts: typing.Any) -> None:
         ...
+    def propose_tree(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any, nodes: typing.Any, depth: typing.Any, branches: typing.SupportsInt | typing.SupportsIndex, drafts: typing.Any, parents: typing.Any, num_drafts: typing.Any) -> None:
+        ...
     def reserve(self, slots: typing.Any, lengths: typing.Any) -> None:
         ...
     def reset(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -67,7 +92,7 @@ class Session:
     """
     State machine behind foretoken.Session.
     """
-    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, vocab_size: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, prefill_chunk: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> None:
+    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, vocab_size: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, nodes: typing.SupportsInt | typing.SupportsIndex, prefill_chunk: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> None:
         ...
     def admit(self, prompt_ids: typing.Any, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, min_new_tokens: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, eos_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> int:
         ...
@@ -77,13 +102,13 @@ class Session:
         """
     def assigned(self) -> list[tuple[int, int]]:
         ...
-    def commit_decode(self, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any) -> None:
+    def commit_decode(self, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, path: typing.Any) -> None:
         ...
     def commit_prefill(self) -> None:
         ...
     def counters(self) -> dict[typing.Any, typing.Any]:
         ...
-    def draft(self, tokens: typing.Any, num_drafts: typing.Any) -> tuple[typing.Any, ...]:
+    def draft(self, tokens: typing.Any, num_drafts: typing.Any, parents: typing.Any) -> tuple[typing.Any, ...]:
         ...
     def finish(self, request: typing.SupportsInt | typing.SupportsIndex, reason: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -423,6 +448,10 @@ class Tolerance:
     """
     def __init__(self, typical_epsilon: typing.SupportsFloat | typing.SupportsIndex, typical_delta: typing.SupportsFloat | typing.SupportsIndex, threshold_single: typing.SupportsFloat | typing.SupportsIndex, threshold_sum: typing.SupportsFloat | typing.SupportsIndex, relaxed_top_k: typing.SupportsInt | typing.SupportsIndex, relaxed_delta: typing.SupportsFloat | typing.SupportsIndex, window_entropy: typing.SupportsFloat | typing.SupportsIndex, window_delta: typing.SupportsFloat | typing.SupportsIndex, rates: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]) -> None:
         ...
+def append(k: typing.Any, v: typing.Any, k_cache: typing.Any, v_cache: typing.Any, lengths: typing.Any, num_nodes: typing.Any, block_table: typing.Any, k_scale: typing.Any, v_scale: typing.Any, heads_first: bool, status: typing.Any) -> None:
+    """
+    See foretoken.ops.append.
+    """
 def build_info() -> dict[str, typing.Any]:
     """
     How this binary was built.
@@ -430,6 +459,10 @@ def build_info() -> dict[str, typing.Any]:
 def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, num_drafts: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any) -> None:
     """
     See foretoken.ops.commit.
+    """
+def compact(plan: CachePlan, lengths: typing.Any, path: typing.Any, num_accepted: typing.Any, block_table: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.ops.compact.
     """
 def cpu_info() -> dict[str, typing.Any]:
     """
@@ -451,6 +484,10 @@ def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, n
     """
     See foretoken.ops.finalize_tree.
     """
+def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing.Any, out: typing.Any, lse: typing.Any) -> None:
+    """
+    See foretoken.ops.merge.
+    """
 def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.
@@ -466,6 +503,10 @@ def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots:
 def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, ...]:
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
+    """
+def tree_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, lengths: typing.Any, num_nodes: typing.Any, ancestors: typing.Any, block_table: typing.Any, layout: str, scale: typing.SupportsFloat | typing.SupportsIndex | None, softcap: typing.SupportsFloat | typing.SupportsIndex | None, window: typing.SupportsInt | typing.SupportsIndex | None, sinks: typing.Any, k_scale: typing.Any, v_scale: typing.Any, out: typing.Any, lse: typing.Any, workspace: typing.Any) -> int:
+    """
+    See foretoken.ops.tree_attention. Returns the bytes of workspace that are missing; 0: done.
     """
 def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any, depth: typing.Any, first_child: typing.Any, next_sibling: typing.Any, ancestors: typing.Any, positions: typing.Any, status: typing.Any) -> None:
     """
