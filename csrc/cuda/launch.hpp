@@ -140,6 +140,25 @@ inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows
   return best;
 }
 
+// chain_shape(), whose search takes a microsecond, unless it was asked for the same lately.
+inline Shape kept_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                              bool may_share) {
+  struct Kept {
+    const ClusterRoom* room = nullptr;  // one for each kernel and device, as long as the process lives
+    int64_t requests = 0, rows = 0, tiles = 0;
+    bool may_share = false;
+    Shape shape;
+  };
+  constexpr size_t kMostKept = 32;
+  thread_local Kept kept[kMostKept];
+  Kept& entry = kept[static_cast<size_t>(requests + rows) % kMostKept];
+  if (entry.room != &room || entry.requests != requests || entry.rows != rows || entry.tiles != tiles ||
+      entry.may_share != may_share) {
+    entry = {&room, requests, rows, tiles, may_share, chain_shape(room, requests, rows, tiles, may_share)};
+  }
+  return entry.shape;
+}
+
 // `shared`: bytes of dynamic shared memory a block. room_for() has to have been asked before.
 template <class Args>
 void launch_clusters(void (*kernel)(Args), int64_t clusters, int cluster, size_t shared, Stream stream,
