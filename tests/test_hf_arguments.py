@@ -35,7 +35,7 @@ def model() -> Any:
 def ready(model: Any, ids: Any = None, **arguments: Any) -> Prepared:
     """`prepare` with everything but `arguments` left out."""
     named: dict[str, Any] = dict.fromkeys(
-        ("drafter", "sampling", "num_drafts", "generation_config", "tokenizer", "streamer")
+        ("drafter", "sampling", "num_drafts", "tree", "generation_config", "tokenizer", "streamer")
     )
     keywords = {k: v for k, v in arguments.items() if k not in named}
     if ids is None:
@@ -228,6 +228,7 @@ def test_nothing_the_caller_owns_is_changed(model: Any, sampling: Any) -> None:
         drafter=None,
         sampling=sampling,
         num_drafts=None,
+        tree=None,
         generation_config=config,
         tokenizer=tokenizer(),
         streamer=None,
@@ -274,6 +275,7 @@ def test_a_prompt_is_made_of_the_bos_token() -> None:
         drafter=None,
         sampling=None,
         num_drafts=None,
+        tree=None,
         generation_config=None,
         tokenizer=None,
         streamer=None,

@@ -2,9 +2,8 @@
 
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
-         hf -> generate -> session -> device -> {drafters, request, metrics} -> step -> ops
+         hf -> generate -> session -> device -> {drafters, request, metrics} -> {tree, step} -> ops
          ops -> sampling -> _core
-         tree stands beside the drafters
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ NARROW_GRID = re.compile(r"(?<!static_cast<int64_t>\()blockIdx\.[xyz]\)?\s*\*")
 
 # Which modules of the package a module may import, besides itself. `foretoken` itself: its lazy attributes.
 BASE = {"_core", "sampling", "ops"}
-LOOP = BASE | {"step", "metrics", "request", "drafters", "device", "session"}
+LOOP = BASE | {"step", "tree", "metrics", "request", "drafters", "device", "session"}
 PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
@@ -53,8 +52,8 @@ PYTHON = {
     "metrics": BASE,
     "request": BASE | {"metrics"},
     "step": BASE,
-    "drafters": BASE | {"step"},
     "tree": BASE,
+    "drafters": BASE | {"step", "tree"},
     "device": BASE | {"step", "metrics", "request", "drafters"},
     "session": LOOP,
     "generate": LOOP,
@@ -64,7 +63,7 @@ PYTHON = {
     "info": {"_core", "foretoken"},
     "cli": {"hf", "pair", "info", "demo", "foretoken"},
     "__main__": {"cli"},
-    "__init__": LOOP | {"generate", "hf", "pair", "tree"},
+    "__init__": LOOP | {"generate", "hf", "pair"},
 }
 MAY_IMPORT_TRANSFORMERS = {"hf"}
 

@@ -49,7 +49,7 @@ def without_scores(picture: str) -> str:
 
 def test_the_page_on_trees_runs_and_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    assert len(fenced("docs/trees.md", "python")) == 4
+    assert len(fenced("docs/trees.md", "python")) == 5
     names = run_blocks("docs/trees.md")
     printed = capsys.readouterr().out
     text = (ROOT / "docs/trees.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Proposal
+from foretoken.generate import settle
 from foretoken.ops import Verdict
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Request, Session, Step
@@ -67,8 +68,25 @@ class TableModel:
             cache[length : length + count] = step.tokens[b, :count].tolist()
             self.fed[slot] = self.fed.get(slot, 0) + count
             for i in range(count):
-                logits[b, i] = self.logits[context_of(cache[: length + i + 1])]
+                seen = cache[: length + i + 1] if step.tree is None else self._seen(step, b, i, cache)
+                assert int(step.positions[b, i]) == len(seen) - 1
+                logits[b, i] = self.logits[context_of(seen)]
         return logits
+
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        self.steps.append(("compact", len(slots), int(num_accepted.max())))
+        for b, slot in enumerate(slots.tolist()):
+            cache, length = self.cache[slot], int(lengths[b])
+            rows = [cache[length + node] for node in path[b, : int(num_accepted[b])].tolist()]
+            # What is left behind must never be read again.
+            cache[length + 1 :] = [*rows, *[-2] * (self.max_length - length - 1 - len(rows))]
+
+    def _seen(self, step: Step, b: int, i: int, cache: list[int]) -> list[int]:
+        """Tokens of the cache rows that a node sees."""
+        visible, words = int(step.tree.visible[b]), step.tree.ancestors[b, i].tolist()
+        rows = [visible + j for j in range(64 * len(words)) if words[j // 64] >> (j % 64) & 1]
+        assert rows[-1] == int(step.lengths[b]) + i
+        return cache[:visible] + [cache[row] for row in rows]
 
     def _check_shape(self, step: Step) -> None:
         rows, columns = step.tokens.shape
@@ -81,8 +99,9 @@ class TableModel:
         assert step.slot_range in (None, (slots[0], slots[-1] + 1))
         assert int(step.num_tokens.max()) == columns
         assert int(step.num_tokens.min()) >= 1
-        expected = step.lengths[:, None] + torch.arange(columns)
-        assert torch.equal(step.positions, expected)
+        if step.tree is None:
+            expected = step.lengths[:, None] + torch.arange(columns)
+            assert torch.equal(step.positions, expected)
         for b in range(rows):
             assert not step.tokens[b, int(step.num_tokens[b]) :].any()
 
@@ -120,7 +139,10 @@ def rounds(session: Session, forward: Callable[[Step], Tensor]) -> Iterator[list
     """Run the session dry; the events of every step."""
     while (step := session.plan()) is not None:
         logits = forward(step)
-        session.commit(None if step.kind == "prefill" else logits)
+        if step.kind == "prefill":
+            session.commit(None)
+        else:
+            settle(session, forward, step, logits)
         yield list(session.events())
 
 

@@ -14,6 +14,7 @@ namespace {
 using boundary::Dim;
 using boundary::Intake;
 using boundary::Layout;
+using drafters::ContinuationTree;
 using drafters::NgramIndex;
 using drafters::NgramPool;
 
@@ -95,6 +96,51 @@ void pool_propose(NgramPool& pool, py::handle slots, py::handle tokens, py::hand
   }
 }
 
+ContinuationTree::Budget checked(int64_t nodes, int64_t branches, int64_t depth) {
+  for (const auto& [name, value] : {std::pair{"nodes", nodes}, {"depth", depth}}) {
+    if (value < 0 || value > 255) {
+      throw py::value_error(std::string(name) + ": expected 0 to 255, got " + std::to_string(value));
+    }
+  }
+  if (branches < 1) throw py::value_error("branches: expected at least 1, got " + std::to_string(branches));
+  return {nodes, branches, depth};
+}
+
+py::tuple propose_tree(const NgramIndex& index, int64_t nodes, int64_t branches, int64_t depth) {
+  const ContinuationTree::Budget budget = checked(nodes, branches, depth);
+  std::vector<int64_t> tokens(nodes);
+  std::vector<int32_t> parents(nodes);
+  ContinuationTree tree;
+  const int64_t count = index.propose_tree(budget, tree, tokens.data(), parents.data());
+  tokens.resize(count);
+  parents.resize(count);
+  return py::make_tuple(tokens, parents);
+}
+
+// As pool_propose, for trees of up to nodes[b] drafts and paths of up to depth[b].
+void pool_propose_tree(NgramPool& pool, py::handle slots, py::handle tokens, py::handle counts,
+                       py::handle taken, py::handle nodes, py::handle depth, int64_t branches,
+                       py::handle drafts, py::handle parents, py::handle num_drafts) {
+  Intake intake("propose");
+  int64_t rows = 0, columns = 0;
+  const TensorView s = intake.read(slots, "slots", DType::int32, {Dim::bind(rows, "B")}, Layout::contiguous);
+  const TensorView most = intake.read(nodes, "nodes", DType::int32, {rows}, Layout::contiguous);
+  const TensorView deep = intake.read(depth, "depth", DType::int32, {rows}, Layout::contiguous);
+  const TensorView out =
+      intake.write(drafts, "drafts", DType::int64, {rows, Dim::bind(columns, "N")}, Layout::contiguous);
+  const TensorView above =
+      intake.write(parents, "parents", DType::int32, {rows, columns}, Layout::contiguous);
+  const TensorView n = intake.write(num_drafts, "num_drafts", DType::int32, {rows}, Layout::contiguous);
+  take_in(pool, intake, s, rows, tokens, counts, taken);
+  for (int64_t b = 0; b < rows; ++b) {
+    const int64_t count = std::min<int64_t>(data<const int32_t>(most)[b], columns);
+    const auto budget = checked(count, branches, data<const int32_t>(deep)[b]);
+    const NgramIndex& index = pool.at(data<const int32_t>(s)[b]);
+    data<int32_t>(n)[b] = static_cast<int32_t>(index.propose_tree(
+        budget, pool.scratch(), data<int64_t>(out) + b * columns, data<int32_t>(above) + b * columns));
+  }
+}
+
 }  // namespace
 
 void register_drafters(py::module_& module) {
@@ -106,6 +152,8 @@ void register_drafters(py::module_& module) {
       .def("append", &append, py::arg("tokens"), "Take in tokens: a list of int, or an int64 tensor [L].")
       .def("propose", &propose, py::arg("k"),
            "The k tokens that followed the longest suffix the last time; [] if none.")
+      .def("propose_tree", &propose_tree, py::arg("nodes"), py::arg("branches"), py::arg("depth"),
+           "What followed several earlier occurrences, as one tree: tokens and parents of its drafts.")
       .def("truncate", &NgramIndex::truncate, py::arg("length"), "Keep the first `length` tokens.")
       .def("reserve", &NgramIndex::reserve, py::arg("length"), "Make room for a text of `length` tokens.")
       .def("clear", &NgramIndex::clear, "Forget everything and give the memory back.")
@@ -131,6 +179,9 @@ void register_drafters(py::module_& module) {
           "bytes", [](NgramPool& pool, int64_t slot) { return pool.at(slot).bytes(); }, py::arg("slot"))
       .def("reserve", &pool_reserve, py::arg("slots"), py::arg("lengths"))
       .def("take_in", &pool_take_in, py::arg("slots"), py::arg("tokens"), py::arg("counts"), py::arg("taken"))
+      .def("propose_tree", &pool_propose_tree, py::arg("slots"), py::arg("tokens"), py::arg("counts"),
+           py::arg("taken"), py::arg("nodes"), py::arg("depth"), py::arg("branches"), py::arg("drafts"),
+           py::arg("parents"), py::arg("num_drafts"))
       .def("propose", &pool_propose, py::arg("slots"), py::arg("tokens"), py::arg("counts"), py::arg("taken"),
            py::arg("budget"), py::arg("drafts"), py::arg("num_drafts"));
 }

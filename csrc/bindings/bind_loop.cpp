@@ -28,10 +28,10 @@ T* data(const TensorView& view) {
   return static_cast<T*>(view.data);
 }
 
-// (kind, rows, columns, uniform, max_length_after, first slot if slots are contiguous else -1)
+// (kind, rows, columns, uniform, max_length_after, first slot if slots are contiguous else -1, of trees)
 py::tuple shape_of(const Step& step) {
   return py::make_tuple(static_cast<int>(step.kind), step.rows, step.columns, step.uniform,
-                        step.max_length_after, step.contiguous_slots() ? step.slots[0] : -1);
+                        step.max_length_after, step.contiguous_slots() ? step.slots[0] : -1, step.tree);
 }
 
 py::dict arrays_of(Step& step, py::handle owner) {
@@ -41,6 +41,8 @@ py::dict arrays_of(Step& step, py::handle owner) {
   arrays["lengths"] = view_of(step.lengths, owner);
   arrays["slots"] = view_of(step.slots, owner);
   arrays["num_tokens"] = view_of(step.num_tokens, owner);
+  arrays["visible"] = view_of(step.visible, owner);
+  arrays["ancestors"] = view_of(step.ancestors, owner);
   return arrays;
 }
 
@@ -84,7 +86,7 @@ py::tuple plan(Session& session, bool drafting) {
                         session.rows_version(), session.any_held_open(), !session.assigned().empty());
 }
 
-py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts) {
+py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts, py::handle parents) {
   Intake intake("draft");
   const int64_t rows = session.step().rows;
   int64_t columns = 0;
@@ -92,7 +94,9 @@ py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts) {
       intake.read(tokens, "proposal.tokens", DType::int64, {rows, Dim::bind(columns, "K")});
   const TensorView counts =
       intake.read(num_drafts, "proposal.num_drafts", DType::int32, {rows}, Layout::contiguous);
-  session.draft(data<const int64_t>(drafts), drafts.strides[0], columns, data<const int32_t>(counts));
+  const TensorView above = intake.read_or_null(parents, "proposal.parents", DType::int32, {rows, columns});
+  session.draft({data<const int64_t>(drafts), drafts.strides[0], columns, data<const int32_t>(counts),
+                 data<const int32_t>(above), above.strides[0]});
   return shape_of(session.step());
 }
 
@@ -121,7 +125,7 @@ int64_t tokens_from(Session& session, py::handle starts) {
 }
 
 void commit_decode(Session& session, py::handle tokens, py::handle num_emitted, py::handle num_accepted,
-                   py::handle status, py::handle logprobs) {
+                   py::handle status, py::handle logprobs, py::handle path) {
   Intake intake("commit");
   const int64_t rows = session.step().rows, columns = session.step().columns;
   const TensorView ids =
@@ -133,9 +137,11 @@ void commit_decode(Session& session, py::handle tokens, py::handle num_emitted, 
   const TensorView flags = intake.read(status, "verdict.status", DType::int32, {rows}, Layout::contiguous);
   const TensorView probs =
       intake.read_or_null(logprobs, "verdict.logprobs", DType::float32, {rows, columns}, Layout::contiguous);
+  const TensorView nodes =
+      intake.read(path, "verdict.path", DType::int32, {rows, columns - 1}, Layout::contiguous);
   session.commit_decode({data<const int64_t>(ids), columns, data<const int32_t>(emitted),
-                         data<const int32_t>(accepted), data<const int32_t>(flags),
-                         data<const float>(probs)});
+                         data<const int32_t>(accepted), data<const int32_t>(flags), data<const float>(probs),
+                         data<const int32_t>(nodes)});
 }
 
 py::list list_of(const int64_t* first, const int64_t* last) {
@@ -184,8 +190,10 @@ py::dict session_arrays(py::object self) {
   arrays["base"] = view_of(session.base(), self);
   arrays["limits"] = view_of(session.limits(), self);
   arrays["budget"] = view_of(session.budget(), self);
+  arrays["nodes"] = view_of(session.nodes(), self);
   arrays["num_drafts"] = view_of(session.num_drafts(), self);
   arrays["drafts"] = view_of(session.drafts(), self);
+  arrays["parents"] = view_of(session.parents(), self);
   arrays["from_tokens"] = view_of(session.from_tokens(), self);
   arrays["from_counts"] = view_of(session.from_counts(), self);
   arrays["slot_lengths"] = view_of(session.lengths(), self);
@@ -202,17 +210,17 @@ py::tuple keep_history(py::object self) {
 void bind_session(py::module_& module) {
   py::class_<Session>(module, "Session", "State machine behind foretoken.Session.")
       .def(py::init([](int64_t max_batch, int64_t vocab_size, int64_t max_length, int64_t num_drafts,
-                       int64_t prefill_chunk, bool logprobs) {
-             return std::make_unique<Session>(
-                 loop::SessionConfig{max_batch, vocab_size, max_length, num_drafts, prefill_chunk, logprobs});
+                       int64_t nodes, int64_t prefill_chunk, bool logprobs) {
+             return std::make_unique<Session>(loop::SessionConfig{
+                 max_batch, vocab_size, max_length, num_drafts, nodes, prefill_chunk, logprobs});
            }),
            py::kw_only(), py::arg("max_batch"), py::arg("vocab_size"), py::arg("max_length"),
-           py::arg("num_drafts"), py::arg("prefill_chunk"), py::arg("logprobs"))
+           py::arg("num_drafts"), py::arg("nodes"), py::arg("prefill_chunk"), py::arg("logprobs"))
       .def("arrays", &session_arrays, "Views of the per-row arrays, by name; valid for the session's life.")
       .def("admit", &admit, py::arg("prompt_ids"), py::arg("max_new_tokens"), py::arg("min_new_tokens"),
            py::arg("num_drafts"), py::arg("eos_ids"), py::arg("stop_ids"))
       .def("plan", &plan, py::arg("drafting"))
-      .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"))
+      .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"), py::arg("parents"))
       .def("plan_ahead", &plan_ahead)
       .def("launch", &Session::launch)
       .def("settle", &settle, py::arg("record"), py::arg("columns"))
@@ -221,7 +229,7 @@ void bind_session(py::module_& module) {
       .def("keep_history", &keep_history)
       .def("commit_prefill", &Session::commit_prefill)
       .def("commit_decode", &commit_decode, py::arg("tokens"), py::arg("num_emitted"),
-           py::arg("num_accepted"), py::arg("status"), py::arg("logprobs"))
+           py::arg("num_accepted"), py::arg("status"), py::arg("logprobs"), py::arg("path"))
       .def(
           "finish", [](Session& session, int64_t id, int reason) { session.finish(id, finish_of(reason)); },
           py::arg("request"), py::arg("reason"))

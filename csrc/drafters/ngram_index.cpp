@@ -264,6 +264,12 @@ int NgramIndex::match_length() const {
 int64_t NgramIndex::propose(int64_t k, int64_t* out) const {
   int64_t distance = 0;
   if (k <= 0 || longest_match(&distance) == 0) return 0;
+  copy_from(distance, k, out);
+  return k;
+}
+
+// The k tokens from `distance` back on, behind the end of the text those that were just copied.
+void NgramIndex::copy_from(int64_t distance, int64_t k, int64_t* out) const {
   uint32_t place = back(last_, distance - 1);
   const int64_t copied = std::min(k, distance);
   for (int64_t i = 0; i < copied; ++i) {
@@ -271,7 +277,6 @@ int64_t NgramIndex::propose(int64_t k, int64_t* out) const {
     place = place + 1 == capacity_ ? 0 : place + 1;
   }
   for (int64_t i = copied; i < k; ++i) out[i] = out[i - distance];
-  return k;
 }
 
 NgramIndex& NgramPool::at(int64_t slot) {

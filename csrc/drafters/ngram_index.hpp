@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "drafters/ngram_tree.hpp"
+
 namespace foretoken::drafters {
 
 // One request's text and, for every n in [min_ngram, max_ngram], where each n-gram ended last.
@@ -15,8 +17,9 @@ namespace foretoken::drafters {
 //
 // Cost. Because every append looks its n-grams up anyway, the answer to propose() is known before it is
 // asked: it follows one stored distance and copies k tokens. An append is one table visit per n, whatever the
-// text: no chain of occurrences is ever walked, so repetition cannot blow the work up. Tables are hashed with
-// a key drawn once per process, and every hit is verified token by token, so hashing never changes an answer.
+// text: no chain of occurrences is ever walked (by propose_tree(): 96 of them), so repetition cannot blow the
+// work up. Tables are hashed with a key drawn once per process, and every hit is verified token by token, so
+// hashing never changes an answer.
 //
 // Memory. At most max_bytes, also while growing. When the text outgrows them, the oldest token is forgotten
 // for every one that comes in: matches lie in the last capacity() tokens, and what has been forgotten stays
@@ -35,6 +38,11 @@ class NgramIndex {
 
   // Writes k tokens when some suffix occurred before, otherwise none. Returns how many.
   int64_t propose(int64_t k, int64_t* out) const;
+
+  // Merges what followed the latest occurrences of every suffix into a tree, whose first path is what
+  // propose() writes: tokens and parents of its nodes from 1 on. Returns how many; 0 when there is no match.
+  int64_t propose_tree(const ContinuationTree::Budget& budget, ContinuationTree& tree, int64_t* tokens,
+                       int32_t* parents) const;
 
   // Length of the suffix that propose() would match now; 0 when none.
   int match_length() const;
@@ -75,6 +83,7 @@ class NgramIndex {
   void remove_newest();
   void grow(uint32_t wanted);
   int longest_match(int64_t* distance) const;
+  void copy_from(int64_t distance, int64_t k, int64_t* out) const;
 
   int min_ngram_;
   int max_ngram_;
@@ -102,11 +111,13 @@ class NgramPool {
         indexes_(1, {min_ngram, max_ngram, max_bytes}) {}
 
   NgramIndex& at(int64_t slot);
+  ContinuationTree& scratch() { return scratch_; }
 
  private:
   int min_ngram_, max_ngram_;
   size_t max_bytes_;
   std::vector<NgramIndex> indexes_;
+  ContinuationTree scratch_;
 };
 
 }  // namespace foretoken::drafters

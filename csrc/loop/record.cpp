@@ -47,9 +47,7 @@ Finish Record::emit(const Emission& emission, Counters& total) {
     const int64_t token = emission.tokens[emitted];
     tokens.push_back(token);
     const bool draft = emitted < emission.accepted;
-    kinds.push_back(draft                                   ? Kind::accepted
-                    : emission.accepted == emission.drafted ? Kind::bonus
-                                                            : Kind::recovery);
+    kinds.push_back(draft ? Kind::accepted : emission.bonus ? Kind::bonus : Kind::recovery);
     if (emission.logprobs != nullptr) logprobs.push_back(emission.logprobs[emitted]);
     ++emitted;
     end = end_with(token);

@@ -44,6 +44,7 @@ struct Emission {
   int32_t drafted;
   int32_t accepted;
   int32_t status;
+  bool bonus;  // the closing token came behind a draft that had no children
 };
 
 struct Record {

@@ -10,8 +10,9 @@ namespace {
 
 std::string text(int64_t number) { return std::to_string(number); }
 
-void move(const int64_t* from, int64_t count, int64_t* to) {
-  std::memmove(to, from, count * sizeof(int64_t));
+template <typename T>
+void move(const T* from, int64_t count, T* to) {
+  std::memmove(to, from, count * sizeof(T));
 }
 
 const SessionConfig& checked(const SessionConfig& config) {
@@ -24,14 +25,20 @@ const SessionConfig& checked(const SessionConfig& config) {
   at_least("vocab_size", config.vocab_size, 1);
   at_least("max_length", config.max_length, 2);
   at_least("num_drafts", config.num_drafts, 0);
+  at_least("nodes", config.num_nodes, 0);
   at_least("prefill_chunk", config.prefill_chunk, 1);
   if (config.vocab_size > INT32_MAX) {
     throw std::invalid_argument("vocab_size: expected less than 2^31, got " + text(config.vocab_size));
   }
-  if (config.num_drafts > 255)
-    throw std::invalid_argument("num_drafts: expected at most 255, got " + text(config.num_drafts));
+  for (const auto& [name, count] :
+       {std::pair{"num_drafts", config.num_drafts}, {"nodes", config.num_nodes}}) {
+    if (count > 255)
+      throw std::invalid_argument(std::string(name) + ": expected at most 255, got " + text(count));
+  }
   return config;
 }
+
+int64_t most_drafts(const SessionConfig& config) { return std::max(config.num_drafts, config.num_nodes); }
 
 }  // namespace
 
@@ -40,14 +47,17 @@ Session::Session(const SessionConfig& config)
       from_limit_(std::max(config.prefill_chunk, config.num_drafts + 2)),
       slots_(config.max_batch),
       counters_(config.num_drafts),
-      step_(config.max_batch, std::max(config.prefill_chunk, config.num_drafts + 1)),
+      step_(config.max_batch, std::max(config.prefill_chunk, most_drafts(config) + 1),
+            config.num_nodes > 0 ? most_drafts(config) + 1 : 0),
       base_(config.max_batch),
       limits_(config.max_batch),
-      drafts_(config.max_batch * config.num_drafts),
+      drafts_(config.max_batch * most_drafts(config)),
       from_tokens_(config.max_batch * from_limit_),
       lengths_(config.max_batch),
       budget_(config.max_batch),
+      nodes_(config.max_batch),
       num_drafts_(config.max_batch),
+      parents_(config.num_nodes > 0 ? drafts_.size() : 0),
       from_counts_(config.max_batch) {
   // Nothing on the way of a round may have to allocate for its rows.
   row_ids_.reserve(config.max_batch);
@@ -258,6 +268,8 @@ void Session::choose_budgets() {
     const int64_t room = config_.max_length - 1 - lengths_[record.slot];
     const int64_t budget = std::max<int64_t>(std::min({record.limits.num_drafts, remaining - 1, room}), 0);
     budget_[b] = static_cast<int32_t>(budget);
+    nodes_[b] = budget_[b];
+    if (budget > 0) nodes_[b] = static_cast<int32_t>(std::max(budget, std::min(config_.num_nodes, room)));
     num_drafts_[b] = 0;
     base_[b] = static_cast<int64_t>(record.tokens.size());
     limits_[b] = record.prompt_length + record.limits.max_new_tokens;
@@ -288,6 +300,7 @@ void Session::build_decode() {
     row[0] = record.tokens.back();
     std::copy_n(drafts_.data() + b * drafted_columns_, num_drafts_[b], row + 1);
   }
+  if (trees_) see_trees();
 }
 
 void Session::drop_finished_rows() {
@@ -301,8 +314,11 @@ void Session::drop_finished_rows() {
     base_[left] = base_[b];
     limits_[left] = limits_[b];
     budget_[left] = budget_[b];
+    nodes_[left] = nodes_[b];
     num_drafts_[left] = num_drafts_[b];
-    move(drafts_.data() + b * drafted_columns_, num_drafts_[b], drafts_.data() + left * drafted_columns_);
+    const int64_t from = b * drafted_columns_, to = left * drafted_columns_;
+    move(&drafts_[from], num_drafts_[b], &drafts_[to]);
+    if (trees_) move(&parents_[from], num_drafts_[b], &parents_[to]);
     longest = std::max<int64_t>(longest, num_drafts_[b]);
     ++left;
   }
@@ -311,17 +327,19 @@ void Session::drop_finished_rows() {
   row_ids_.resize(left);
   kept_rows_.resize(left);
   ++rows_version_;
-  pack_drafts(drafts_.data(), drafted_columns_, longest);
+  pack(drafts_.data(), drafted_columns_, longest, drafts_);
+  if (trees_) pack(parents_.data(), drafted_columns_, longest, parents_);
+  drafted_columns_ = longest;
 }
 
-// Drafts of the rows, from rows `stride` apart to `columns` columns. They may lie in drafts_ already.
-void Session::pack_drafts(const int64_t* from, int64_t stride, int64_t columns) {
+// Drafts of the rows, from rows `stride` apart to `columns` columns. They may lie there already.
+template <typename T>
+void Session::pack(const T* from, int64_t stride, int64_t columns, std::vector<T>& to) const {
   for (size_t b = 0; b < rows_.size(); ++b) {
-    int64_t* const to = drafts_.data() + b * columns;
-    move(from + b * stride, num_drafts_[b], to);
-    std::fill(to + num_drafts_[b], to + columns, int64_t{0});
+    T* const row = to.data() + b * columns;
+    move(from + b * stride, num_drafts_[b], row);
+    std::fill(row + num_drafts_[b], row + columns, T{0});
   }
-  drafted_columns_ = columns;
 }
 
 bool Session::plan(bool drafting) { return plan_step(&Session::build_decode, drafting); }
@@ -335,7 +353,7 @@ bool Session::plan_step(void (Session::*build_rows)(), bool drafting) {
     }
     outstanding_ = false;
   }
-  drafting_ = false;
+  drafting_ = trees_ = false;
   drafted_columns_ = 0;
   assign_waiting();
   if (!choose_rows()) return false;
@@ -351,27 +369,25 @@ bool Session::plan_step(void (Session::*build_rows)(), bool drafting) {
   return false;
 }
 
-void Session::draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts) {
+void Session::draft(const Drafts& drafts) {
   if (!drafting_) throw std::logic_error("draft: no decode step waits for drafts");
-  for (size_t b = 0; b < rows_.size(); ++b) {
-    const int64_t most = std::min<int64_t>(budget_[b], columns);
-    if (num_drafts[b] >= 0 && num_drafts[b] <= most) continue;
-    throw std::invalid_argument("num_drafts: expected 0 to " + text(most) + " in row " + text(b) + ", got " +
-                                text(num_drafts[b]));
-  }
+  check_drafts(drafts);
   int64_t longest = 0;
   for (size_t b = 0; b < rows_.size(); ++b) {
-    const int64_t* const from = tokens + b * row_stride;
-    const int64_t vocab = config_.vocab_size;
+    const int64_t* const from = drafts.tokens + b * drafts.row_stride;
+    const int64_t count = drafts.num_drafts[b], vocab = config_.vocab_size;
     // An id that the target cannot even be fed costs the row its drafts, as an unusable proposal does in
     // verify.
     const bool usable =
-        std::all_of(from, from + num_drafts[b], [vocab](int64_t id) { return id >= 0 && id < vocab; });
-    num_drafts_[b] = usable ? num_drafts[b] : 0;
+        std::all_of(from, from + count, [vocab](int64_t id) { return id >= 0 && id < vocab; });
+    num_drafts_[b] = usable ? drafts.num_drafts[b] : 0;
     bad_drafts_ += usable ? 0 : 1;
     longest = std::max<int64_t>(longest, num_drafts_[b]);
   }
-  pack_drafts(tokens, row_stride, longest);
+  trees_ = drafts.parents != nullptr && !are_chains(drafts);
+  pack(drafts.tokens, drafts.row_stride, longest, drafts_);
+  if (trees_) pack(drafts.parents, drafts.parents_stride, longest, parents_);
+  drafted_columns_ = longest;
   build_decode();
   drafting_ = false;
   outstanding_ = true;
@@ -433,6 +449,7 @@ void Session::check_verdict(const Verdict& verdict) const {
       throw std::runtime_error("verdict: row " + text(b) + " of " + text(num_drafts_[b]) +
                                " drafts accepts " + text(accepted) + " and emits " + text(emitted));
     }
+    if (trees_) check_path(verdict, static_cast<int64_t>(b));
     for (int32_t i = 0; i < emitted; ++i) {
       const int64_t token = verdict.tokens[b * verdict.row_stride + i];
       if (token < 0 || token >= config_.vocab_size) {
@@ -456,10 +473,13 @@ void Session::commit_decode(const Verdict& verdict) {
     Record* const record = rows_[b];
     if (record == nullptr || record->phase == Phase::finished) continue;
     const int64_t at = b * verdict.row_stride;
-    const Emission emission{
-        verdict.tokens + at,     verdict.logprobs == nullptr ? nullptr : verdict.logprobs + at,
-        verdict.num_emitted[b],  num_drafts_[b],
-        verdict.num_accepted[b], verdict.status[b]};
+    const Emission emission{verdict.tokens + at,
+                            verdict.logprobs == nullptr ? nullptr : verdict.logprobs + at,
+                            verdict.num_emitted[b],
+                            num_drafts_[b],
+                            verdict.num_accepted[b],
+                            verdict.status[b],
+                            closes_with_bonus(verdict, static_cast<int64_t>(b))};
     const Finish end = record->emit(emission, counters_);
     write_history(*record, lengths_[record->slot] + 1);
     lengths_[record->slot] = static_cast<int64_t>(record->tokens.size()) - 1;

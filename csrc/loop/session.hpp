@@ -18,7 +18,8 @@ struct SessionConfig {
   int64_t max_batch;
   int64_t vocab_size;
   int64_t max_length;     // cache rows of a slot; prompt and new tokens of a request must fit
-  int64_t num_drafts;     // the most that a row may draft in one round
+  int64_t num_drafts;     // the most that a row may draft in one round, one behind the other
+  int64_t num_nodes;      // the most that a row may draft in one round as a tree; 0: chains only
   int64_t prefill_chunk;  // prompt tokens of a row in one prefill step
   bool logprobs;
 };
@@ -31,6 +32,17 @@ struct Verdict {
   const int32_t* num_accepted;  // [B]
   const int32_t* status;        // [B]
   const float* logprobs;        // [B, N+1] or null
+  const int32_t* path;          // [B, N] node numbers; read of trees alone
+};
+
+// What a drafter proposes, rows as in the planned step.
+struct Drafts {
+  const int64_t* tokens;  // [B, N]
+  int64_t row_stride;
+  int64_t columns;
+  const int32_t* num_drafts;  // [B]
+  const int32_t* parents;     // [B, N] parent of node i + 1, or null: chains
+  int64_t parents_stride;
 };
 
 // One owner of every length: lengths(slot) counts the target's valid cache rows. It is committed tokens - 1
@@ -58,7 +70,7 @@ class Session {
   // with `drafting`, waits for draft() if needs_drafts(). True: it is the outstanding step again.
   bool plan(bool drafting);
   bool needs_drafts() const { return drafting_; }
-  void draft(const int64_t* tokens, int64_t row_stride, int64_t columns, const int32_t* num_drafts);
+  void draft(const Drafts& drafts);
 
   // Running ahead of the results, where verdicts stay on a device. plan_ahead() is plan() for rounds whose
   // predecessors may not be settled yet: it knows bounds instead of lengths, and leaves out requests that
@@ -111,9 +123,11 @@ class Session {
   Step& step() { return step_; }
   std::vector<int64_t>& base() { return base_; }      // [B] committed tokens
   std::vector<int64_t>& limits() { return limits_; }  // [B] committed tokens when max_new_tokens are there
-  std::vector<int32_t>& budget() { return budget_; }  // [B] how many drafts the row may check
+  std::vector<int32_t>& budget() { return budget_; }  // [B] how many drafts the row may check in line
+  std::vector<int32_t>& nodes() { return nodes_; }    // [B] and how many as a tree of that depth
   std::vector<int32_t>& num_drafts() { return num_drafts_; }  // [B] how many it does check
   std::vector<int64_t>& drafts() { return drafts_; }          // [B, N], packed
+  std::vector<int32_t>& parents() { return parents_; }  // the same of a tree; empty where there are none
   std::vector<int64_t>& from_tokens() { return from_tokens_; }
   std::vector<int32_t>& from_counts() { return from_counts_; }
   std::vector<int64_t>& lengths() { return lengths_; }  // [max_batch], by slot
@@ -137,7 +151,14 @@ class Session {
   void assign_waiting();
   bool choose_rows();
   void drop_finished_rows();
-  void pack_drafts(const int64_t* from, int64_t stride, int64_t columns);
+  template <typename T>
+  void pack(const T* from, int64_t stride, int64_t columns, std::vector<T>& to) const;
+  void check_drafts(const Drafts& drafts) const;
+  int64_t deepest(const Drafts& drafts, int64_t b) const;
+  bool are_chains(const Drafts& drafts) const;
+  void see_trees();
+  void check_path(const Verdict& verdict, int64_t b) const;
+  bool closes_with_bonus(const Verdict& verdict, int64_t b) const;
   bool plan_step(void (Session::*build_rows)(), bool drafting);
   void choose_budgets();
   void build_prefill();
@@ -177,7 +198,8 @@ class Session {
   std::vector<Record*> rows_;
   std::vector<int32_t> kept_rows_;
   std::vector<int64_t> base_, limits_, drafts_, from_tokens_, lengths_;
-  std::vector<int32_t> budget_, num_drafts_, from_counts_, history_, prompt_lengths_;
+  std::vector<int32_t> budget_, nodes_, num_drafts_, parents_, from_counts_, history_, prompt_lengths_;
+  bool trees_ = false;  // the drafts of the outstanding step have parents
 };
 
 }  // namespace foretoken::loop

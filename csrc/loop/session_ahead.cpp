@@ -66,9 +66,13 @@ void Session::settle_row(const int32_t* line, int64_t columns, Record& record) {
     const float* const bits = reinterpret_cast<const float*>(first + columns);
     logprobs.assign(bits, bits + tokens.size());
   }
-  const Emission emission{tokens.data(),         config_.logprobs ? logprobs.data() : nullptr,
-                          line[kRecordEmitted],  line[kRecordDrafted],
-                          line[kRecordAccepted], line[kRecordStatus]};
+  const Emission emission{tokens.data(),
+                          config_.logprobs ? logprobs.data() : nullptr,
+                          line[kRecordEmitted],
+                          line[kRecordDrafted],
+                          line[kRecordAccepted],
+                          line[kRecordStatus],
+                          line[kRecordAccepted] == line[kRecordDrafted]};
   const int64_t before = record.generated();
   const Finish end = record.emit(emission, counters_);
   lengths_[record.slot] = static_cast<int64_t>(record.tokens.size()) - 1;

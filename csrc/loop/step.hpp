@@ -9,24 +9,32 @@ namespace foretoken::loop {
 
 enum class StepKind : uint8_t { none, prefill, decode };
 
+constexpr int64_t kWordBits = 64;
+
+inline int64_t words_of(int64_t columns) { return (columns + kWordBits - 1) / kWordBits; }
+
 // B rows of T columns. Column i of row b is the token at position lengths[b] + i, written to cache row
-// lengths[b] + i of slot slots[b]; columns from num_tokens[b] on are padding. Sized once, so that views of
-// the arrays stay good for the life of the owner.
+// lengths[b] + i of slot slots[b]; columns from num_tokens[b] on are padding. In a step of trees the columns
+// are nodes: the position counts depth, and what a node sees behind cache row visible[b] its ancestor words
+// say. Sized once, so that views of the arrays stay good for the life of the owner.
 struct Step {
-  Step(int64_t max_rows, int64_t max_columns)
+  Step(int64_t max_rows, int64_t max_columns, int64_t max_nodes = 0)
       : max_rows(max_rows),
         max_columns(max_columns),
         tokens(max_rows * max_columns),
         positions(max_rows * max_columns),
         lengths(max_rows),
         slots(max_rows),
-        num_tokens(max_rows) {}
+        num_tokens(max_rows),
+        visible(max_nodes > 0 ? max_rows : 0),
+        ancestors(max_rows * max_nodes * words_of(max_nodes)) {}
 
   void begin(StepKind the_kind, int64_t the_columns) {
     kind = the_kind;
     rows = 0;
     columns = the_columns;
     uniform = true;
+    tree = false;
     max_length_after = 0;
   }
 
@@ -52,12 +60,15 @@ struct Step {
   int64_t rows = 0;
   int64_t columns = 0;
   bool uniform = true;
+  bool tree = false;
   int64_t max_length_after = 0;
   std::vector<int64_t> tokens;      // [B, T], packed
   std::vector<int64_t> positions;   // [B, T], packed
   std::vector<int64_t> lengths;     // [B]
   std::vector<int32_t> slots;       // [B], ascending
   std::vector<int32_t> num_tokens;  // [B]
+  std::vector<int64_t> visible;     // [B] of a tree: cache rows that every node sees
+  std::vector<int64_t> ancestors;   // [B, T, W] of a tree, packed: bit j is cache row visible[b] + j
 };
 
 }  // namespace foretoken::loop

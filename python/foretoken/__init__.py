@@ -11,7 +11,7 @@ from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Pro
 from foretoken.ops import Status, Verdict
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Request, Session, Step
-from foretoken.tree import DraftTree
+from foretoken.tree import DraftTree, TreePlan
 
 # The function foretoken.generate has the name of the module that holds the loop: loaded once, the module
 # gives it up.
@@ -67,6 +67,7 @@ __all__ = [
     "Status",
     "Step",
     "StopStrings",
+    "TreePlan",
     "Verdict",
     "decode",
     "generate",

@@ -25,6 +25,10 @@ class NgramIndex:
         """
         The k tokens that followed the longest suffix the last time; [] if none.
         """
+    def propose_tree(self, nodes: typing.SupportsInt | typing.SupportsIndex, branches: typing.SupportsInt | typing.SupportsIndex, depth: typing.SupportsInt | typing.SupportsIndex) -> tuple[typing.Any, ...]:
+        """
+        What followed several earlier occurrences, as one tree: tokens and parents of its drafts.
+        """
     def reserve(self, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Make room for a text of `length` tokens.
@@ -55,6 +59,8 @@ class NgramPool:
         ...
     def propose(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any, budget: typing.Any, drafts: typing.Any, num_drafts: typing.Any) -> None:
         ...
+    def propose_tree(self, slots: typing.Any, tokens: typing.Any, counts: typing.Any, taken: typing.Any, nodes: typing.Any, depth: typing.Any, branches: typing.SupportsInt | typing.SupportsIndex, drafts: typing.Any, parents: typing.Any, num_drafts: typing.Any) -> None:
+        ...
     def reserve(self, slots: typing.Any, lengths: typing.Any) -> None:
         ...
     def reset(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
@@ -67,7 +73,7 @@ class Session:
     """
     State machine behind foretoken.Session.
     """
-    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, vocab_size: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, prefill_chunk: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> None:
+    def __init__(self, *, max_batch: typing.SupportsInt | typing.SupportsIndex, vocab_size: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, nodes: typing.SupportsInt | typing.SupportsIndex, prefill_chunk: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> None:
         ...
     def admit(self, prompt_ids: typing.Any, max_new_tokens: typing.SupportsInt | typing.SupportsIndex, min_new_tokens: typing.SupportsInt | typing.SupportsIndex, num_drafts: typing.SupportsInt | typing.SupportsIndex, eos_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> int:
         ...
@@ -77,13 +83,13 @@ class Session:
         """
     def assigned(self) -> list[tuple[int, int]]:
         ...
-    def commit_decode(self, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any) -> None:
+    def commit_decode(self, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, path: typing.Any) -> None:
         ...
     def commit_prefill(self) -> None:
         ...
     def counters(self) -> dict[typing.Any, typing.Any]:
         ...
-    def draft(self, tokens: typing.Any, num_drafts: typing.Any) -> tuple[typing.Any, ...]:
+    def draft(self, tokens: typing.Any, num_drafts: typing.Any, parents: typing.Any) -> tuple[typing.Any, ...]:
         ...
     def finish(self, request: typing.SupportsInt | typing.SupportsIndex, reason: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from foretoken import _core, ops
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Shape, Step, StepViews
+from foretoken.tree import TreePlan
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
 
@@ -32,7 +33,7 @@ class Proposal:
     tokens: Tensor
     """int64 ``[B, K]``; what lies behind a row's ``num_drafts`` is not read."""
     num_drafts: Tensor
-    """int32 ``[B]``, at most the row's budget. 0: the row is decoded plainly this round."""
+    """int32 ``[B]``, at most the row's budget (of trees, its ``nodes``). 0: the row is decoded plainly."""
     draft_logits: Tensor | None = None
     """``[B, M, V]``: row i is what draft i was drawn from, through ``draft_sampling``."""
     draft_probs: Tensor | None = None
@@ -43,6 +44,12 @@ class Proposal:
     """
     draft_sampling: Sampling | SamplingTable | None = None
     """Law applied to ``draft_logits``; None: the request's own."""
+    parents: Tensor | None = None
+    """int32 ``[B, K]``: the parent of node i + 1, a node number of at most i (0 is the root); None: chains.
+    For sessions with ``tree`` alone; no path may be longer than the row's budget.
+    """
+    draw: ops.Draw | None = None
+    """How siblings came about; None: ``"iid"`` with a law, ``"deterministic"`` without one."""
 
     def select(self, rows: Tensor) -> Proposal:
         """The proposal of some of the rows (int64 ``[R]``), in that order."""
@@ -57,6 +64,8 @@ class Proposal:
             draft_probs=pick(self.draft_probs),
             draft_row=pick(self.draft_row),
             draft_sampling=self.draft_sampling,
+            parents=pick(self.parents),
+            draw=self.draw,
         )
 
 
@@ -85,6 +94,14 @@ class Context:
     """The :class:`~foretoken.session.Request` of each row."""
     max_budget: int = 0
     """The largest budget of this round, known on the host."""
+    tree: TreePlan | None = None
+    """None: this session takes chains. Else its drafts may form trees of this shape."""
+    nodes: Tensor = field(init=False)
+    """int32 ``[B]``: the most drafts of each row where they form a tree. As many as its budget, which is how
+    long a path may be: a chain is wanted.
+    """
+    max_nodes: int = 0
+    """The largest of them, known on the host."""
     greedy: bool = False
     """Every row is at temperature 0."""
     coupled: bool | Tensor = False
@@ -187,6 +204,10 @@ class NgramDrafter:
     reaches the end of the text goes on with itself, so a text with period d is continued with period d. Rows
     without a match draft nothing. Proposals are deterministic: a point law.
 
+    For a session with ``tree``, what followed up to 32 earlier occurrences, of this suffix and of its shorter
+    ones, is merged into one tree. The continuation above is its first path; the others compete by how often
+    they were seen, an occurrence weighing four times more for each token that its match is longer.
+
     Parameters
     ----------
     max_ngram, min_ngram
@@ -217,11 +238,27 @@ class NgramDrafter:
             self._pool.reserve(context.slots, torch.minimum(context.limits, context.base * 5 // 4 + 4096))
             self._fresh.clear()
         rows = budget.shape[0]
-        drafts, num_drafts = self._rows.cut(rows, context.max_budget)
+        branching = context.tree is not None and context.max_nodes > context.max_budget
+        drafts, num_drafts = self._rows.cut(rows, context.max_nodes if branching else context.max_budget)
         tokens, counts = context.tokens_from(self._taken)
         while tokens.shape[1] == context.chunk:
             self._pool.take_in(context.slots, tokens, counts, self._taken)
             tokens, counts = context.tokens_from(self._taken)
+        if context.tree is not None and branching:
+            parents = torch.empty(drafts.shape, dtype=torch.int32)
+            self._pool.propose_tree(
+                context.slots,
+                tokens,
+                counts,
+                self._taken,
+                context.nodes,
+                budget,
+                context.tree.branches,
+                drafts,
+                parents,
+                num_drafts,
+            )
+            return Proposal(drafts, num_drafts, parents=parents)
         self._pool.propose(context.slots, tokens, counts, self._taken, budget, drafts, num_drafts)
         return Proposal(drafts, num_drafts)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from foretoken.drafters import Forward
-from foretoken.session import Event, Request, Session
+from foretoken.session import Event, Request, Session, Step
 
 __all__ = ["Decodes", "StopStrings", "TextTail", "decode", "stream"]
 
@@ -128,7 +129,7 @@ def stream(session: Session, forward: Forward, *, stop_strings: StopStrings | No
         if step.kind == "prefill":
             session.commit(None)
         else:
-            session.commit(logits)
+            settle(session, forward, step, logits)
             if stop_strings is not None:
                 for request in step.requests:
                     _stop(session, request, stop_strings, tails)
@@ -137,6 +138,19 @@ def stream(session: Session, forward: Forward, *, stop_strings: StopStrings | No
                 tails.pop(event.request.id, None)
             yield event
     yield from session.events()
+
+
+def settle(session: Session, forward: Forward, step: Step, logits: Tensor) -> None:
+    """Commit a decode step; of trees, also move the cache rows of what was accepted."""
+    compact = getattr(forward, "compact", None)
+    if step.tree is not None and compact is None:
+        raise TypeError(
+            "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form trees; "
+            f"{type(forward).__name__} has none"
+        )
+    verdict = session.commit(logits)
+    if step.tree is not None and verdict is not None and compact is not None:
+        compact(step.slots, step.lengths, verdict.path, verdict.num_accepted)
 
 
 def decode(

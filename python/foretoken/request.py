@@ -146,3 +146,14 @@ def code_of(reason: str) -> int:
     if reason not in REASON_CODES:
         raise ValueError(f"reason: expected one of {', '.join(REASON_CODES)}, got {reason!r}")
     return REASON_CODES[reason]
+
+
+def session_rule(rule: ops.Rule) -> ops.Rule:
+    ops.rule_codes([rule])  # refuses a name that is none
+    if rule == "gbv":
+        raise ValueError("rule: gbv expects independent paths, which no session drafts")
+    return rule
+
+
+def all_or_which(flags: list[bool]) -> bool | Tensor:
+    return flags[0] if len(set(flags)) == 1 else torch.tensor(flags)

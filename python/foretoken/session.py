@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foretoken import _core, ops
-from foretoken.device import DeviceRounds, drafter_on, runs_ahead, why_not_on
+from foretoken.device import DeviceRounds, drafter_on, place_of, runs_ahead
 from foretoken.drafters import Context, Drafter, Proposal
 from foretoken.metrics import Metrics
 from foretoken.request import (
@@ -22,14 +22,19 @@ from foretoken.request import (
     Kind,
     Request,
     Terms,
+    all_or_which,
     as_ids,
     code_of,
     id_tuple,
+    session_rule,
 )
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Step, StepViews
+from foretoken.tree import TreePlan
 
 __all__ = ["Event", "FinishReason", "Kind", "Request", "Session", "Step"]
+
+_NUM_DRAFTS = 4
 
 
 class Session:
@@ -44,9 +49,13 @@ class Session:
     max_length
         Cache rows of a slot. Prompt and new tokens of a request must fit.
     num_drafts
-        The most drafts a request may check in one round; clipped by the tokens it still has to go.
+        The most drafts a request may check in one round, one behind the other; clipped by the tokens it still
+        has to go. None: 4, or the depth of ``tree``.
     drafter
         None: plain decoding, one token a round.
+    tree
+        Let drafts form trees of this size (not on a CUDA device). After the commit of a step of trees the
+        caller moves the cache rows of the accepted path, see :class:`~foretoken.step.Step`. None: chains.
     rule
         How drafts are accepted, see :func:`foretoken.ops.verify`; a request may have its own.
     tolerance
@@ -92,29 +101,37 @@ class Session:
         max_batch: int,
         vocab_size: int,
         max_length: int,
-        num_drafts: int = 4,
+        num_drafts: int | None = None,
         drafter: Drafter | None = None,
+        tree: TreePlan | None = None,
         rule: ops.Rule = "auto",
         tolerance: ops.Tolerance | None = None,
         prefill_chunk: int = 512,
         logprobs: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        place = _device_of(device)
+        place = place_of(device)
         ahead = self._may_run_ahead and runs_ahead(place)
+        if ahead and tree is not None:
+            raise ValueError(f"tree: expected None on {device}, whose rounds draft chains, got {tree}")
+        if num_drafts is None:
+            num_drafts = _NUM_DRAFTS if tree is None else tree.depth
+        elif tree is not None:
+            num_drafts = min(num_drafts, tree.depth)
         device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
             vocab_size=vocab_size,
             max_length=max_length,
             num_drafts=num_drafts,
+            nodes=0 if tree is None else tree.nodes,
             prefill_chunk=prefill_chunk,
             logprobs=logprobs,
         )
         self._vocab_size = vocab_size
         self._num_drafts = num_drafts
         self._drafter = drafter
-        self._rule: ops.Rule = _rule_for_chains(rule)
+        self._rule: ops.Rule = session_rule(rule)
         self._rules: Tensor | None = None  # by slot, once a request has its own
         self._tolerance = tolerance
         self._logprobs = logprobs
@@ -129,6 +146,7 @@ class Session:
             self._views.flat("from_tokens"),
             self._views.flat("from_counts"),
             max_length,
+            tree=tree,
         )
         self._requests: dict[int, Request] = {}
         self._row_requests: list[Request] = []
@@ -207,7 +225,7 @@ class Session:
         """
         prompt = as_ids(prompt_ids)
         law = (Sampling() if sampling is None else sampling).prepare(1)
-        rule = self._rule if rule is None else _rule_for_chains(rule)
+        rule = self._rule if rule is None else session_rule(rule)
         eos, stop = id_tuple(eos_ids), id_tuple(stop_ids)
         drafts = (self._num_drafts if num_drafts is None else num_drafts) if speculate else 0
         number = self._native.admit(prompt, max_new_tokens, min_new_tokens, drafts, list(eos), list(stop))
@@ -292,7 +310,7 @@ class Session:
             self._row_version = version
             self._row_requests = [self._requests[number] for number in self._native.row_ids()]
             self._context.greedy = all(request._greedy for request in self._row_requests)
-            self._context.coupled = _all_or_which(
+            self._context.coupled = all_or_which(
                 [request._rule == "coupled" for request in self._row_requests]
             )
         if not again:
@@ -317,6 +335,13 @@ class Session:
         self._mark = perf_counter()
         seconds.rest += self._mark - began
         return step
+
+    def parents(self, step: Step) -> Tensor | None:
+        """Of the planned step of trees, int32 ``[B, T - 1]``: the parent of node i + 1; None: chains."""
+        if step.tree is None:
+            return None
+        rows, columns = step.tokens.shape
+        return self._views.flat("parents")[: rows * (columns - 1)].view(rows, columns - 1)
 
     def commit(self, logits: Tensor | None) -> ops.Verdict | None:
         """Settle the planned step.
@@ -405,17 +430,20 @@ class Session:
     def _look_at(self, rows: int, most: int) -> None:
         views = self._rows.get(rows)
         if views is None:
-            names = ("slots", "lengths", "base", "limits", "budget", "num_drafts")
+            names = ("slots", "lengths", "base", "limits", "budget", "num_drafts", "nodes")
             views = tuple(self._views.flat(name)[:rows] for name in names)
             self._rows[rows] = views
         context = self._context
         context.slots, context.lengths, context.base, context.limits = views[:4]
         context.requests = self._row_requests
-        context.max_budget = most
+        context.max_budget = context.max_nodes = most
+        context.nodes = views[6]
+        if context.tree is not None:
+            context.max_nodes = int(context.nodes.max())
 
     def _draft(self, drafter: Drafter, rows: int) -> tuple[Any, ...]:
         proposal = drafter.propose(self._context, self._rows[rows][4])
-        shape: tuple[Any, ...] = self._native.draft(proposal.tokens, proposal.num_drafts)
+        shape: tuple[Any, ...] = self._native.draft(proposal.tokens, proposal.num_drafts, proposal.parents)
         self._proposal = self._law = proposal
         return shape
 
@@ -442,11 +470,13 @@ class Session:
         verdict = ops.verify(
             logits,
             buffers[0],
+            parents=self.parents(step),
             num_drafts=self._rows[rows][5],
             draft_logits=None if law is None else law.draft_logits,
             draft_probs=None if law is None else law.draft_probs,
             draft_row=None if law is None or law.draft_row is None else law.draft_row[:, :columns],
             draft_sampling=draft_law,
+            draw=None if law is None else law.draw,
             sampling=self._table,
             history=history,
             prompt_lengths=prompt_lengths,
@@ -458,7 +488,12 @@ class Session:
             out=buffers[1],
         )
         self._native.commit_decode(
-            verdict.tokens, verdict.num_emitted, verdict.num_accepted, verdict.status, verdict.logprobs
+            verdict.tokens,
+            verdict.num_emitted,
+            verdict.num_accepted,
+            verdict.status,
+            verdict.logprobs,
+            verdict.path,
         )
         return verdict
 
@@ -478,25 +513,3 @@ class Session:
             stops = torch.tensor(self._row_requests[row].stops, dtype=torch.int64)
             logits[row, :columns].index_fill_(1, stops, -torch.inf)
         return logits
-
-
-def _device_of(device: torch.device | str) -> torch.device:
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device}")
-    if place.type == "cuda" and (reason := why_not_on(place)) is not None:
-        raise ValueError(f"device: expected cpu, got {device}: {reason}")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
-
-
-def _rule_for_chains(rule: ops.Rule) -> ops.Rule:
-    ops.rule_codes([rule])  # refuses a name that is none
-    if rule == "gbv":
-        raise ValueError("rule: gbv expects independent paths, and a session drafts chains")
-    return rule
-
-
-def _all_or_which(flags: list[bool]) -> bool | Tensor:
-    return flags[0] if len(set(flags)) == 1 else torch.tensor(flags)

@@ -11,11 +11,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Step", "StepViews"]
+__all__ = ["Step", "StepTree", "StepViews"]
 
-Shape = tuple[int, int, int, bool, int, int]
+Shape = tuple[int, int, int, bool, int, int, bool]
 _KINDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "prefill", "decode")
 _MOST_CACHED_COLUMNS = 64
+WORD_BITS = 64
+
+
+@dataclass(slots=True, eq=False)
+class StepTree:
+    """What the columns of a step see whose drafts form trees, W = ceil(R / 64) words for R cache rows."""
+
+    visible: Tensor
+    """int64 ``[B]``: every column sees the cache rows before this one."""
+    ancestors: Tensor
+    """int64 ``[B, T, W]``: of the rows from there on, column i sees ``visible[b] + j`` iff bit j % 64 of word
+    j // 64 is set. It sees its own, and those of its ancestors, whose positions ascend by one from
+    ``visible[b]`` on.
+    """
 
 
 @dataclass(slots=True, eq=False)
@@ -28,13 +42,18 @@ class Step:
 
     Columns from ``num_tokens[b]`` on are padding: token 0, positions going on, possibly past the end of the
     slot. What is computed there is never read; their K/V may be dropped or written past the row's own.
+
+    Where drafts form trees (``tree`` is not None), columns are nodes: each sees what ``tree`` says, at the
+    position that ``positions`` says. After the commit the cache rows of the accepted path have to move
+    together: row ``lengths[b] + path[b, i]`` to ``lengths[b] + 1 + i``, for each ``i < num_accepted[b]`` of
+    the verdict; ``slots`` and ``lengths`` stay valid for that until the next step is planned.
     """
 
     kind: Literal["prefill", "decode"]
     tokens: Tensor
     """int64 ``[B, T]``."""
     positions: Tensor
-    """int64 ``[B, T]``: ``lengths[b] + i``."""
+    """int64 ``[B, T]``: ``lengths[b] + i``, of a tree ``lengths[b]`` + depth."""
     num_tokens: Tensor
     """int32 ``[B]``: leading columns that are tokens."""
     lengths: Tensor
@@ -54,6 +73,8 @@ class Step:
     waits for it. ``max_length_after`` is a bound then, rows of requests that have ended take part without
     being looked at, and ``uniform`` says nothing.
     """
+    tree: StepTree | None = None
+    """None: columns see everything before them."""
 
 
 class StepViews:
@@ -69,7 +90,7 @@ class StepViews:
 
     def make(self, shape: Shape, requests: Sequence[Any]) -> Step:
         """The step that native code has just built."""
-        kind, rows, columns, uniform, max_length_after, first = shape
+        kind, rows, columns, uniform, max_length_after, first, of_trees = shape
         views = self._cut.get((rows, columns))
         if views is None:
             views = self._cut_to(rows, columns)
@@ -87,7 +108,13 @@ class StepViews:
             max_length_after,
             uniform,
             None if first < 0 else (first, first + rows),
+            tree=self._tree(rows, columns) if of_trees else None,
         )
+
+    def _tree(self, rows: int, columns: int) -> StepTree:
+        words = -(-columns // WORD_BITS)
+        ancestors = self._flat["ancestors"][: rows * columns * words].view(rows, columns, words)
+        return StepTree(self._flat["visible"][:rows], ancestors)
 
     def _cut_to(self, rows: int, columns: int) -> tuple[Tensor, ...]:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from foretoken.device.drafting import DeviceDrafter, drafter_on
-from foretoken.device.places import runs_ahead, why_no_edits_on, why_not_on
+from foretoken.device.places import place_of, runs_ahead, why_no_edits_on, why_not_on
 from foretoken.device.rounds import DeviceRounds
 from foretoken.device.rows import numbers
 
@@ -12,6 +12,7 @@ __all__ = [
     "DeviceRounds",
     "drafter_on",
     "numbers",
+    "place_of",
     "runs_ahead",
     "why_no_edits_on",
     "why_not_on",

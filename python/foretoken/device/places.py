@@ -30,6 +30,24 @@ def why_no_edits_on(device: torch.device) -> str | None:
     return _reason(device, edits=True) if device.type == "cuda" else None
 
 
+def place_of(device: torch.device | str) -> torch.device:
+    """The device of a session, with its index.
+
+    Raises
+    ------
+    ValueError
+        No session can run there.
+    """
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device}")
+    if place.type == "cuda" and (reason := why_not_on(place)) is not None:
+        raise ValueError(f"device: expected cpu, got {device}: {reason}")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
 @functools.cache
 def _reason(device: torch.device, edits: bool = False) -> str | None:
     info = _core.cuda_info()

@@ -29,6 +29,7 @@ from transformers.generation.utils import GenerationMixin
 from foretoken.hf.refusals import refuse_arguments, refuse_model, refuse_options
 from foretoken.hf.speculation import Speculation, read_speculation
 from foretoken.sampling import Sampling
+from foretoken.tree import TreePlan
 
 # What `sampling=` replaces: the sampling part of a generation config, and the keywords that spell it.
 SAMPLING_OPTIONS = (
@@ -95,6 +96,7 @@ def prepare(
     drafter: Any,
     sampling: Sampling | None,
     num_drafts: int | None,
+    tree: TreePlan | None,
     generation_config: GenerationConfig | None,
     tokenizer: Any,
     streamer: Any,
@@ -116,7 +118,7 @@ def prepare(
     keywords = dict(keywords)
     refuse_model(model)
     refuse_arguments(model, generation_config, tokenizer, keywords)
-    speculation = read_speculation(model, drafter, num_drafts, generation_config, keywords)
+    speculation = read_speculation(model, drafter, num_drafts, tree, generation_config, keywords)
     effective = _effective(model, generation_config, keywords)
     refuse_options(effective)
     if sampling is not None:

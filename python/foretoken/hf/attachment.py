@@ -14,6 +14,7 @@ from foretoken.hf.generation import Callback, finish
 from foretoken.hf.refusals import refuse_model
 from foretoken.hf.speculation import check_drafter
 from foretoken.sampling import Sampling
+from foretoken.tree import TreePlan
 
 _ATTACHED = "_foretoken_attachment"
 
@@ -30,12 +31,14 @@ class Attachment:
         drafter: Any,
         sampling: Sampling | None,
         num_drafts: int | None,
+        tree: TreePlan | None,
         callback: Callback | None,
     ) -> None:
         self.model = model
         self._drafter = drafter
         self._sampling = sampling
         self._num_drafts = num_drafts
+        self._tree = tree
         self._callback = callback
         self._runners = Runners()
         self._before = vars(model).get("generate")
@@ -99,6 +102,7 @@ class Attachment:
             drafter=self._drafter_for(generation_config, keywords),
             sampling=self._sampling,
             num_drafts=self._count_for(generation_config, keywords),
+            tree=self._tree,
             generation_config=generation_config,
             tokenizer=tokenizer,
             streamer=streamer,
@@ -122,6 +126,7 @@ def attach(
     *,
     sampling: Sampling | None = None,
     num_drafts: int | None = None,
+    tree: TreePlan | None = None,
     callback: Callback | None = None,
 ) -> Attachment:
     """Make ``model.generate`` speculative, until ``detach``; also for ``with``.
@@ -132,7 +137,7 @@ def attach(
 
     Parameters
     ----------
-    drafter, sampling, num_drafts, callback
+    drafter, sampling, num_drafts, tree, callback
         As in `generate`, for every call that does not say otherwise. Without a drafter, calls decode
         plainly unless they name an assistant.
 
@@ -150,7 +155,7 @@ def attach(
     check_drafter(model, drafter)
     if _ATTACHED in vars(model):
         raise ValueError("model: foretoken is attached to it already; detach first")
-    return Attachment(model, drafter, sampling, num_drafts, callback)
+    return Attachment(model, drafter, sampling, num_drafts, tree, callback)
 
 
 def detach(model: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from foretoken.hf.masks import TailMasks
+from foretoken.hf.masks import TailMasks, TreeMasks
 from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
 from foretoken.session import Step
 
@@ -92,6 +92,13 @@ class _Store:
         for block in self._blocks:
             parts.extend(block[:, slots, :, rows].unbind(0))
         return parts[: self._layers], parts[self._layers :]
+
+    def move(self, slot: int, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows of a slot to other rows of it, in every layer."""
+        for block in self._blocks:
+            rows = block.select(1, slot)
+            sources, targets = sources.to(rows.device), targets.to(rows.device)
+            rows.index_copy_(2, targets, rows.index_select(2, sources))
 
     def clear(self) -> None:
         """Zero all rows."""
@@ -183,6 +190,7 @@ class SlotCache(Cache):
         used: Sequence[int] | None = None,
         stacked: bool = False,
         trace: Trace | None = None,
+        trees: TreeMasks | None = None,
     ) -> SlotPlan:
         """Point the cache at the rows of the next forward.
 
@@ -199,6 +207,8 @@ class SlotCache(Cache):
             the slots are not neighbours: for attention that is not ours.
         trace
             Filled with what the forward does, for a probe.
+        trees
+            What the columns see, where they are nodes of trees; None: all before them.
 
         Raises
         ------
@@ -224,7 +234,7 @@ class SlotCache(Cache):
             self._writes = self._slices(spans[0].slots, slice(lengths[0], lengths[0] + num_tokens))
         self._rows = end - num_tokens
         self._trace = trace
-        return SlotPlan(spans, num_tokens, self._masks, trace)
+        return SlotPlan(spans, num_tokens, self._masks, trace, trees)
 
     def plan_on_device(self, step: Step) -> DevicePlan:
         """The same for a step whose lengths are on the device: nothing of it is read, and bounds do."""
@@ -264,6 +274,28 @@ class SlotCache(Cache):
             picked = self._picked.to(keys.device)
             return keys[:, :, :end].index_select(0, picked), values[:, :, :end].index_select(0, picked)
         return keys, values
+
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        """Move the accepted nodes of trees to where a chain would have put them.
+
+        Parameters
+        ----------
+        slots, lengths
+            Of each row: its slot, and the cache row of its tree's root.
+        path, num_accepted
+            Node i of a tree stands at row ``lengths[b] + i``; nodes ``path[b, : num_accepted[b]]`` go to the
+            rows behind the root.
+        """
+        for slot, length, nodes, count in zip(
+            slots.tolist(), lengths.tolist(), path.tolist(), num_accepted.tolist(), strict=True
+        ):
+            moved = [(node, place) for place, node in enumerate(nodes[:count], 1) if node != place]
+            if not moved:
+                continue
+            with torch.inference_mode():
+                sources, targets = torch.tensor(moved).add_(length).unbind(1)
+                for store, _ in self._stores:
+                    store.move(slot, sources, targets)
 
     def reset(self) -> None:
         """Zero all rows."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foretoken.device import why_no_edits_on
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
@@ -84,12 +85,16 @@ class Decoding:
         self._samplings = row_samplings(prepared, self.law)
         spec = prepared.speculation
         self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
-        # A round looks past the end of its row by less than it drafts.
-        self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens
+        self._tree = spec.tree if self._num_drafts > 0 else None
+        # A round looks past the end of its row by less than it drafts, but a tree is wider than it is deep.
+        wide = 0 if self._tree is None else self._tree.nodes
+        self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens + wide
         self._runners = runners
         self._taken: dict[str, ModuleRunner] = {}
         self._runner = self._take_runner("target", prepared.model)
         self._vocab_size: int = self._runner.vocab_size
+        if self._tree is not None:
+            self._runner.check_trees()
         config = prepared.config
         recorded = bool(config.return_dict_in_generate) and bool(config.output_scores or config.output_logits)
         draft_model = spec.drafter if isinstance(spec.drafter, torch.nn.Module) else None
@@ -118,6 +123,7 @@ class Decoding:
             max_length=self._max_length,
             num_drafts=self._num_drafts,
             drafter=self._drafter(),
+            tree=self._tree,
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
             device=place,
         )
@@ -203,6 +209,8 @@ class Decoding:
     def _find_why_on_host(self, recorded: bool) -> str | None:
         """What of this call needs the host to know each round before the next is issued."""
         spec = self._prepared.speculation
+        if self._tree is not None:
+            return "tree: rounds on a device draft chains"
         if self._runner.why_on_host is not None:
             return f"target: {self._runner.why_on_host}"
         if self._draft_runner is not None and self._draft_runner.why_on_host is not None:
@@ -269,9 +277,16 @@ class Decoding:
             began = time.perf_counter()
             rows = [self._row[request] for request in step.requests]
             lengths = [self._replay.length(row) for row in rows]
-            logits = self._processors(raw, step.tokens, step.num_tokens.tolist(), rows, lengths)
+            trees = None if step.tree is None else self._session.parents(step)
+            logits = self._processors(raw, step.tokens, step.num_tokens.tolist(), rows, lengths, trees)
             self._processing += time.perf_counter() - began
-        self._session.commit(logits)
+        verdict = self._session.commit(logits)
+        if step.tree is not None and verdict is not None:
+            self._runner.compact(step.slots, step.lengths, verdict.path, verdict.num_accepted)
+            if self._replay.logits is not None or self._replay.scores is not None:
+                nodes = pad(verdict.path.clamp_min(0).to(torch.int64), (1, 0))[:, :, None]
+                raw = raw.gather(1, nodes.to(raw.device).expand_as(raw))
+                logits = logits.gather(1, nodes.to(logits.device).expand_as(logits))
         return self._take_events(place, raw, logits)
 
     def _take_events(self, place: dict[Request, int], raw: Tensor | None, logits: Tensor | None) -> bool:

@@ -19,6 +19,7 @@ from foretoken.hf.forwards import Runners
 from foretoken.hf.refusals import refuse_model, refuse_options
 from foretoken.hf.speculation import hook_speculation
 from foretoken.sampling import Sampling
+from foretoken.tree import TreePlan
 
 Callback = Callable[[Round], object]
 
@@ -38,6 +39,7 @@ def generate(
     callback: Callback | None = None,
     return_dict_in_generate: bool | None = None,
     num_drafts: int | None = None,
+    tree: TreePlan | None = None,
     **generation_kwargs: Any,
 ) -> Any:
     """Generate as ``model.generate`` would, in fewer forward passes.
@@ -65,7 +67,9 @@ def generate(
     callback
         Called with a `Round` after each round.
     num_drafts
-        The most tokens drafted in a round; 4 unless given.
+        The most tokens drafted in a round, one behind the other; 4 unless given, or the depth of ``tree``.
+    tree
+        Draft trees of this size in place of chains.
     **generation_kwargs
         Any option of a generation config, ``logits_processor``, ``stopping_criteria``,
         ``prefix_allowed_tokens_fn``. What cannot be honoured is refused by name; docs/generate.md has the
@@ -103,6 +107,7 @@ def generate(
         drafter=drafter,
         sampling=sampling,
         num_drafts=num_drafts,
+        tree=tree,
         generation_config=generation_config,
         tokenizer=tokenizer,
         streamer=streamer,
@@ -121,6 +126,7 @@ def stream(
     tokenizer: Any = None,
     streamer: Any = None,
     num_drafts: int | None = None,
+    tree: TreePlan | None = None,
     **generation_kwargs: Any,
 ) -> Iterator[Emission]:
     """Generate, handing out tokens as they are committed; arguments as in `generate`.
@@ -146,6 +152,7 @@ def stream(
         drafter=drafter,
         sampling=sampling,
         num_drafts=num_drafts,
+        tree=tree,
         generation_config=generation_config,
         tokenizer=tokenizer,
         streamer=streamer,
@@ -166,14 +173,16 @@ def custom_generate(
     drafter: Any = None,
     sampling: Sampling | None = None,
     num_drafts: int | None = None,
+    tree: TreePlan | None = None,
     callback: Callback | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Decoding loop for ``model.generate(..., custom_generate=foretoken.hf.custom_generate, drafter=draft)``.
 
-    ``drafter``, ``sampling``, ``num_drafts`` and ``callback`` go through ``model.generate`` as keywords.
-    transformers hands such a loop neither the streamer nor the tokenizer: a streamer would see the prompt
-    and nothing more, and ``stop_strings`` is refused there. `generate` and `attach` have neither limit.
+    ``drafter``, ``sampling``, ``num_drafts``, ``tree`` and ``callback`` go through ``model.generate`` as
+    keywords. transformers hands such a loop neither the streamer nor the tokenizer: a streamer would see
+    the prompt and nothing more, and ``stop_strings`` is refused there. `generate` and `attach` have neither
+    limit.
 
     Examples
     --------
@@ -188,7 +197,7 @@ def custom_generate(
         stopping_criteria,
         generation_config,
         model_kwargs,
-        speculation=hook_speculation(model, drafter, num_drafts, generation_config),
+        speculation=hook_speculation(model, drafter, num_drafts, tree, generation_config),
         sampling=sampling,
         user_processors=(),
         streamer=None,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foretoken.step import WORD_BITS, StepTree
+
 # A table is kept where it stays small (16 MiB in float32); wider steps, prefill chunks, build their mask.
 TABLE_ELEMENTS = 1 << 22
 
@@ -92,3 +94,56 @@ class TailMasks:
             hidden |= columns <= positions - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return mask[0, 0] if len(lengths) == 1 else mask
+
+
+class TreeMasks:
+    """Masks for the columns of a step whose drafts form trees.
+
+    Parameters
+    ----------
+    tree, positions
+        Of the step, on the host. Window sizes count positions, so that of an ancestor is told by how many
+        there are before it.
+    """
+
+    def __init__(self, tree: StepTree, positions: Tensor) -> None:
+        self._visible: list[int] = tree.visible.tolist()
+        self._positions = positions
+        bits = tree.ancestors.unsqueeze(-1) >> torch.arange(WORD_BITS) & 1
+        self._seen = bits.flatten(2).bool()
+        self._places = tree.visible[:, None, None] + self._seen.cumsum(-1) - 1
+
+    def first(self, rows: slice, window: int | None) -> int:
+        """The first cache row that any of these rows sees."""
+        return 0 if window is None else max(0, min(self._visible[rows]) - window + 1)
+
+    def mask(
+        self,
+        rows: slice,
+        *,
+        first: int,
+        end: int,
+        window: int | None,
+        repeat: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """The additive mask ``[b, 1, T * repeat, end - first]`` of some rows of the step."""
+        nothing = torch.zeros((), dtype=dtype)
+        hidden = torch.full((), float("-inf"), dtype=dtype)
+        parts = []
+        for row in range(rows.start, rows.stop):
+            visible, positions = self._visible[row], self._positions[row, :, None]
+            seen = self._seen[row, :, : end - visible]
+            mask = torch.full((len(positions), end - first), float("-inf"), dtype=dtype)
+            mask[:, : visible - first] = 0.0
+            if window is not None:
+                seen = seen & (self._places[row, :, : end - visible] > positions - window)
+                far = torch.arange(first, visible) <= positions - window
+                mask[:, : visible - first].masked_fill_(far, float("-inf"))
+            mask[:, visible - first : visible - first + seen.shape[1]] = torch.where(seen, nothing, hidden)
+            parts.append(mask)
+        mask = torch.stack(parts).unsqueeze(1)
+        if repeat > 1:
+            mask = mask.repeat_interleave(repeat, 2)
+        return mask.to(device)

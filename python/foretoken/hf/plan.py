@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foretoken.device import numbers
-from foretoken.hf.masks import TailMasks
+from foretoken.hf.masks import TailMasks, TreeMasks
 
 MASK_ALIGNMENT = 16
 
@@ -65,15 +65,23 @@ class SlotPlan:
     registered attention function in every layer.
     """
 
-    __slots__ = ("_masks", "_memo", "num_tokens", "spans", "trace")
+    __slots__ = ("_masks", "_memo", "_trees", "num_tokens", "spans", "trace")
 
     on_device = False
 
-    def __init__(self, spans: Sequence[Span], num_tokens: int, masks: TailMasks, trace: Trace | None) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        num_tokens: int,
+        masks: TailMasks,
+        trace: Trace | None,
+        trees: TreeMasks | None = None,
+    ) -> None:
         self.spans = spans
         self.num_tokens = num_tokens
         self.trace = trace
         self._masks = masks
+        self._trees = trees
         self._memo: dict[tuple[Any, ...], tuple[int, Tensor | None, bool]] = {}
 
     def reach(
@@ -99,11 +107,15 @@ class SlotPlan:
 
     def stacked_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An additive mask ``[B, 1, T, end]`` over all rows at once, for attention that is not ours."""
+        end = max(span.end for span in self.spans)
+        if self._trees is not None:
+            rows = slice(0, self.spans[-1].rows.stop)
+            mask = self._trees.mask(rows, first=0, end=end, window=None, repeat=1, dtype=dtype, device=device)
+            return mask.clamp_min(torch.finfo(dtype).min)
         lengths: list[int] = []
         for span in self.spans:
-            rows = span.rows.stop - span.rows.start
-            lengths.extend(span.lengths if len(span.lengths) == rows else span.lengths * rows)
-        end = max(span.end for span in self.spans)
+            count = span.rows.stop - span.rows.start
+            lengths.extend(span.lengths if len(span.lengths) == count else span.lengths * count)
         mask = self._masks.tail(
             lengths,
             self.num_tokens,
@@ -129,6 +141,12 @@ class SlotPlan:
     ) -> tuple[int, Tensor | None, bool]:
         if window is not None and span.end <= window:
             window = None
+        if self._trees is not None:
+            first = self._trees.first(span.rows, window)
+            mask = self._trees.mask(
+                span.rows, first=first, end=span.end, window=window, repeat=repeat, dtype=dtype, device=device
+            )
+            return first, mask, False
         first = 0 if window is None else max(0, min(span.lengths) - window + 1)
         if self.num_tokens == 1 and len(span.lengths) == 1:
             return first, None, False

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from foretoken.hf.families import UnsupportedModelError, input_device, text_config
 from foretoken.hf.plan import Trace
 from foretoken.session import Step
+from foretoken.step import StepTree
 
 PROBE_TOKENS = 12
 
@@ -123,6 +124,43 @@ def disagreement(
                 f"logits differ from the plain module's by {error:.2g} of their norm, allowed {allowed:g}"
             )
     return None
+
+
+def tree_disagreement(
+    run: Callable[[Step], Tensor],
+    compact: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+    tokens: Tensor,
+    expected: Tensor,
+) -> str | None:
+    """Feed the probe's text with other tokens beside it; None if its logits stay the plain module's.
+
+    Its tokens are nodes 2 and 4 of a tree, and go on from there once they have moved together.
+    """
+    ahead = 4  # tokens of the text that are not fed with the first step
+    known = len(tokens) - ahead
+    if known < 1:
+        return f"{len(tokens)} positions are too few to find out"
+    other = tokens.flip(0)
+    root, right = tokens[known - 1], tokens[known:]
+    nodes = torch.stack([root, other[0], right[0], other[1], right[1], other[2]])[None]
+    parents = (-1, 0, 0, 1, 2, 2)
+    logits = []
+    if known > 1:
+        logits.append(run(_step(tokens[None, : known - 1], [0], [known - 1]))[0])
+    step = _step(nodes, [known - 1], [len(parents)])
+    words, depths = [1], [0]
+    for node, parent in enumerate(parents[1:], 1):
+        words.append(words[parent] | 1 << node)
+        depths.append(depths[parent] + 1)
+    step.positions = step.lengths[:, None] + torch.tensor(depths)
+    step.tree = StepTree(step.lengths, torch.tensor(words)[None, :, None])
+    logits.append(run(step)[0, [0, 2, 4]])
+    compact(step.slots, step.lengths, torch.tensor([[2, 4]]), torch.tensor([2]))
+    logits.append(run(_step(right[None, 2:], [known + 2], [ahead - 2]))[0])
+    error, allowed = relative_error(torch.cat(logits), expected), tolerance(expected.dtype)
+    if error <= allowed:
+        return None
+    return f"logits differ from the plain module's by {error:.2g} of their norm, allowed {allowed:g}"
 
 
 def relative_error(ours: Tensor, plain: Tensor) -> float:

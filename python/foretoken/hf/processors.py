@@ -237,6 +237,7 @@ class NodeProcessors:
         num_tokens: Sequence[int],
         rows: Sequence[int],
         lengths: Sequence[int],
+        parents: Tensor | None = None,
     ) -> Tensor:
         """Process the logits of one step.
 
@@ -248,6 +249,8 @@ class NodeProcessors:
             int64 [b, T]: the last committed token and the drafted ones, `num_tokens[i]` of them in use.
         lengths
             Tokens row `rows[i]` has in `ids`, the last committed one included. `rows` ascends.
+        parents
+            int [b, T - 1] of trees: the parent of node i + 1; None: chains.
 
         Returns
         -------
@@ -255,13 +258,23 @@ class NodeProcessors:
             float32 [b, T, V]; nodes not in use as they came.
         """
         out = logits.to(torch.float32, copy=True)
-        groups: dict[int, list[tuple[int, int]]] = {}
+        # Nodes that are asked for together: texts of one length, of each row one, whose path stands in ids.
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        paths: dict[tuple[int, int], Tensor] = {}
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             used = num_tokens[i]
-            self._ids[row, length : length + used - 1] = tokens[i, 1:used]
-            for node in range(used):
-                groups.setdefault(length + node, []).append((i, node))
-        for length, members in groups.items():
+            if parents is None:
+                self._ids[row, length : length + used - 1] = tokens[i, 1:used]
+                for node in range(used):
+                    groups.setdefault((length + node, 0), []).append((i, node))
+                continue
+            for node, path in enumerate(_paths(parents[i].tolist()[: used - 1])):
+                alike = sum(len(paths[i, other]) == len(path) for other in range(node))
+                paths[i, node] = tokens[i, path]
+                groups.setdefault((length + len(path), alike), []).append((i, node))
+        for (length, _), members in groups.items():
+            for i, node in members if parents is not None else ():
+                self._ids[rows[i], lengths[i] : length] = paths[i, node]
             at = tuple(torch.tensor(index, device=out.device) for index in zip(*members, strict=True))
             group = [rows[i] for i, _ in members]
             scores = out[at].to(self._ids.device)
@@ -292,6 +305,14 @@ class NodeProcessors:
         for processor in processors:
             scores = processor(ids, scores)
         return scores
+
+
+def _paths(parents: Sequence[int]) -> list[list[int]]:
+    """Nodes on the way from the root to each node, the root not among them."""
+    found: list[list[int]] = [[]]
+    for node, parent in enumerate(parents, 1):
+        found.append([*found[parent], node])
+    return found
 
 
 def _check_signature(processor: Any) -> None:

@@ -26,8 +26,9 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.masks import TreeMasks
 from foretoken.hf.plan import Trace
-from foretoken.hf.probe import disagreement, moved, plain_forward
+from foretoken.hf.probe import PROBE_TOKENS, disagreement, moved, plain_forward, tree_disagreement
 from foretoken.session import Step
 
 _SETTING = "_attn_implementation_internal"
@@ -95,7 +96,7 @@ class ModuleRunner:
         self._last_position = limit
         tokens, logits, plain_cache = plain_forward(model, limit)
         self.vocab_size = int(logits.shape[-1])
-        shapes = layer_shapes(model, plain_cache)
+        self._shapes = shapes = layer_shapes(model, plain_cache)
         self.cache = SlotCache(shapes, max_batch=max_batch, max_length=max_length)
         self._mask_dtype = shapes[0].dtype
         self._layer_devices = {shape.device for shape in shapes}
@@ -103,6 +104,9 @@ class ModuleRunner:
         self.mode = self._find_mode(tokens, logits)
         self.why_on_host = self._find_why_on_host(tokens, logits)
         self.reset()
+        self._probe = tokens, logits
+        self._why_no_trees: str | None = None
+        self._trees_tried = False
 
     def __call__(self, step: Step) -> Tensor:
         """Run one step.
@@ -122,9 +126,37 @@ class ModuleRunner:
         ValueError
             Tokens that do not fit their slot.
         """
+        if step.tree is not None:
+            self.check_trees()
         if step.on_device and self.why_on_host is None:
             return self._run_on_device(step)
         return self._run(step, None)
+
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        """Move the cache rows of the accepted paths together, after the commit of a step of trees.
+
+        Parameters
+        ----------
+        slots, lengths
+            Of the step.
+        path, num_accepted
+            Of its verdict.
+        """
+        self.cache.compact(slots, lengths, path, num_accepted)
+
+    def check_trees(self) -> None:
+        """Find out whether the model can be run on draft trees; the first step of trees does it by itself.
+
+        Raises
+        ------
+        UnsupportedModelError
+            It cannot: it is run through its own masks, is told no positions, or its logits are not those of
+            the plain module.
+        """
+        if not self._trees_tried:
+            self._why_no_trees, self._trees_tried = self._find_why_no_trees(), True
+        if self._why_no_trees is not None:
+            raise UnsupportedModelError(self.model, f"cannot verify draft trees: {self._why_no_trees}")
 
     def reset(self) -> None:
         """Zero the cache. Not needed between requests: lengths live with the session."""
@@ -148,6 +180,7 @@ class ModuleRunner:
                 used=used,
                 stacked=self.mode == "masks",
                 trace=trace,
+                trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
             )
             if self.mode == "attention":
                 with self._switched():
@@ -244,6 +277,18 @@ class ModuleRunner:
         except Exception as error:  # as in _find_mode
             return f"{type(error).__name__}: {error}"
         return None if fault is None else f"with lengths on the device its {fault[1]}"
+
+    def _find_why_no_trees(self) -> str | None:
+        if self.mode == "rows":
+            return "it is run through its own masks, which know no trees"
+        if not self._takes_positions:
+            return "its forward takes no position_ids"
+        # Requests may be under way in the other one.
+        cache, self.cache = self.cache, SlotCache(self._shapes, max_batch=1, max_length=2 * PROBE_TOKENS)
+        try:
+            return tree_disagreement(lambda step: self._run(step, None), self.compact, *self._probe)
+        finally:
+            self.cache = cache
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from foretoken.tree import TreePlan
+
 DEFAULT_NUM_DRAFTS = 4
 # transformers looks for matches of up to this many tokens unless told otherwise.
 _DEFAULT_LOOKUP_NGRAM = 2
@@ -23,21 +25,26 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """`drafter` is None (plain decoding), "ngram", a transformers model, or a `foretoken.Drafter`."""
+    """`drafter` is None (plain decoding), "ngram", a transformers model, or a `foretoken.Drafter`.
+
+    With `tree`, `num_drafts` is how deep it may be.
+    """
 
     drafter: Any
     num_drafts: int
     max_ngram: int | None = None
+    tree: TreePlan | None = None
 
 
 def read_speculation(
     model: Any,
     drafter: Any,
     num_drafts: int | None,
+    tree: TreePlan | None,
     generation_config: GenerationConfig | None,
     keywords: Mapping[str, Any],
 ) -> Speculation:
-    """Settle the drafter and the number of drafts a round.
+    """Settle the drafter, the number of drafts a round, and whether they form trees.
 
     `assistant_model=` is another name for `drafter=`, `prompt_lookup_num_tokens=k` for `drafter="ngram",
     num_drafts=k`, `num_assistant_tokens=` for `num_drafts=`; two answers to one question are a ValueError.
@@ -80,7 +87,7 @@ def read_speculation(
     given = {name: value for name, value in answers.items() if value is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in given.items())} disagree: give one of them")
-    count = next(iter(given.values()), DEFAULT_NUM_DRAFTS)
+    count = next(iter(given.values()), _usual(tree))
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"{next(iter(given))}: expected an integer >= 0, got {count!r}")
     ngram = asked("max_matching_ngram_size")
@@ -88,19 +95,26 @@ def read_speculation(
         ngram = model.generation_config.max_matching_ngram_size or _DEFAULT_LOOKUP_NGRAM
     # refuse_arguments has compared it with tokenizer=.
     check_drafter(model, drafter, same_tokenizer=asked("assistant_tokenizer") is not None)
-    return Speculation(drafter, count, ngram)
+    return Speculation(drafter, count, ngram, tree)
+
+
+def _usual(tree: TreePlan | None) -> int:
+    if not isinstance(tree, TreePlan | None):
+        raise TypeError(f"tree: expected a TreePlan or None, got {type(tree).__name__}")
+    return DEFAULT_NUM_DRAFTS if tree is None else tree.depth
 
 
 def hook_speculation(
-    model: Any, drafter: Any, num_drafts: int | None, config: GenerationConfig
+    model: Any, drafter: Any, num_drafts: int | None, tree: TreePlan | None, config: GenerationConfig
 ) -> Speculation:
     """The same inside a `custom_generate` hook, where `config` no longer tells wishes from defaults."""
     lookup = config.prompt_lookup_num_tokens
     if drafter is None and lookup is not None:
         count = lookup if num_drafts is None else num_drafts
-        return Speculation("ngram", count, config.max_matching_ngram_size or _DEFAULT_LOOKUP_NGRAM)
+        ngram = config.max_matching_ngram_size or _DEFAULT_LOOKUP_NGRAM
+        return Speculation("ngram", count, ngram, tree)
     check_drafter(model, drafter)
-    return Speculation(drafter, DEFAULT_NUM_DRAFTS if num_drafts is None else num_drafts)
+    return Speculation(drafter, _usual(tree) if num_drafts is None else num_drafts, tree=tree)
 
 
 def check_drafter(model: Any, drafter: Any, same_tokenizer: bool = False) -> None:

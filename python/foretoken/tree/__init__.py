@@ -2,5 +2,6 @@
 
 from foretoken.tree.draft_tree import DraftTree
 from foretoken.tree.law import Law
+from foretoken.tree.plan import TreePlan
 
-__all__ = ["DraftTree", "Law"]
+__all__ = ["DraftTree", "Law", "TreePlan"]
