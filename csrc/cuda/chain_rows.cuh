@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/chain_shared.cuh"
+#include "cuda/cluster_filter.cuh"
 
 namespace foretoken::cuda {
 

@@ -1,7 +1,7 @@
 #include "cuda/sampling.hpp"
 
+#include "cuda/cluster_filter.cuh"
 #include "cuda/draw.cuh"
-#include "cuda/filter.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/race.cuh"
