@@ -26,7 +26,7 @@ class Case:
         torch.manual_seed(seed)
         self.dice, self.layout = dice, layout
         self.batch, self.most, slots = dice.randint(1, 5), dice.randint(0, 40), dice.randint(1, 90)
-        self.heads, sizes = dice.randint(1, 3), (dice.choice([1, 5, 8, 64]), dice.choice([2, 16, 24]))
+        self.heads, sizes = dice.randint(1, 3), (dice.choice([1, 5, 8, 64, 300]), dice.choice([2, 16, 24]))
         self.pages = random_pages(dice, self.batch, slots, size)
         self.buffer, self.caches = halves(kind, self.pages, self.heads, sizes, dtype, layout)
         narrow = dtype in FLOAT8 and dice.random() < 0.8

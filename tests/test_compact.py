@@ -364,10 +364,26 @@ def test_a_captured_call_replays_with_another_path():
                 for source, slot in moves(length, path):
                     slots[slot] = before[source]
                 assert seen(cache, pages, b) == slots
-    with pytest.raises(ValueError, match="expected a CachePlan made before the capture"):  # noqa: SIM117
+
+
+@pytest.mark.cuda
+def test_a_list_is_not_described_inside_a_capture():
+    device = torch.device("cuda")
+    caches = [tagged(Pages(1, 20, None), 1, device)]
+    given = {
+        "lengths": torch.zeros(1, dtype=torch.int64, device=device),
+        "path": int32([[2]], device),
+        "num_accepted": int32([1], device),
+        "status": torch.empty(1, dtype=torch.int32, device=device),
+    }
+
+    def capture() -> None:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             given["status"].zero_()  # else there would be a warning that nothing was captured
-            compact(caches, block_table=table, **given)
+            compact(caches, **given)
+
+    with pytest.raises(ValueError, match="expected a CachePlan made before the capture"):
+        capture()
 
 
 @pytest.mark.cuda
