@@ -265,6 +265,39 @@ def test_greedy_text_with_ngram_trees_is_that_of_the_model(toy, repeating):
     assert len(figures.counters.accepted_tokens_per_pos) == 4
 
 
+def test_greedy_text_with_model_trees_is_that_of_the_model(toy, repeating):
+    draft = hf_toys.disturbed(toy, 0.05)
+    for plan in (TreePlan(12, 3, 4), TreePlan(16, 4, 5)):
+        counters = same(toy, repeating, draft, max_new_tokens=40, tree=plan).foretoken.counters
+        assert counters.accepted_tokens > 40
+    same(toy, repeating, draft, max_new_tokens=20, repetition_penalty=1.3)
+    chain = generate(
+        toy, **repeating, drafter=draft, num_drafts=5, max_new_tokens=40, return_dict_in_generate=True
+    )
+    assert counters.rounds < chain.foretoken.counters.rounds
+
+
+def test_drafters_with_windows_and_tables_of_positions():
+    """Their levels are fed behind each other, some rows with less room than others."""
+    target = tiny_model("mistral_window")
+    ids = torch.tensor(random_prompts(20, 20))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("mistral_window", "gemma3_window", "gpt2"):
+        draft = tiny_model(name, num_hidden_layers=1) if name != "gpt2" else tiny_model(name)
+        same(target, inputs, draft, max_new_tokens=40)
+    twin = generate(
+        target,
+        **inputs,
+        drafter=target,
+        tree=TreePlan(9, 3, 3),
+        max_new_tokens=40,
+        return_dict_in_generate=True,
+    )
+    # The likeliest child of the root is in every tree.
+    counters = twin.foretoken.counters
+    assert counters.accepted_tokens_per_pos[0] == counters.drafts
+
+
 def test_processors_see_the_path_of_every_node(toy, repeating):
     for options in (
         {"repetition_penalty": 1.3},

@@ -2,7 +2,7 @@
 
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
-         hf -> generate -> session -> device -> {drafters, request, metrics} -> {tree, step} -> ops
+         hf -> generate -> session -> device -> {drafters, request, metrics} -> tree -> step -> ops
          ops -> sampling -> _core
 """
 
@@ -52,7 +52,7 @@ PYTHON = {
     "metrics": BASE,
     "request": BASE | {"metrics"},
     "step": BASE,
-    "tree": BASE,
+    "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
     "device": BASE | {"step", "metrics", "request", "drafters"},
     "session": LOOP,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import foretoken as ft
-from foretoken.drafters import NgramDrafter, Proposal
+from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal
 from foretoken.generate import decode, settle
 from foretoken.ops import Status
 from foretoken.sampling import Sampling
@@ -24,6 +24,7 @@ from toys import (
     VOCAB,
     Ask,
     TableModel,
+    alike,
     context_of,
     greedy,
     rounds,
@@ -114,7 +115,7 @@ def run_all(session, target, asks):
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_greedy_texts_are_those_of_plain_decoding(seed, max_batch):
     """Random trees, ragged, in slots used again; the cache is held against the text at every step."""
     asks = some_asks(15, seed=seed, vocab=VOCAB, eos_ids=(3,))
@@ -139,6 +140,114 @@ def test_ngram_trees_give_the_plain_text_in_no_more_rounds_than_chains(max_batch
         assert run_all(session, target, asks) == [greedy(looping, ask)[0] for ask in asks]
         counters.append(session.metrics.counters)
     assert counters[0].rounds < counters[1].rounds
+
+
+def model_drafter(logits, max_batch, max_length=80, *, seed=99, share=0.7):
+    draft = TableModel(alike(logits, seed, share), max_batch, max_length)
+    draft.ahead = True
+    return draft, ModelDrafter(
+        draft, max_batch=max_batch, vocab_size=logits.shape[1], max_length=max_length, prefill_chunk=5
+    )
+
+
+@pytest.mark.parametrize("max_batch", [1, 3])
+@pytest.mark.parametrize("plan", [PLAN, TreePlan(16, 4, 5), TreePlan(3, 16, 2), TreePlan(40, 2, 9)], ids=str)
+def test_model_trees_give_the_plain_text(plan, max_batch):
+    """Both caches are held against the text at every step; the drafter's between its levels, too."""
+    asks = some_asks(12, seed=7, vocab=VOCAB, eos_ids=(3,))
+    draft, drafter = model_drafter(TABLE, max_batch)
+    session, target = session_with(drafter, max_batch=max_batch, plan=plan)
+    draft.tokens_of = session.tokens
+    assert run_all(session, target, asks) == [greedy(TABLE, ask)[0] for ask in asks]
+    assert session.metrics.counters.acceptance_length > 1.8
+    assert any(kind == "compact" for kind, _, _ in draft.steps)
+
+
+def test_model_trees_hold_the_likeliest_nodes():
+    """Against a search over all paths, in plain Python."""
+    plan = TreePlan(nodes=7, branches=3, depth=3)
+    draft, drafter = model_drafter(TABLE, 1)
+    session, target = session_with(drafter, plan=plan)
+    prompt = [4, 1, 7]
+    session.admit(prompt, GREEDY, max_new_tokens=20)
+    target(session.plan())
+    session.commit(None)
+    step = session.plan()
+    tokens, parents = step.tokens[0, 1:].tolist(), session.parents(step)[0].tolist()
+    found = set()
+    for node in range(1, 8):
+        path = []
+        while node:
+            path.insert(0, tokens[node - 1])
+            node = parents[node - 1]
+        found.add(tuple(path))
+
+    level, worth = [()], {}
+    for _ in range(plan.depth):
+        below = {}
+        for path in level:
+            law = draft.logits[context_of(prompt + list(path))].log_softmax(0)
+            for token in law.argsort(descending=True)[: plan.branches].tolist():
+                below[(*path, token)] = worth.get(path, 0.0) + float(law[token])
+        worth |= below
+        level = sorted(below, key=below.get, reverse=True)[: plan.branches]
+    assert found == set(sorted(worth, key=worth.get, reverse=True)[: plan.nodes])
+
+
+def test_a_drafter_that_is_right_has_every_path_accepted():
+    """Equal models: the whole first path of every tree, and the drafter is fed no token of it twice."""
+    draft, drafter = model_drafter(TABLE, 2, share=1.0)
+    session, target = session_with(drafter, max_batch=2, plan=TreePlan(6, 2, 4))
+    draft.tokens_of = session.tokens
+    asks = [Ask([1, 2, 3], 41), Ask([5], 41)]
+    assert run_all(session, target, asks) == [greedy(TABLE, ask)[0] for ask in asks]
+    positions = session.metrics.counters.accepted_tokens_per_pos
+    assert positions[0] == session.metrics.counters.drafts
+    decodes = [columns for kind, _, columns in draft.steps if kind == "decode"]
+    assert max(decodes[8:]) == 2
+
+
+def test_drafters_with_shorter_slots_grow_smaller_trees():
+    draft, drafter = model_drafter(TABLE, 1, 20)
+    session, target = session_with(drafter, plan=TreePlan(12, 3, 5), max_length=60)
+    ask = Ask([1, 2, 3], 40)
+    assert run_all(session, target, [ask]) == [greedy(TABLE, ask)[0]]
+    assert draft.steps[-1][0] in ("decode", "compact")
+
+
+def test_a_draft_forward_that_fails_loses_nothing():
+    draft, drafter = model_drafter(TABLE, 2)
+    session, target = session_with(drafter, max_batch=2)
+    draft.tokens_of = session.tokens
+    pick, whole = random.Random(2), draft.__class__.__call__
+
+    class Flaky:
+        compact = draft.compact
+
+        def __call__(self, step):
+            if pick.random() < 0.15:
+                raise RuntimeError("flaky")
+            return whole(draft, step)
+
+    drafter.forward = Flaky()
+    asks = some_asks(6, seed=3, vocab=VOCAB)
+    requests = [ask.admit(session) for ask in asks]
+    failures = 0
+    while True:
+        try:
+            step = session.plan()
+        except RuntimeError:
+            failures += 1
+            continue
+        if step is None:
+            break
+        logits = target(step)
+        if step.kind == "prefill":
+            session.commit(None)
+        else:
+            settle(session, target, step, logits)
+    assert failures > 3
+    assert [session.generated(r) for r in requests] == [greedy(TABLE, ask)[0] for ask in asks]
 
 
 def test_a_chain_among_trees_moves_nothing():
@@ -236,7 +345,7 @@ def exact_law() -> np.ndarray:
     return law.ravel()
 
 
-def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=3000, logits=SMALL_TABLE) -> np.ndarray:
+def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=2000, logits=SMALL_TABLE) -> np.ndarray:
     session, target = session_with(drafter, max_batch=100, max_length=24, plan=plan, logits=logits, rule=rule)
     if isinstance(drafter, RandomTrees):
         drafter.tokens_of = session.tokens
@@ -252,6 +361,13 @@ def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=3000, logits=
 @pytest.mark.parametrize("rule", ["auto", "coupled", "rrs", "traversal"])
 def test_sampled_texts_of_ngram_trees_have_the_plain_law(rule):
     counts = counts_of_texts(NgramDrafter(), TreePlan(nodes=6, branches=3, depth=2), rule=rule)
+    assert_fits(fit(counts, exact_law()), rule)
+
+
+@pytest.mark.parametrize("rule", ["auto", "coupled"])
+def test_sampled_texts_of_model_trees_have_the_plain_law(rule):
+    _, drafter = model_drafter(SMALL_TABLE, 100, 24, seed=9, share=0.4)
+    counts = counts_of_texts(drafter, TreePlan(nodes=5, branches=2, depth=2), rule=rule)
     assert_fits(fit(counts, exact_law()), rule)
 
 
@@ -323,6 +439,15 @@ def test_ids_outside_the_vocabulary_cost_the_tree():
         pass
     assert session.generated(request) == greedy(TABLE, Ask([1], 6))[0]
     assert session.metrics.bad_drafts > 0
+
+
+def test_a_draft_forward_that_cannot_move_rows_is_refused():
+    draft, drafter = model_drafter(TABLE, 1)
+    drafter.forward = lambda step: draft(step)
+    session, _ = session_with(drafter)
+    session.admit([1], GREEDY, max_new_tokens=6)
+    with pytest.raises(TypeError, match="forward: expected a method compact"):
+        session.plan()
 
 
 def test_a_forward_that_cannot_move_rows_is_refused():

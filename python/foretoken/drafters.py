@@ -15,11 +15,14 @@ from foretoken import _core, ops
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Shape, Step, StepViews
 from foretoken.tree import TreePlan
+from foretoken.tree.growth import ConfidenceGrowth, GrownTrees, Rows
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
 
 Forward = Callable[[Step], Tensor]
 """Writes the K/V of a :class:`~foretoken.step.Step` and returns its logits ``[B, T, V]``."""
+Compact = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Method ``compact(slots, lengths, path, num_accepted)`` of a forward that takes steps of trees."""
 
 
 @dataclass(slots=True)
@@ -287,6 +290,10 @@ class ModelDrafter:
     owner, native code: after a round a row takes in one token, two after full acceptance (its last draft was
     never fed), more when it skipped rounds, in chunks.
 
+    For a session with ``tree`` it grows trees by its confidence instead (EAGLE-2, Li et al. 2024,
+    arXiv:2406.16858): the likeliest children of the likeliest nodes, chosen and not drawn, so a point law.
+    ``forward`` then has a method ``compact``, see :class:`~foretoken.step.Step`.
+
     Parameters
     ----------
     forward
@@ -328,9 +335,14 @@ class ModelDrafter:
         self._draws = torch.empty(max_batch, dtype=torch.int64)
         self._rows = _Rows()
         self._law: Tensor | None = None
+        self._growth: tuple[TreePlan, ConfidenceGrowth] | None = None
+        self._grown: GrownTrees | None = None
         self.forward_seconds = 0.0
 
     def propose(self, context: Context, budget: Tensor) -> Proposal:
+        self._grown = None
+        if context.tree is not None and context.max_nodes > context.max_budget:
+            return self._propose_trees(context, context.tree, budget)
         most = self._steps.begin(context.slots, context.lengths, budget)
         rows = budget.shape[0]
         drafts, _ = self._rows.cut(rows, most)
@@ -353,12 +365,59 @@ class ModelDrafter:
 
     def observe(self, context: Context, verdict: ops.Verdict) -> None:
         self._steps.observe(context.slots, verdict.next_lengths)
+        if self._grown is not None:
+            slots, lengths, path, kept = self._grown.settle(context.slots, verdict.path, verdict.num_accepted)
+            self._mover()(slots, lengths, path, kept)
+            self._steps.keep(slots, lengths + 1 + kept)
+            self._grown = None
 
     def reset(self, slot: int) -> None:
         self._steps.reset(slot)
 
     def truncate(self, slot: int, length: int) -> None:
         self._steps.truncate(slot, length)
+
+    def _propose_trees(self, context: Context, plan: TreePlan, budget: Tensor) -> Proposal:
+        if self._growth is None or self._growth[0] != plan:
+            self._mover()
+            self._growth = plan, ConfidenceGrowth(plan, lambda step: self._fit(self._run(step)))
+        growth = self._growth[1]
+        depth = growth.depth_in(self.max_length - context.lengths).minimum(budget).to(torch.int32)
+        most = self._steps.begin(context.slots, context.lengths, depth)
+        rows, columns = budget.shape[0], context.max_nodes
+        tokens = torch.zeros(rows, columns, dtype=torch.int64)
+        parents = torch.zeros(rows, columns, dtype=torch.int32)
+        num_drafts = torch.zeros(rows, dtype=torch.int32)
+        if most > 0:
+            with torch.inference_mode():
+                step, logits = self._catch_up(context)
+                active = self._active[: len(step.slots)].clone()
+                last = self._fit(_last_rows(logits, step))
+                self._steps.rooted()
+                drafting = Rows(
+                    context.slots[active],
+                    context.lengths[active],
+                    [context.requests[row] for row in active.tolist()],
+                    self._num_drafts[:rows][active].to(torch.int64),
+                    context.nodes[active],
+                    (context.nodes <= budget)[active],
+                )
+                self._grown = growth.grow(last, drafting)
+            final = self._grown.tree
+            found = final.tokens.shape[1]
+            tokens[active, :found] = final.tokens.to(torch.int64)
+            parents[active, :found] = final.parents
+            num_drafts[active] = final.num_drafts
+        return Proposal(tokens, num_drafts, parents=parents)
+
+    def _mover(self) -> Compact:
+        compact: Compact | None = getattr(self.forward, "compact", None)
+        if compact is None:
+            raise TypeError(
+                "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form "
+                f"trees, got {type(self.forward).__name__}"
+            )
+        return compact
 
     def _catch_up(self, context: Context) -> tuple[Step, Tensor]:
         """Take in what was committed since; the step whose last logits give the first draft, and all of
@@ -415,10 +474,10 @@ class ModelDrafter:
         return draws
 
     def _fit(self, last: Tensor) -> Tensor:
-        missing = self.vocab_size - last.shape[1]
+        missing = self.vocab_size - last.shape[-1]
         if missing == 0:
             return last
-        return last[:, : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
+        return last[..., : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
 
     def _keep(self, last: Tensor, law: Tensor | None, rows: int, most: int, k: int) -> Tensor:
         """Write what draft k is drawn from into the law ``[B, K, V]``."""

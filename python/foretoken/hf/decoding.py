@@ -87,7 +87,10 @@ class Decoding:
         self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
         self._tree = spec.tree if self._num_drafts > 0 else None
         # A round looks past the end of its row by less than it drafts, but a tree is wider than it is deep.
-        wide = 0 if self._tree is None else self._tree.nodes
+        # And a draft model feeds candidates that do not become nodes.
+        wide = 0
+        if self._tree is not None:
+            wide = max(self._tree.nodes, self._tree.depth * self._tree.branches)
         self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens + wide
         self._runners = runners
         self._taken: dict[str, ModuleRunner] = {}
@@ -100,6 +103,8 @@ class Decoding:
         draft_model = spec.drafter if isinstance(spec.drafter, torch.nn.Module) else None
         wanted = draft_model is not None and self._num_drafts > 0
         self._draft_runner = self._take_runner("draft", draft_model) if wanted else None
+        if self._tree is not None and self._draft_runner is not None:
+            self._draft_runner.check_trees()
         self.why_on_host = self._find_why_on_host(recorded)
         place = torch.device("cpu") if self.why_on_host is not None else prepared.model.device
         self._replay = Replay(
