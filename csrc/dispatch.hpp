@@ -12,6 +12,7 @@
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
+#include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
@@ -19,6 +20,7 @@
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
+#include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
 #include "cuda/commit.hpp"
@@ -172,6 +174,24 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
   if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
   cpu::tree_index(args);
+}
+
+// Bytes of device scratch that tree_attention() needs, zero before its first use and zero again behind every
+// call; 0: none. From the shapes alone, as lengths are on the device.
+inline int64_t tree_attention_workspace([[maybe_unused]] const TreeAttentionArgs& args, Device device) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
+  return 0;
+}
+
+inline void tree_attention(const TreeAttentionArgs& args, [[maybe_unused]] void* workspace, Device device,
+                           Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
+  cpu::tree_attention(args);
+}
+
+inline void merge(const MergeArgs& args, Device device, Stream) {
+  if (backend_for(device) == Backend::cuda) refuse_cuda("merge");
+  cpu::merge(args);
 }
 
 inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 namespace foretoken {
+void register_attention(pybind11::module_& module);
 void register_commit(pybind11::module_& module);
 void register_draft_tree(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
@@ -15,6 +16,7 @@ void register_verify(pybind11::module_& module);
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
+  foretoken::register_attention(module);
   foretoken::register_commit(module);
   foretoken::register_drafters(module);
   foretoken::register_info(module);

@@ -21,6 +21,15 @@ inline int max_threads() {
 #endif
 }
 
+// Of the thread that runs an item, below max_threads() as it was outside.
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 inline int threads_for(int64_t items, int64_t elements_per_item) {
   return items > 1 && items * elements_per_item >= kParallelElements ? max_threads() : 1;
 }

@@ -1,343 +1,408 @@
-// The short way through a verification: chains of at most 31 drafts without filters, one lane of the leading
-// warp for each node. What a request needs beyond that is left to the general way, which can do everything;
-// its code is thirty times as long, and most of a small call's time would go into fetching it.
+// Verification of plain chains: no tree, no edits of logits, laws as logits or none. A cluster takes a
+// request, or several share the reading of its rows and the last of them goes on alone. Each row's law is
+// made by one warp; from the laws every block decides the same for itself, so nobody has to be told what to
+// do next.
+//
+// Most of what follows the reading is done once, by few threads, and takes as long as its instructions are
+// many: hence the inlining, the work dealt out to idle warps, and no structure that would live in memory.
 #pragma once
 
-#include "cuda/team.cuh"
+#include "cuda/chain_rows.cuh"
 
 namespace foretoken::cuda {
 
-constexpr int64_t kMostOnShortWay = kWarpSize - 1;  // drafts
-
-enum class Way : int32_t {
-  done,
-  general,        // nothing has happened yet
-  general_alone,  // by this cluster: the others of the request have gone
-};
-
-class ChainVerifier {
+template <DType kType, bool kAligned>
+class ChainVerifier : ChainRows<kType, kAligned> {
  public:
-  __device__ __forceinline__ ChainVerifier(const VerifyLaunch& launch, int64_t b, RequestShared& shared)
-      : launch_(launch),
-        args_(launch.args),
-        shared_(shared),
-        b_(b),
-        rank_(cluster_rank()),
-        size_(cluster_size()) {
-    vocab_ = args_.target_logits.shape[2];
-    tiles_ = tiles_of(vocab_);
-  }
+  __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
-  // Called by all threads of the clusters of a request; `part`: which of them this is.
-  __device__ __forceinline__ Way run(int64_t part) {
-    if (!read_header()) return Way::general;
-    plan();
-    const uint32_t leaders = static_cast<uint32_t>(launch_.clusters);
-    const uint32_t warp = (rank_ + size_ * (threadIdx.x / kWarpSize)) * leaders + static_cast<uint32_t>(part);
-    if (warp < leaders) {
-      look_ahead();
-    } else {
-      read_waves(shared_.wave, warp - leaders, size_ * kWarps * leaders - leaders);
+  __device__ __forceinline__ void run() {
+    const bool scouts = rank_ == 0 && warp_ == 0;
+    const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
+    typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
+                                  size_ * kWarps * clusters - clusters, *this);
+    RawTile<kType> raw;
+    if (!scouts && tiles.any()) tiles.load(raw);
+    if (!this->read_header()) {
+      if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
+      return;
     }
-    if (!is_last_cluster(arrivals(), launch_.clusters, shared_)) return Way::done;
-    if (rank_ == 0) make_laws();
-    if (rank_ == 0 && threadIdx.x < kWarpSize) return lead();
+    scouts ? this->look_ahead() : this->stream(raw, tiles);
+    if (!this->goes_on()) return;
+    if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
+    this->make_laws();
+    cluster_sync();
+    if (warp_ == 0) begin();
+    int turn = 0;
     while (true) {
+      __syncthreads();
+      const ChainStep step = shared_.step;
+      if (step.close) return close(step, turn);
+      sum_residual(step, ++turn);
       cluster_sync();
-      const Command& command = shared_.command;
-      if (command.task == Task::finish) return command.raw ? Way::general_alone : Way::done;
-      execute(command);
-      cluster_sync();
+      if (warp_ == 0) go_on(shared_.draw.sums[turn % 2]);
     }
   }
 
  private:
-  // False: something about the request is out of the ordinary. The same in all threads.
-  __device__ __forceinline__ bool read_header() {
-    const int64_t nodes = args_.draft_tokens.shape[1];
-    const int64_t requested =
-        args_.num_drafts
-            ? static_cast<const int32_t*>(args_.num_drafts.data)[b_ * args_.num_drafts.strides[0]]
-            : nodes;
-    const int64_t slot =
-        args_.slots ? static_cast<const int32_t*>(args_.slots.data)[b_ * args_.slots.strides[0]] : b_;
-    if (requested < 0 || requested > nodes || slot < 0 || slot >= args_.sampling.size ||
-        slot >= args_.draft_sampling.size) {
-      return false;
-    }
-    drafts_ = static_cast<int32_t>(requested);
-    seed_ = args_.sampling.seed[slot];
-    temperature_ = args_.sampling.temperature[slot];
-    draft_temperature_ = args_.draft_sampling.temperature[slot];
-    dense_ = args_.draft_logits && temperature_ != 0.0f && args_.draw != Draw::deterministic &&
-             args_.rule != Rule::target_only;
-    if (temperature_ != 0.0f && has_filters(args_.sampling, slot)) return false;
-    // Traversal of deterministic drafts is none of the two rules below.
-    if (args_.rule == Rule::traversal && !dense_ && temperature_ != 0.0f) return false;
-    return !dense_ || (draft_temperature_ != 0.0f && !has_filters(args_.draft_sampling, slot));
+  using Rows = ChainRows<kType, kAligned>;
+  using Rows::args_;
+  using Rows::b_;
+  using Rows::dense_;
+  using Rows::draft_row;
+  using Rows::drafts_;
+  using Rows::element;
+  using Rows::greedy_;
+  using Rows::part_;
+  using Rows::rank_;
+  using Rows::row_data;
+  using Rows::shared_;
+  using Rows::size_;
+  using Rows::stats;
+  using Rows::status_;
+  using Rows::tiles_;
+  using Rows::usable_;
+  using Rows::vocab_;
+  using Rows::warp_;
+
+  __device__ __forceinline__ bool walks_up() const {
+    return !greedy_ && drafts_ > 0 &&
+           (args_.rule == Rule::traversal || (args_.rule == Rule::automatic && dense_));
   }
 
-  __device__ __forceinline__ bool has_filters(const SamplingView& sampling, int64_t slot) const {
-    const int32_t top_k = sampling.top_k[slot];
-    return (top_k > 0 && top_k < vocab_) || sampling.top_p[slot] < 1.0f || sampling.min_p[slot] > 0.0f;
-  }
-
-  __device__ __forceinline__ uint32_t* arrivals() const { return launch_.workspace.arrivals + b_; }
-
-  __device__ __forceinline__ DeviceRow row_of(const TensorView& view, int64_t row) const {
-    const int64_t bytes = view.dtype == DType::float32 ? 4 : 2;
-    const int64_t offset = b_ * view.strides[0] + row * view.strides[1];
-    return {static_cast<const char*>(view.data) + offset * bytes, view.dtype, vocab_};
-  }
-
-  __device__ __forceinline__ TileStats* stats(int64_t row) const {
-    const int64_t rows = 2 * (args_.draft_tokens.shape[1] + 1) + 1;
-    return launch_.workspace.stats + (b_ * rows + row) * tiles_;
-  }
-
-  __device__ __forceinline__ bool block_rule() const { return dense_ && args_.rule != Rule::rrs; }
-
-  // Rows 0 .. drafts of the target, then rows 0 .. drafts - 1 of the drafts.
-  __device__ __forceinline__ void plan() {
-    const int32_t targets = drafts_ + 1, rows = targets + (dense_ ? drafts_ : 0);
-    const int32_t i = static_cast<int32_t>(threadIdx.x);
-    if (i < rows) {
-      const DeviceRow row =
-          i < targets ? row_of(args_.target_logits, i) : row_of(args_.draft_logits, i - targets);
-      shared_.wave_rows[i] = {row.data, stats(i), nullptr};
-    }
-    if (i < 2) {
-      Wave& wave = shared_.wave[i];
-      wave.rows = shared_.wave_rows + i * targets;
-      wave.count = static_cast<uint32_t>(i == 0 ? targets : rows - targets);
-      wave.dtype = args_.target_logits.dtype;
-      wave.size = vocab_;
-      wave.reading = RowReading::of_logits(i == 0 ? temperature_ : draft_temperature_);
-    }
-    __syncthreads();
-  }
-
-  // What a lane knows of its node before any law is there. By the leading warp of each cluster.
-  __device__ __forceinline__ void look_ahead() {
-    const int32_t node = lane_id();
-    const uint64_t base = static_cast<uint64_t>(read_index(args_.base, b_));
-#pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      const Purpose purpose = which == 0 ? Purpose::accept : Purpose::close;
-      const PhiloxWords words = random_words(seed_, base, purpose, static_cast<uint32_t>(node));
-      if (which == 0) {
-        coin_ = words.word[0];
-      } else {
-        closing_bits_ = static_cast<uint64_t>(words.word[1]) << 32 | words.word[0];
-      }
-    }
-    if (node < 1 || node > drafts_) return;
-    token_ = read_index(args_.draft_tokens, b_, node - 1);
-    if (token_ < 0 || token_ >= vocab_) return;
-    target_element_ = element_at(row_of(args_.target_logits, node - 1), token_);
-    if (dense_) draft_element_ = element_at(row_of(args_.draft_logits, node - 1), token_);
-  }
-
-  // By the leading block.
-  __device__ __forceinline__ void make_laws() const {
-    const int32_t targets = drafts_ + 1, rows = targets + (dense_ ? drafts_ : 0);
-#pragma unroll 1
-    for (int32_t i = static_cast<int32_t>(threadIdx.x / kWarpSize); i < rows; i += kWarps) {
-      const WaveRow& row = shared_.wave_rows[i];
-      const Wave& wave = shared_.wave[i < targets ? 0 : 1];
-      const RowLaw law = law_of_stats({{row.data, wave.dtype, vocab_}, wave.reading, row.stats, nullptr});
-      if (lane_id() == 0) (i < targets ? shared_.target[i] : shared_.draft[i - targets]) = law;
-    }
-    __syncthreads();
-  }
-
-  // To be carried out by every block.
-  __device__ __forceinline__ void execute(const Command& command) const {
-    Residual residual;
-    residual.target = row_of(args_.target_logits, command.first);
-    residual.target_law = command.target_law;
-    if (command.with_draft) residual.draft = row_of(args_.draft_logits, command.first);
-    residual.draft_law = command.draft_law;
-    residual.gain = command.gain;
-    add_up_masses(shared_, residual, command.task);
-  }
-
-  __device__ __noinline__ uint64_t call(const Command& command) {
-    __syncwarp();
-    if (static_cast<uint32_t>(lane_id()) < size_) {
-      of_block(&shared_, static_cast<uint32_t>(lane_id()))->command = command;
-    }
-    cluster_sync();
-    if (command.task == Task::finish) return 0;
-    execute(command);
-    cluster_sync();
-    return sum_of_warp(static_cast<uint32_t>(lane_id()) < size_ ? shared_.part[lane_id()] : uint64_t{0});
-  }
-
-  __device__ Command about(Task task, const Residual& residual, int32_t node) const {
-    Command command;
-    command.task = task;
-    command.first = node;
-    command.with_draft = residual.draft.data != nullptr;
-    command.gain = residual.gain;
-    command.target_law = residual.target_law;
-    command.draft_law = residual.draft_law;
-    return command;
-  }
-
-  __device__ Residual residual_at(int32_t node, bool with_draft, double gain) const {
-    Residual residual;
-    residual.target = row_of(args_.target_logits, node);
-    residual.target_law = shared_.target[node];
-    residual.stats = shared_.wave_rows[node].stats;
-    if (!with_draft) return residual;
-    residual.draft = row_of(args_.draft_logits, node);
-    residual.draft_law = shared_.draft[node];
-    residual.gain = gain_in_weights(gain, residual.target_law.mass, residual.draft_law.mass);
-    return residual;
-  }
-
-  __device__ __noinline__ int64_t draw(const Residual& residual, int32_t node, bool summed) {
-    TokenDraw draw(residual, shared_.filter.bins);
-    if (residual.draft.data == nullptr) {
-      draw.take_masses_of_row();
-    } else if (!summed) {
-      call(about(Task::residual_sums, residual, node));
-    }
-    const uint64_t bits = __shfl_sync(kAllLanes, closing_bits_, node);
-    const int64_t token = draw.by_estimate(bits);
-    if (token != kUndecided) return token;
-    call(about(Task::exact_masses, residual, node));
-    return draw.exactly(bits);
-  }
-
-  __device__ __forceinline__ Way lead() {
+  // The first step. By the first warp of each block, whose lanes know their nodes from here on.
+  __device__ __forceinline__ void begin() {
     const int32_t node = lane_id();
     const bool drafted = node >= 1 && node <= drafts_;
-    bool regular = node > drafts_ || shared_.target[node].usable;
-    double target_prob = 0.0, draft_prob = 1.0;
-    bool accepted = false;
-    if (drafted && token_ >= 0 && token_ < vocab_) {
-      const RowLaw& target = shared_.target[node - 1];
-      if (temperature_ == 0.0f) {
-        accepted = token_ == target.top;
-      } else {
-        target_prob = probability_in(target, target_element_);
-        if (dense_) {
-          draft_prob = probability_in(shared_.draft[node - 1], draft_element_);
-          regular = regular && shared_.draft[node - 1].usable && draft_prob > 0.0 && draft_prob < 1.001;
-        }
-        accepted = accepts_token(coin_, target_prob, draft_prob);
+    bool sound = true;
+    target_prob_ = 0.0;
+    draft_prob_ = 1.0;
+    if (drafted) {
+      sound = node_.token >= 0;
+      target_prob_ = shared_.records[node - 1].prob;
+      if (dense_) {
+        const ChainRecord& record = shared_.records[draft_row(node - 1)];
+        draft_prob_ = record.prob;
+        sound = sound && record.law.usable && draft_prob_ > 0.0 && draft_prob_ < 1.001;
       }
-    } else if (drafted) {
-      regular = false;
     }
-    Command done;
-    if (!__all_sync(kAllLanes, regular)) {
-      done.raw = true;
-      call(done);
-      return Way::general_alone;
-    }
-    int32_t last = 0;
-    double gain = 1.0;
-    bool summed = false;
-    if (block_rule()) {
-      last = from_the_last(target_prob, draft_prob, gain, summed);
-    } else {
-      const unsigned kept = __ballot_sync(kAllLanes, accepted) >> 1;
-      last = __ffs(static_cast<int>(~kept)) - 1;
-    }
-    int64_t closing = shared_.target[last].top;
-    if (temperature_ != 0.0f) closing = close(last, gain, summed);
-    write(last, closing);
-    call(done);
-    return Way::done;
+    // Judged before any coin, so that dropping the proposal changes no law.
+    sound = __all_sync(kAllLanes, sound) != 0 && usable_;
+    if (!sound) status_ |= kBadDraft;
+    length_ = sound ? drafts_ : 0;
+    const unsigned lawless =
+        __ballot_sync(kAllLanes, node <= length_ && !shared_.records[node <= length_ ? node : 0].law.usable);
+    end_ = lawless != 0 ? __ffs(static_cast<int>(lawless)) - 1 : length_;
+    if (walks_up()) return walk_up();
+    const bool accepted = drafted && node <= length_ && accepts_token(node_.coin, target_prob_, draft_prob_);
+    const unsigned kept = __ballot_sync(kAllLanes, accepted) >> 1;
+    const int32_t run = __ffs(static_cast<int>(~kept)) - 1;
+    close_at(run < end_ ? run : end_, 1.0, false);
   }
 
   // Block verification, "Block verification accelerates speculative decoding" (Sun et al. 2024, algorithm 2):
-  // walk_traversal() of math/tree_walk.hpp on a chain. The last draft kept; `gain` of the residual behind it.
-  __device__ __forceinline__ int32_t from_the_last(double target_prob, double draft_prob, double& gain,
-                                                   bool& summed) {
-    double prefix = 1.0, mine = 1.0;
+  // walk_traversal() of math/tree_walk.hpp on a chain.
+  __device__ __forceinline__ void walk_up() {
+    const int32_t node = lane_id();
+    double prefix = 1.0;
+    prefix_ = 1.0;
 #pragma unroll 1
-    for (int32_t node = 1; node <= drafts_; ++node) {
-      const double target = __shfl_sync(kAllLanes, target_prob, node);
-      const double draft = __shfl_sync(kAllLanes, draft_prob, node);
-      prefix = extend_prefix(prefix, target, draft);
-      if (lane_id() == node) mine = prefix;
+    for (int32_t i = 1; i <= end_; ++i) {
+      prefix = extend_prefix(prefix, __shfl_sync(kAllLanes, target_prob_, i),
+                             __shfl_sync(kAllLanes, draft_prob_, i));
+      if (node == i) prefix_ = prefix;
     }
     // The coin already decides for most: no fraction is larger than the prefix, but for rounding.
-    const int32_t node = lane_id();
-    const bool is_last = node == drafts_;
-    const bool may_pass = accepts_fraction(coin_, is_last ? mine : mine == 1.0 ? 1.0 : 1.001 * mine);
-    unsigned candidates = __ballot_sync(kAllLanes, node >= 1 && node <= drafts_ && may_pass);
-    while (candidates != 0) {
-      const int32_t at = 31 - __clz(static_cast<int>(candidates));
-      candidates &= ~(1u << at);
-      const double kept = __shfl_sync(kAllLanes, mine, at);
-      gain = kept > 0.0 ? 1.0 / kept : 0.0;
-      summed = false;
-      if (at == drafts_ || kept == 1.0) return at;
-      const Residual residual = residual_at(at, true, gain);
-      const double rest = static_cast<double>(call(about(Task::residual_sums, residual, at))) /
-                          static_cast<double>(residual.target_law.mass);
-      summed = true;
-      const double fraction = block_fraction(kept, kept * rest);
-      if (accepts_fraction(__shfl_sync(kAllLanes, coin_, at), fraction)) return at;
-    }
-    gain = 1.0;
-    summed = false;
-    return 0;
+    const double bound = node == end_ || prefix_ == 1.0 ? prefix_ : 1.001 * prefix_;
+    candidates_ = __ballot_sync(kAllLanes, node >= 1 && node <= end_ && accepts_fraction(node_.coin, bound));
+    next_candidate();
   }
 
-  __device__ __forceinline__ int64_t close(int32_t last, double gain, bool summed) {
-    Residual residual = residual_at(last, dense_ && last < drafts_, gain);
-    if (!dense_ && last < drafts_) {
-      const int64_t token = __shfl_sync(kAllLanes, token_, last + 1);
-      if (lane_id() == 0) {
-        const float weight = weight_in(residual.target_law, element_at(residual.target, token));
-        launch_.workspace.edits[b_ * launch_.workspace.max_edits] = {token, 0, mass_of(weight)};
+  // Whether what a rejected draft leaves of a row takes two rows to tell.
+  __device__ __forceinline__ bool has_residuals() const {
+    return dense_ && shared_.records[draft_row(0)].law.kind == LawKind::logits;
+  }
+
+  __device__ __forceinline__ void next_candidate() {
+#pragma unroll 1
+    while (candidates_ != 0) {
+      const int32_t at = 31 - __clz(static_cast<int>(candidates_));
+      const double prefix = __shfl_sync(kAllLanes, prefix_, at);
+      if (at == end_ || prefix == 1.0) break;
+      if (has_residuals()) return then({false, false, at, status_, 1.0 / prefix, -1, 0, -1, 0});
+      if (passes(at, left_of_point(at))) break;
+      candidates_ &= ~(1u << at);
+    }
+    close_at_candidate(false);
+  }
+
+  __device__ __forceinline__ void close_at_candidate(bool summed) {
+    const int32_t at = candidates_ != 0 ? 31 - __clz(static_cast<int>(candidates_)) : 0;
+    const double prefix = __shfl_sync(kAllLanes, prefix_, at);
+    close_at(at, prefix > 0.0 ? 1.0 / prefix : 0.0, summed);
+  }
+
+  // What is left of a node's row without the token that follows, where it was not drawn from a law.
+  __device__ __forceinline__ double left_of_point(int32_t node) const {
+    if (!dense_) {
+      const double left = 1.0 - shared_.records[node].prob;
+      return left > 0.0 ? left : 0.0;
+    }
+    const uint64_t whole = shared_.records[node].law.mass, removed = removed_mass(node);
+    return removed < whole ? static_cast<double>(whole - removed) / static_cast<double>(whole) : 0.0;
+  }
+
+  // Of the token that follows a node, in the node's row. By the first warp.
+  __device__ __forceinline__ uint64_t removed_mass(int32_t node) const {
+    return mass_of(weight_in(shared_.records[node].law, __shfl_sync(kAllLanes, node_.of_target, node + 1)));
+  }
+
+  __device__ __forceinline__ bool passes(int32_t node, double left) const {
+    const double prefix = __shfl_sync(kAllLanes, prefix_, node);
+    return accepts_fraction(__shfl_sync(kAllLanes, node_.coin, node), block_fraction(prefix, prefix * left));
+  }
+
+  // The masses of the residual that was asked for are there. By the first warp.
+  __device__ __forceinline__ void go_on(const uint64_t* masses) {
+    const int32_t at = 31 - __clz(static_cast<int>(candidates_));
+    uint64_t mass = 0;
+    for (uint32_t tile = lane_id(); tile < tiles_; tile += kWarpSize) mass += masses[tile];
+    mass = sum_of_masses(mass);
+    if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
+      return close_at_candidate(true);
+    }
+    candidates_ &= ~(1u << at);
+    next_candidate();
+  }
+
+  __device__ __forceinline__ void then(const ChainStep& step) {
+    __syncwarp();
+    if (lane_id() == 0) shared_.step = step;
+  }
+
+  // `last` is the last draft that is kept.
+  __device__ __forceinline__ void close_at(int32_t last, double gain, bool summed) {
+    const RowLaw& law = shared_.records[last].law;
+    const bool rejected = last < length_;
+    ChainStep step{
+        true, summed, last, status_, -1.0, -1, 0, -1, __shfl_sync(kAllLanes, node_.closing_bits, last)};
+    if (!law.usable) step.status |= kLawLost;
+    if (!law.usable || greedy_) {
+      step.closing = law.top;
+    } else if (rejected && has_residuals()) {
+      step.gain = gain;
+    } else if (rejected) {
+      step.removed = __shfl_sync(kAllLanes, node_.token, last + 1);
+      step.removed_mass = removed_mass(last);
+    }
+    then(step);
+  }
+
+  __device__ __forceinline__ float gain_of(const ChainStep& step) const {
+    return gain_in_weights(step.gain, shared_.records[step.node].law.mass,
+                           shared_.records[draft_row(step.node)].law.mass);
+  }
+
+  // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
+  // target.
+  __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
+    const bool with_draft = step.gain >= 0.0;
+    const uint32_t target_row = static_cast<uint32_t>(step.node),
+                   other_row = with_draft ? draft_row(step.node) : target_row;
+    const float gain = with_draft ? gain_of(step) : 0.0f;
+    const RowLaw& target = shared_.records[target_row].law;
+    const RowLaw& draft = shared_.records[other_row].law;
+    const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
+    const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
+    const void* const target_data = row_data(target_row);
+    const void* const draft_data = row_data(other_row);
+#pragma unroll 1
+    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
+      RawTile<kType> target_tile, draft_tile;
+      TileOfRow<kType, kAligned>::load(target_tile, target_data, vocab_, index);
+      TileOfRow<kType, kAligned>::load(draft_tile, draft_data, vocab_, index);
+      PinnedSum sum;
+      LaneMass lane_mass;
+#pragma unroll 2
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        Eight weights = next_quarter(target_tile);
+        const Eight other = next_quarter(draft_tile);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          weights.x[j] =
+              residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
+                              weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
+          lane_mass.add(weights.x[j]);
+        }
+        sum.add(quarter, weights);
       }
-      __syncwarp();
-      residual.edits = launch_.workspace.edits + b_ * launch_.workspace.max_edits;
-      residual.num_edits = 1;
+      const uint64_t mass = sum_of_masses(lane_mass.total());
+      const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
+      if (static_cast<uint32_t>(lane_id()) < size_) {
+        DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
+        there->masses[turn % 2][index] = mass;
+        there->sums[turn % 2][index] = of_sum;
+      }
     }
-    const int64_t token = draw(residual, last, summed);
-    if (token >= 0) return token;
-    return draw(residual_at(last, false, 0.0), last, false);
   }
 
-  __device__ __forceinline__ void write(int32_t last, int64_t closing) const {
+  // Every block draws for itself, so that all know whether the row has to be read once more.
+  __device__ __forceinline__ void close(ChainStep step, int turn) {
+    int64_t token = step.closing;
+    bool exact = step.gain >= 0.0;
+#pragma unroll 1
+    while (token < 0) {
+      if (exact && !step.summed) {
+        sum_residual(step, ++turn);
+        cluster_sync();
+        step.summed = true;
+      }
+      token = draw(step, turn, exact);
+      if (token == kUndecided) {
+        exact = true;
+      } else if (token < 0) {  // both laws agree to the last bit: what is left to draw from is the target
+        step.gain = -1.0;
+        step.removed = -1;
+        step.summed = false;
+      }
+    }
+    if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
+  }
+
+  struct Running {
+    uint64_t before, total;  // of the threads before this one; of all
+  };
+
+  // Behind a barrier nobody reads what this leaves in shared memory.
+  __device__ __forceinline__ Running sum_up_to_thread(uint64_t mine) {
+    const uint64_t up_to = sum_up_to_lane(mine);
+    if (lane_id() == kWarpSize - 1) shared_.draw.warp_words[warp_] = up_to;
+    __syncthreads();
+    const uint32_t lane = static_cast<uint32_t>(lane_id());
+    const uint64_t word = lane < kWarps ? shared_.draw.warp_words[lane] : 0;
+    const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
+    return {of_warps + up_to - mine, sum_of_masses(word)};
+  }
+
+  // A token of the masses that sum_residual() left; where they are not `exact`, of those that follow from the
+  // row's statistics, if these decide. By all threads of a block, two tiles and then two elements each; see
+  // TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
+  __device__ __forceinline__ int64_t draw(const ChainStep& step, int turn, bool exact) {
+    const RowLaw& law = shared_.records[step.node].law;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared_.tile = -1;
+      shared_.drawn = kUndecided;
+    }
+    uint64_t mass[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t index = 2 * threadIdx.x + i;
+      mass[i] = 0;
+      if (index >= tiles_) continue;
+      if (exact) {
+        mass[i] = shared_.draw.masses[turn % 2][index];
+      } else {
+        const float2 found =
+            __ldcg(reinterpret_cast<const float2*>(stats(static_cast<uint32_t>(step.node)) + index));
+        mass[i] = mass_of_stats({found.x, found.y}, law);
+      }
+      // Of an estimate a tile may have less than what is taken away.
+      if (step.removed >= 0 && step.removed / kTile == index)
+        mass[i] -= mass[i] < step.removed_mass ? mass[i] : step.removed_mass;
+    }
+    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
+    uint64_t reach = 0;
+    if (!exact) {
+      // How far the statistics may be from exact masses, see cpu/residual.cpp.
+      constexpr double kErrorOfLaws = 3.0e-6;
+      constexpr uint64_t kUnitsOfLaws = 256 * kTile;
+      reach =
+          2 * (static_cast<uint64_t>(static_cast<double>(law.mass) * kErrorOfLaws) + kUnitsOfLaws * tiles_) +
+          2;
+      if (of_tiles.total / 4 < reach) return kUndecided;
+    }
+    const uint64_t left_of_all = multiply_high(step.bits, of_tiles.total);
+    uint64_t begin = of_tiles.before;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t left = left_of_all - begin;
+      if (left_of_all >= begin && left < mass[i]) {
+        const uint32_t index = 2 * threadIdx.x + i;
+        const bool near =
+            !exact && ((index != 0 && left < reach) || (index != tiles_ - 1 && mass[i] - left <= reach));
+        shared_.tile = near ? -1 : static_cast<int32_t>(index);
+        shared_.left = left;
+      }
+      begin += mass[i];
+    }
+    __syncthreads();
+    if (shared_.tile < 0) return exact ? -1 : kUndecided;
+    return draw_in_tile(step, static_cast<uint32_t>(shared_.tile), shared_.left, reach);
+  }
+
+  // The element in whose interval `left` falls, counted in exact masses from the tile's first.
+  __device__ __forceinline__ int64_t draw_in_tile(const ChainStep& step, uint32_t tile, uint64_t left,
+                                                  uint64_t reach) {
+    const RowLaw& target = shared_.records[step.node].law;
+    const uint32_t first = tile * kTile + 2 * threadIdx.x;
+    uint64_t mass[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mass[i] = 0;
+      const uint32_t at = first + i;
+      if (at >= vocab_) continue;
+      float weight = weight_of_logit(element(static_cast<uint32_t>(step.node), at), target.max, target.scale,
+                                     target.cut);
+      if (step.gain >= 0.0) {
+        const RowLaw& draft = shared_.records[draft_row(step.node)].law;
+        weight = residual_weight(
+            weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
+            gain_of(step));
+      }
+      if (at != step.removed) mass[i] = mass_of(weight);
+    }
+    const Running running = sum_up_to_thread(mass[0] + mass[1]);
+    uint64_t begin = running.before;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t end = begin + mass[i];
+      const bool near = reach != 0 && ((begin != 0 && left - begin < reach) || end - left <= reach);
+      if (begin <= left && left < end && !near) shared_.drawn = first + i;
+      begin = end;
+    }
+    __syncthreads();
+    return shared_.drawn;
+  }
+
+  // `emitted`: the drafts that are kept and the closing token; 0: nothing is. By a block, a warp for each
+  // output.
+  __device__ __forceinline__ void write(int32_t last, int64_t closing, int32_t status,
+                                        int32_t emitted) const {
     const int32_t i = lane_id();
-    const int64_t token = __shfl_down_sync(kAllLanes, token_, 1);
-    if (i <= args_.draft_tokens.shape[1]) {
-      write_index(args_.tokens, i < last ? token : i == last ? closing : -1, b_, i);
-      if (args_.path && i > 0) write_index(args_.path, i <= last ? i : -1, b_, i - 1);
+    if (warp_ == 0) {
+      const int32_t next = __shfl_down_sync(kAllLanes, node_.token, 1);
+      if (i > args_.most_drafts) return;
+      const int64_t token = emitted == 0 || i > last ? -1 : i < last ? next : closing;
+      write_number(args_.tokens, token, b_, i);
+      if (args_.path.data && i > 0) write_number(args_.path, emitted > 0 && i <= last ? i : -1, b_, i - 1);
     }
-    if (i == 0) {
-      write_index(args_.num_emitted, last + 1, b_);
-      write_index(args_.num_accepted, last, b_);
-      write_index(args_.next_token, closing, b_);
-      write_index(args_.next_lengths, read_index(args_.base, b_) + last, b_);
-      write_index(args_.status, 0, b_);
-    }
+    if (i != 0) return;
+    if (warp_ == 1) write_number(args_.num_emitted, emitted, b_);
+    if (warp_ == 2) write_number(args_.num_accepted, last, b_);
+    if (warp_ == 3) write_number(args_.next_token, closing, b_);
+    if (warp_ == 4) write_number(args_.status, status, b_);
+    if (warp_ != 5) return;
+    // Unsigned, where any base of a damaged row has a result.
+    const uint64_t base = static_cast<uint64_t>(read_number(args_.base, b_));
+    write_number(args_.next_lengths, static_cast<int64_t>(base - 1 + static_cast<uint64_t>(emitted)), b_);
   }
 
-  const VerifyLaunch& launch_;
-  const VerifyArgs& args_;
-  RequestShared& shared_;
-  const int64_t b_;
-  const uint32_t rank_, size_;
-  int64_t vocab_, tiles_;
-  int32_t drafts_ = 0;
-  uint64_t seed_ = 0;
-  float temperature_ = 0.0f, draft_temperature_ = 0.0f;
-  bool dense_ = false;
-  // Of this lane's node, in the leading warp.
-  uint32_t coin_ = 0;
-  uint64_t closing_bits_ = 0;
-  int64_t token_ = -1;
-  float target_element_ = 0.0f, draft_element_ = 0.0f;
+  // Of this lane's node, in the first warp of a block.
+  ChainNode node_{0, -1, 0, 0.0f, 0.0f};
+  double target_prob_ = 0.0, draft_prob_ = 1.0, prefix_ = 1.0;
+  int32_t length_ = 0, end_ = 0;  // drafts that count; where the descent ends
+  unsigned candidates_ = 0;
 };
 
 }  // namespace foretoken::cuda

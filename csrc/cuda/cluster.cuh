@@ -51,6 +51,16 @@ __device__ inline T* of_block(T* shared, uint32_t) {
 
 #endif
 
+// What this thread wrote, or knew of before, is there for whoever adds to the same place behind it.
+__device__ inline uint32_t add_in_order(uint32_t* place, uint32_t amount) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(place), "r"(amount)
+               : "memory");
+  return before;
+}
+
 // body(tile) for those of a row's tiles that are this warp's, when all warps of a cluster share them.
 template <class Body>
 __device__ inline void for_own_tiles(int64_t tiles, Body body) {

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <iterator>
 
 #include "cuda/cluster.cuh"
 #include "cuda/errors.hpp"
@@ -41,13 +40,11 @@ inline void allow(const void* kernel, size_t shared) {
   throw_if_failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "launch");
 }
 
-constexpr int kClusterSizes[] = {1, 2, 4, 8, 16};
-
 // How many clusters of each size a device holds at a time. The multiprocessors of a device come in groups of
 // uneven size, and a cluster has to fit into one: of large ones there are fewer than a division would say.
 struct ClusterRoom {
   bool known = false;
-  int clusters[std::size(kClusterSizes)] = {};
+  int clusters[kMaxCluster + 1] = {};  // by size
 };
 
 // A launch of `clusters` clusters; `attribute` has to outlive its use.
@@ -67,27 +64,32 @@ inline cudaLaunchConfig_t configure(int64_t clusters, int cluster, size_t shared
 }
 
 template <class Args>
-const ClusterRoom& room_for(void (*kernel)(Args), size_t shared, Device device) {
-  constexpr int kKept = 16;
-  static ClusterRoom kept[kKept];  // of this kernel; written with the same values by whoever comes first
-  ClusterRoom& room = kept[device.index < kKept ? device.index : kKept - 1];
-  if (room.known) return room;
+void find_room(void (*kernel)(Args), size_t shared, Device device, ClusterRoom& room) {
   const DeviceLimits limits = limits_of(device);
   allow(reinterpret_cast<const void*>(kernel), shared);
   ClusterRoom found;
-  found.clusters[0] = limits.multiprocessors;
-  for (size_t i = 1; limits.has_clusters && i < std::size(kClusterSizes); ++i) {
+  int blocks = 0;
+  throw_if_failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared), "launch");
+  found.clusters[1] = blocks * limits.multiprocessors;
+  for (int cluster = 2; limits.has_clusters && cluster <= kMaxCluster; ++cluster) {
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configure(1, kClusterSizes[i], shared, attribute);
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    const cudaLaunchConfig_t config = configure(1, cluster, shared, attribute);
+    if (cudaOccupancyMaxActiveClusters(&found.clusters[cluster], kernel, &config) != cudaSuccess) {
       cudaGetLastError();
-      clusters = 0;
+      found.clusters[cluster] = 0;
     }
-    found.clusters[i] = std::min(clusters, limits.multiprocessors / kClusterSizes[i]);
   }
   found.known = true;
   room = found;
+}
+
+// Of a kernel that is known when this is compiled: every one has its own memory of what was found.
+template <auto kKernel>
+const ClusterRoom& room_for(size_t shared, Device device) {
+  constexpr int kKept = 16;
+  static ClusterRoom kept[kKept];  // written with the same values by whoever comes first
+  ClusterRoom& room = kept[device.index < kKept ? device.index : kKept - 1];
+  if (!room.known) find_room(kKernel, shared, device, room);
   return room;
 }
 
@@ -101,15 +103,37 @@ struct Shape {
 inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles, bool shared_reading) {
   Shape best;
   int64_t most = 0;
-  for (int i = static_cast<int>(std::size(kClusterSizes)) - 1; i >= 0; --i) {
-    const int cluster = kClusterSizes[i];
-    if (room.clusters[i] < requests || (cluster > 1 && cluster / 2 * kWarps >= tiles)) continue;
-    int64_t clusters = shared_reading ? room.clusters[i] / requests : 1;
+  for (int cluster = kMaxCluster; cluster >= 1; cluster /= 2) {
+    if (room.clusters[cluster] < requests || (cluster > 1 && cluster / 2 * kWarps >= tiles)) continue;
+    int64_t clusters = shared_reading ? room.clusters[cluster] / requests : 1;
     clusters = std::max<int64_t>(1, std::min(clusters, tiles / (cluster * kWarps)));
     const int64_t blocks = requests * clusters * cluster;
     if (10 * most >= 9 * blocks) continue;
     most = blocks;
     best = {cluster, static_cast<int>(clusters)};
+  }
+  return best;
+}
+
+// The same for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of a
+// request read, one of them then takes what is left of one row; the weights are times measured on an H200, in
+// us.
+inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles) {
+  constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
+  Shape best;
+  double least = 1e30;
+  for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+    const int64_t warps = cluster * kWarps;
+    if (cluster > 1 && (room.clusters[cluster] < requests || warps - kWarps >= rows * tiles)) continue;
+    const int64_t most = std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps);
+    for (int64_t clusters = 1; clusters <= std::max<int64_t>(most, 1); ++clusters) {
+      const double cost =
+          kOfTile * static_cast<double>((rows * tiles + warps * clusters - 1) / (warps * clusters)) +
+          kOfTilePair * static_cast<double>((tiles + warps - 1) / warps) + (clusters > 1 ? kOfSharing : 0.0);
+      if (cost >= least) continue;
+      least = cost;
+      best = {cluster, static_cast<int>(clusters)};
+    }
   }
   return best;
 }

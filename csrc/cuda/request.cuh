@@ -27,7 +27,6 @@ struct alignas(16) VerifyLaunch {
   Workspace workspace;
   int32_t clusters = 1;         // that read the rows of one request
   bool reads_all_rows = false;  // at once, rather than as the walk asks for them
-  bool short_way = false;       // see cuda/chain.cuh
 };
 
 struct VerifyParams {

@@ -226,7 +226,7 @@ void sample(const SampleArgs& args, void* workspace, Device device, Stream strea
   if (what.any()) launch.prepared = prepare(args, what, workspace, device, stream);
   launch_clusters(
       sample_kernel, rows,
-      shape_for(room_for(sample_kernel, sizeof(SampleShared), device), rows, tiles, false).cluster,
+      shape_for(room_for<sample_kernel>(sizeof(SampleShared), device), rows, tiles, false).cluster,
       sizeof(SampleShared), stream, launch);
 }
 

@@ -1,9 +1,9 @@
 #include "cuda/verify.hpp"
 
-#include "cuda/chain.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/verdict.cuh"
+#include "cuda/verify_chain.hpp"
 
 namespace foretoken::cuda {
 
@@ -185,18 +185,8 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   extern __shared__ __align__(16) unsigned char memory[];
   RequestShared& shared = *reinterpret_cast<RequestShared*>(memory);
   const uint32_t size = cluster_size(), rank = cluster_rank();
-  int32_t clusters = params.launch.clusters;  // that share the reading
-  const int64_t cluster = blockIdx.x / size, b = cluster / clusters;
-  int64_t part = cluster % clusters;
-  if (params.launch.short_way) {
-    const Way way = ChainVerifier(params.launch, b, shared).run(part);
-    if (way == Way::done) return;
-    if (way == Way::general_alone) {
-      clusters = 1;
-      part = 0;
-    }
-    __syncthreads();
-  }
+  const int32_t clusters = params.launch.clusters;  // that share the reading
+  const int64_t cluster = blockIdx.x / size, b = cluster / clusters, part = cluster % clusters;
   static_assert(sizeof(VerifyLaunch) % 16 == 0);
   for (uint32_t i = threadIdx.x; i < sizeof(VerifyLaunch) / 16; i += kThreads) {
     reinterpret_cast<uint4*>(&shared.launch)[i] = reinterpret_cast<const uint4*>(&params.launch)[i];
@@ -285,23 +275,6 @@ int64_t room_before_preparation(const VerifyArgs& args, Workspace& workspace, vo
   return (lay_out(args, begin, workspace) - begin + 255) / 256 * 256;
 }
 
-// What the host can know of it; the rest is in the request's data.
-bool takes_short_way(const VerifyArgs& args) {
-  const TensorView &target = args.target_logits, &draft = args.draft_logits;
-  const bool alike = !draft || (draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
-                                draft.shape[1] >= args.draft_tokens.shape[1]);
-  const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal ||
-                    args.rule == Rule::target_only;
-  const bool plain = !args.parents && !args.row_offsets && !args.rules && !args.draft_probs &&
-                     !args.topk_ids && !args.draft_row && !args.draft_records && !args.vocab_map &&
-                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
-  const bool asked = args.path_rows || args.processed.chosen || args.processed.top_tokens ||
-                     args.raw.chosen || args.raw.top_tokens;
-  return alike && rule && plain && !asked && args.draw != Draw::iid_paths &&
-         args.draft_tokens.shape[1] <= kMostOnShortWay &&
-         args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
-}
-
 constexpr int64_t kEagerBytes = int64_t{48} << 20;
 
 // Where all rows are needed anyway, or so few bytes that reading them at once beats going row by row.
@@ -329,14 +302,16 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   VerifyLaunch& launch = params.launch;
   launch.args = args;
   const int64_t room = room_before_preparation(args, launch.workspace, memory);
+  if (takes_chains(args)) {
+    const Workspace& scratch = launch.workspace;
+    return verify_chains(args, {scratch.stats, scratch.lanes, scratch.arrivals}, device, stream);
+  }
   const Preparation what = preparation_of(args);
   if (what.any()) launch.prepared = prepare(args, what, static_cast<char*>(memory) + room, device, stream);
-  launch.short_way = takes_short_way(args);
   launch.reads_all_rows = reads_all_rows(args);
   const Plan plan = plan_of(args);
-  const ClusterRoom& room_there = room_for(verify_kernel, sizeof(RequestShared), device);
-  const Shape shape =
-      shape_for(room_there, batch, plan.nodes * plan.tiles, launch.short_way || launch.reads_all_rows);
+  const ClusterRoom& room_there = room_for<verify_kernel>(sizeof(RequestShared), device);
+  const Shape shape = shape_for(room_there, batch, plan.nodes * plan.tiles, launch.reads_all_rows);
   launch.clusters = shape.clusters;
   if (shape.clusters > 1) launch.reads_all_rows = true;
   const int64_t rates = std::min<int64_t>(args.tolerance.num_rates, kMaxNodes);

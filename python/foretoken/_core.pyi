@@ -461,6 +461,10 @@ def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, n
     """
     See foretoken.ops.finalize_tree.
     """
+def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing.Any, out: typing.Any, lse: typing.Any) -> None:
+    """
+    See foretoken.ops.merge.
+    """
 def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.
@@ -476,6 +480,10 @@ def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots:
 def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, ...]:
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
+    """
+def tree_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, lengths: typing.Any, num_nodes: typing.Any, ancestors: typing.Any, block_table: typing.Any, layout: str, scale: typing.SupportsFloat | typing.SupportsIndex | None, softcap: typing.SupportsFloat | typing.SupportsIndex | None, window: typing.SupportsInt | typing.SupportsIndex | None, sinks: typing.Any, k_scale: typing.Any, v_scale: typing.Any, out: typing.Any, lse: typing.Any, workspace: typing.Any) -> int:
+    """
+    See foretoken.ops.tree_attention. Returns the bytes of workspace that are missing; 0: done.
     """
 def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any, depth: typing.Any, first_child: typing.Any, next_sibling: typing.Any, ancestors: typing.Any, positions: typing.Any, status: typing.Any) -> None:
     """

@@ -7,6 +7,7 @@ argument, what was expected and what came.
 
 from __future__ import annotations
 
+from foretoken.ops._attention import merge, tree_attention
 from foretoken.ops._commit import RequestState, commit, record_width
 from foretoken.ops._draft_tree import (
     MAX_CANDIDATES,
@@ -40,9 +41,11 @@ __all__ = [
     "commit",
     "draft_topk",
     "finalize_tree",
+    "merge",
     "record_width",
     "rule_codes",
     "sample",
+    "tree_attention",
     "tree_index",
     "verify",
 ]

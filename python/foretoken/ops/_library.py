@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foretoken import _core
-from foretoken.ops import _sample, _verify
+from foretoken.ops import _attention, _sample, _verify
 from foretoken.ops._choices import choose
 from foretoken.ops._commit import RequestState
 from foretoken.ops._draft_tree import MAX_CHILDREN, DraftTopK, FinalTree
@@ -55,6 +55,11 @@ _FINALIZE_TREE = """Tensor tokens, Tensor scores, Tensor parents, SymInt num_nod
     Tensor? lengths, Tensor(a!) out_tokens, Tensor(b!) out_parents, Tensor(c!) num_drafts, Tensor(d!) source,
     Tensor(e!) depth, Tensor(f!) first_child, Tensor(g!) next_sibling, Tensor(h!) ancestors,
     Tensor(i!)? positions, Tensor(j!) status"""
+
+_TREE_ATTENTION = """Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? num_nodes,
+    Tensor? ancestors, Tensor? block_table, str layout, float? scale, float? softcap, SymInt? window,
+    Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? workspace"""
+_MERGE = """Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse"""
 
 
 # ------------------------------------------------------------------------------ what runs in a graph
@@ -114,11 +119,13 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 
 _register("verify", f"{_VERIFY_INPUTS}, {_VERIFY_OUTPUTS}", _run_verify)
 _register("sample", _SAMPLE, _run_sample)
+_register("tree_attention", _TREE_ATTENTION, _attention.run_tree_attention)
 for _name, _schema in (
     ("tree_index", _TREE_INDEX),
     ("commit", _COMMIT),
     ("draft_topk", _DRAFT_TOPK),
     ("finalize_tree", _FINALIZE_TREE),
+    ("merge", _MERGE),
 ):
     _register(_name, _schema, _run(_name))
 
@@ -403,3 +410,11 @@ def finalize_tree(
         index.status,
     )
     return out
+
+
+def tree_attention(*arguments: Any) -> None:
+    torch.ops.foretoken.tree_attention(*arguments)
+
+
+def merge(*arguments: Any) -> None:
+    torch.ops.foretoken.merge(*arguments)

@@ -1,0 +1,38 @@
+// What the verification of plain chains needs of a call, in little enough room to be a kernel's parameter.
+#pragma once
+
+#include "ops/verify.hpp"
+
+namespace foretoken::cuda {
+
+constexpr int kMostChainDrafts = 31;  // a lane for each node
+
+// A tensor of int32 or int64 with at most two dimensions.
+struct Numbers {
+  void* data = nullptr;
+  int64_t strides[2] = {0, 0};  // in elements
+  bool wide = false;            // int64
+};
+
+struct ChainRowsView {
+  const void* data = nullptr;
+  int64_t strides[2] = {0, 0};  // of batch and row, in elements
+};
+
+struct TileStats;
+
+struct ChainArgs {
+  ChainRowsView target, draft;  // draft.data == nullptr: no law of the draft's is looked at
+  int64_t vocab = 0;
+  int32_t most_drafts = 0;  // columns of draft_tokens
+  Rule rule = Rule::automatic;
+  Numbers draft_tokens, num_drafts, base, slots;
+  SamplingView sampling, draft_sampling;
+  Numbers tokens, path, num_emitted, num_accepted, next_token, next_lengths, status;
+  int32_t clusters = 1;        // that share the reading of a request
+  TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
+  float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
+  uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
+};
+
+}  // namespace foretoken::cuda

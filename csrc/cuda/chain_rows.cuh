@@ -1,0 +1,332 @@
+// The rows of a chain, as the blocks of the clusters that share it see them: where they lie, how they are
+// read, and the laws that come of it.
+#pragma once
+
+#include "cuda/chain_shared.cuh"
+
+namespace foretoken::cuda {
+
+template <DType kType, bool kAligned>
+class ChainRows {
+ protected:
+  __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
+      : args_(args),
+        shared_(shared),
+        rank_(cluster_rank()),
+        size_(cluster_size()),
+        warp_(threadIdx.x / kWarpSize) {
+    const uint32_t cluster = blockIdx.x / size_, clusters = static_cast<uint32_t>(args.clusters);
+    b_ = cluster / clusters;
+    part_ = cluster % clusters;
+    vocab_ = static_cast<uint32_t>(args.vocab);
+    tiles_ = static_cast<uint32_t>(tiles_of(args.vocab));
+    stats_ = args.stats + b_ * (2 * args.most_drafts + 3) * tiles_;
+  }
+
+  // The tiles that a warp reads, one after the other. Rows 0 .. N of the target, then rows 0 .. N - 1 of the
+  // drafts, whatever number of them the request turns out to have.
+  class RowTiles {
+   public:
+    __device__ __forceinline__ RowTiles(uint32_t worker, uint32_t workers, const ChainRows& chain)
+        : chain_(chain),
+          rows_(static_cast<uint32_t>(chain.args_.most_drafts) * (chain.args_.draft.data ? 2 : 1) + 1) {
+      row_ = worker / chain.tiles_;
+      index_ = worker % chain.tiles_;
+      row_step_ = workers / chain.tiles_;
+      index_step_ = workers % chain.tiles_;
+    }
+    __device__ __forceinline__ bool any() const { return row_ < rows_; }
+    __device__ __forceinline__ uint32_t row() const { return row_; }
+    __device__ __forceinline__ uint32_t index() const { return index_; }
+    __device__ __forceinline__ void load(RawTile<kType>& raw) const {
+      TileOfRow<kType, kAligned>::load(raw, chain_.row_data(row_), chain_.vocab_, index_);
+    }
+    __device__ __forceinline__ void move_on() {
+      row_ += row_step_;
+      index_ += index_step_;
+      if (index_ < chain_.tiles_) return;
+      index_ -= chain_.tiles_;
+      ++row_;
+    }
+
+   private:
+    const ChainRows& chain_;
+    const uint32_t rows_;
+    uint32_t row_, index_, row_step_, index_step_;
+  };
+
+  // Number of a draft's row among all.
+  __device__ __forceinline__ uint32_t draft_row(int32_t node) const {
+    return static_cast<uint32_t>(args_.most_drafts + 1 + node);
+  }
+  __device__ __forceinline__ bool of_target(uint32_t row) const {
+    return row <= static_cast<uint32_t>(args_.most_drafts);
+  }
+  __device__ __forceinline__ bool is_wanted(uint32_t row) const {
+    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
+  }
+  __device__ __forceinline__ const void* row_data(uint32_t row) const {
+    const bool target = of_target(row);
+    const ChainRowsView& view = target ? args_.target : args_.draft;
+    const int64_t at = b_ * view.strides[0] + (target ? row : row - draft_row(0)) * view.strides[1];
+    return static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes;
+  }
+  __device__ __forceinline__ float element(uint32_t row, uint32_t token) const {
+    return element_at({row_data(row), kType, vocab_}, token);
+  }
+  __device__ __forceinline__ TileStats* stats(uint32_t row) const { return stats_ + row * tiles_; }
+
+  // False: nothing is emitted, with status_. The same in all threads of a request.
+  __device__ __forceinline__ bool read_header() {
+    const int64_t requested = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : args_.most_drafts;
+    const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
+    if (requested == -1) return false;
+    if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
+      status_ = kBadRow;
+      return false;
+    }
+    usable_ = requested >= 0 && requested <= args_.most_drafts;
+    drafts_ = usable_ ? static_cast<int32_t>(requested) : 0;
+    seed_ = args_.sampling.seed + slot;
+    greedy_ = args_.sampling.temperature[slot] == 0.0f;
+    dense_ = args_.draft.data != nullptr && !greedy_ && drafts_ > 0;
+    if (warp_ < 2 && lane_id() == 0) {
+      const SamplingView& sampling = warp_ == 0 ? args_.sampling : args_.draft_sampling;
+      shared_.filters[warp_] = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
+                                sampling.min_p[slot]};
+      shared_.reading[warp_] = RowReading::of_logits(shared_.filters[warp_].temperature);
+      shared_.num_unsolved = 0;
+    }
+    __syncthreads();
+    return true;
+  }
+
+  __device__ __forceinline__ bool is_filtered(int which) const {
+    return shared_.reading[which].kind == LawKind::logits && shared_.filters[which].any(vocab_);
+  }
+
+  __device__ __forceinline__ float* lanes(uint32_t row) const {
+    if (args_.lanes == nullptr || !is_filtered(of_target(row) ? 0 : 1)) return nullptr;
+    return args_.lanes + ((b_ * (2 * args_.most_drafts + 3) + row) * tiles_) * kWarpSize;
+  }
+
+  // `raw`: the first of them.
+  __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
+#pragma unroll 1
+    while (tiles.any()) {
+      const uint32_t row = tiles.row(), index = tiles.index();
+      tiles.move_on();
+      RawTile<kType> next;
+      if (tiles.any()) tiles.load(next);
+      if (is_wanted(row)) {
+        float lane_max = -infinity();
+        const TileStats found = stats_of_tile(raw, shared_.reading[of_target(row) ? 0 : 1], lane_max);
+        if (lane_id() == 0)
+          *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
+        if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
+      }
+      raw = next;
+    }
+  }
+
+  // What can be known of the nodes before any law is. By one warp, a lane for each node.
+  __device__ __forceinline__ void look_ahead() {
+    const int32_t node = lane_id();
+    ChainNode found{};
+    found.token = -1;
+    if (node >= 1 && node <= drafts_) {
+      const int64_t token = read_number(args_.draft_tokens, b_, node - 1);
+      if (token >= 0 && token < static_cast<int64_t>(vocab_)) {
+        found.token = static_cast<int32_t>(token);
+        found.of_target = element(static_cast<uint32_t>(node - 1), static_cast<uint32_t>(token));
+        if (dense_) found.of_draft = element(draft_row(node - 1), static_cast<uint32_t>(token));
+      }
+    }
+    const uint64_t seed = *seed_, base = static_cast<uint64_t>(read_number(args_.base, b_));
+    found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
+    found.closing_bits = random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
+    shared_.nodes[node] = found;
+  }
+
+  // Whether this cluster is the one that goes on: all others of the request have read their share.
+  __device__ __forceinline__ bool goes_on() {
+    cluster_sync();
+    if (args_.clusters == 1) return true;
+    if (rank_ == 0 && warp_ == 0) {
+      uint32_t before = 0;
+      if (lane_id() == 0) before = add_in_order(args_.arrivals + b_, 1u);
+      const bool last = __shfl_sync(kAllLanes, before, 0) == static_cast<uint32_t>(args_.clusters) - 1;
+      if (last && lane_id() == 0) args_.arrivals[b_] = 0;
+      if (static_cast<uint32_t>(lane_id()) < size_)
+        of_block(&shared_, static_cast<uint32_t>(lane_id()))->is_last = last ? 1 : 0;
+    }
+    cluster_sync();
+    return shared_.is_last != 0;
+  }
+
+  // The rows are dealt out to the warps of all blocks.
+  __device__ __forceinline__ void make_laws() {
+    const uint32_t rows = dense_ ? draft_row(drafts_) : static_cast<uint32_t>(drafts_) + 1;
+    if (is_filtered(0) || (dense_ && is_filtered(1)))
+      return make_filtered_laws(args_, shared_, rows, drafts_, dense_);
+#pragma unroll 1
+    for (uint32_t row = warp_ * size_ + rank_; row < rows; row += size_ * kWarps) {
+      if (is_wanted(row)) publish(row, law_of(row), node_of(row));
+    }
+  }
+
+  // The node whose token was drawn behind a row.
+  __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
+    const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
+    if (node <= static_cast<uint32_t>(drafts_)) return *of_block(&shared_.nodes[node], 0);
+    ChainNode none{};
+    none.token = -1;
+    return none;
+  }
+
+  // law_of_stats() of cuda/law.cuh for a row without filters, four tiles a lane at a time.
+  __device__ __forceinline__ RowLaw law_of(uint32_t row) const {
+    const TileStats* const tile = stats(row);
+    const RowReading& reading = shared_.reading[of_target(row) ? 0 : 1];
+    const auto read = [&](uint32_t first, int i) {
+      const uint32_t index = first + i * kWarpSize + lane_id();
+      return index < tiles_ ? __ldcg(reinterpret_cast<const float2*>(tile + index))
+                            : make_float2(-infinity(), 0.0f);
+    };
+    float high = -infinity();
+    bool regular = true;
+    float2 found[4];
+#pragma unroll 1
+    for (uint32_t first = 0; first < tiles_; first += 4 * kWarpSize) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found[i] = read(first, i);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        high = fmaxf(high, found[i].x);
+        regular = regular && found[i].y <= static_cast<float>(kTile + 1) &&
+                  (reading.kind == LawKind::point || found[i].x < infinity());
+      }
+    }
+    RowLaw law;
+    law.max = max_of_warp(high);
+    law.usable = __all_sync(kAllLanes, regular) != 0 && law.max > -infinity();
+    if (reading.kind == LawKind::point || !law.usable) {
+      law.top = lowest(row, law.max);
+      law.max = 0.0f;
+      return law;
+    }
+    law.kind = LawKind::logits;
+    law.scale = reading.scale;
+    law.cut = reading.floor_below(law.max);
+    uint64_t mass = 0;
+#pragma unroll 1
+    for (uint32_t first = 0; first < tiles_; first += 4 * kWarpSize) {
+      if (tiles_ > 4 * kWarpSize) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) found[i] = read(first, i);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mass += mass_of_stats({found[i].x, found[i].y}, law);
+    }
+    law.mass = sum_of_masses(mass);
+    return law;
+  }
+
+  // Lowest id of the largest element of a row; 0 if the row has none. By one warp.
+  __device__ __forceinline__ int64_t lowest(uint32_t row, float high) const {
+    if (!(high > -infinity())) return 0;
+    uint32_t first = ~0u;
+    for (uint32_t index = lane_id(); index < tiles_ && first == ~0u; index += kWarpSize) {
+      if (__ldcg(&stats(row)[index].max) == high) first = index;
+    }
+    first = __reduce_min_sync(kAllLanes, first);
+    if (first == ~0u) return 0;
+    RawTile<kType> raw;
+    TileOfRow<kType, kAligned>::load(raw, row_data(row), vocab_, first);
+    LaneTile tile;
+    raw.unpack(tile);
+    uint32_t place = ~0u;
+#pragma unroll
+    for (int i = 31; i >= 0; --i) {
+      if (tile.x[i] == high) place = static_cast<uint32_t>(LaneTile::element_of(i));
+    }
+    return static_cast<int64_t>(first) * kTile + __reduce_min_sync(kAllLanes, place);
+  }
+
+  // The law of a row, and what it says of the drafted token, to every block. By one warp.
+  __device__ __forceinline__ void publish(uint32_t row, const RowLaw& law, const ChainNode& node) {
+    double prob = 0.0;
+    if (node.token >= 0 && law.usable) {
+      prob = law.kind == LawKind::point
+                 ? (node.token == law.top ? 1.0 : 0.0)
+                 : probability_in(law, of_target(row) ? node.of_target : node.of_draft);
+    }
+    if (static_cast<uint32_t>(lane_id()) < size_)
+      *of_block(&shared_.records[row], static_cast<uint32_t>(lane_id())) = {law, prob};
+  }
+
+  __device__ __forceinline__ RowTask task_of(uint32_t row) const {
+    return {{row_data(row), kType, vocab_}, shared_.reading[of_target(row) ? 0 : 1], stats(row), lanes(row)};
+  }
+
+  // Static: an object whose address is passed on lives in memory.
+  static __device__ __noinline__ void make_filtered_laws(const ChainArgs& args, ChainShared& shared,
+                                                         uint32_t rows, int32_t drafts, bool dense) {
+    ChainRows chain(args, shared);
+    chain.drafts_ = drafts;
+    chain.dense_ = dense;
+    chain.make_filtered_laws(rows);
+  }
+
+  __device__ __forceinline__ void make_filtered_laws(uint32_t rows) {
+#pragma unroll 1
+    for (uint32_t row = rank_; row < rows; row += size_) {
+      if (!is_wanted(row)) continue;
+      const RowTask task = task_of(row);
+      const Filters& filters = shared_.filters[of_target(row) ? 0 : 1];
+      RowLaw law = law_of_stats(task);
+      __syncthreads();
+      if (law.usable && law.kind == LawKind::logits && filters.any(vocab_)) {
+        if (!BlockFilter(task, shared_.filter).run(filters, law)) {
+          __syncthreads();
+          if (threadIdx.x == 0) {
+            ChainShared* first = of_block(&shared_, 0);
+            first->unsolved[atomicAdd(&first->num_unsolved, 1)] = static_cast<int32_t>(row);
+          }
+          continue;
+        }
+        law.mass = mass_of_row(task.stats, tiles_, law);
+      }
+      if (warp_ == 0) publish(row, law, node_of(row));
+      __syncthreads();
+    }
+    cluster_sync();
+    const ChainShared* first = of_block(&shared_, 0);
+    const int32_t count = first->num_unsolved;
+#pragma unroll 1
+    for (int32_t i = 0; i < count; ++i) {
+      const uint32_t row = static_cast<uint32_t>(first->unsolved[i]);
+      const RowTask task = task_of(row);
+      RowLaw law;
+      law.kind = LawKind::logits;
+      law.scale = task.reading.scale;
+      law.max = extremes_of(task.stats, tiles_, law.kind).max;
+      ClusterFilter(task, shared_.filter).run(shared_.filters[of_target(row) ? 0 : 1], law);
+      if (rank_ != 0 || warp_ != 0) continue;
+      law.mass = mass_of_row(task.stats, tiles_, law);
+      publish(row, law, node_of(row));
+    }
+  }
+
+  const ChainArgs& args_;
+  ChainShared& shared_;
+  const uint32_t rank_, size_, warp_;
+  int64_t b_;
+  uint32_t part_, vocab_, tiles_;
+  TileStats* stats_;
+  const uint64_t* seed_ = nullptr;
+  int32_t drafts_ = 0, status_ = 0;
+  bool usable_ = true, greedy_ = false, dense_ = false;
+};
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,117 @@
+// Tiles of rows whose dtype is known when this is compiled. Nothing is looked at twice: what is cut by the
+// end of a row, or reaches too far below its largest element, is summed on the spot.
+#pragma once
+
+#include "cuda/tile_stats.cuh"
+
+namespace foretoken::cuda {
+
+template <DType kType, bool kAligned>
+struct TileOfRow {
+  static constexpr int kBytes = RawTile<kType>::kBytes;
+  static constexpr int kLoads = RawTile<kType>::kLoads;
+  static constexpr int kEach = 16 / kBytes;  // elements of one load
+
+  // A tile; what lies behind the row's end is -infinity. kAligned: rows begin and end at multiples of 16
+  // bytes.
+  static __device__ __forceinline__ void load(RawTile<kType>& raw, const void* data, uint32_t size,
+                                              uint32_t index) {
+    if (kAligned && (index + 1) * kTile <= size) return raw.load(data, index);
+#pragma unroll
+    for (int i = 0; i < 4 * kLoads; ++i) {
+      raw.words[i] =
+          load_words(data, size, index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * kEach);
+    }
+  }
+
+  static __device__ __forceinline__ uint4 load_words(const void* data, uint32_t size, uint32_t at) {
+    constexpr uint32_t kPad = minus_infinity_bits<kType>();
+    constexpr uint32_t kPads = kBytes == 4 ? kPad : kPad << 16 | kPad;
+    uint4 words = make_uint4(kPads, kPads, kPads, kPads);
+    if constexpr (kAligned) {
+      const char* base = static_cast<const char*>(data) + static_cast<uint64_t>(at) * kBytes;
+      if (at < size) words = __ldg(reinterpret_cast<const uint4*>(base));
+    } else if constexpr (kBytes == 4) {
+      const uint32_t* elements = static_cast<const uint32_t*>(data);
+      if (at < size) words.x = elements[at];
+      if (at + 1 < size) words.y = elements[at + 1];
+      if (at + 2 < size) words.z = elements[at + 2];
+      if (at + 3 < size) words.w = elements[at + 3];
+    } else {
+      const uint16_t* elements = static_cast<const uint16_t*>(data);
+      uint32_t* word = &words.x;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t low = at + 2 * w < size ? elements[at + 2 * w] : kPad;
+        const uint32_t high = at + 2 * w + 1 < size ? elements[at + 2 * w + 1] : kPad;
+        word[w] = low | high << 16;
+      }
+    }
+    return words;
+  }
+};
+
+template <DType kType>
+__device__ __forceinline__ void unpack_words(const uint4& words, float* out) {
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (kType == DType::float32) {
+      out[w] = __uint_as_float(word[w]);
+    } else if constexpr (kType == DType::bfloat16) {
+      out[2 * w] = __uint_as_float(word[w] << 16);
+      out[2 * w + 1] = __uint_as_float(word[w] & 0xFFFF0000u);
+    } else {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[w]));
+      out[2 * w] = pair.x;
+      out[2 * w + 1] = pair.y;
+    }
+  }
+}
+
+// The first quarter of a tile; the others move up.
+template <DType kType>
+__device__ __forceinline__ Eight next_quarter(RawTile<kType>& raw) {
+  constexpr int kLoads = RawTile<kType>::kLoads;
+  Eight eight;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) unpack_words<kType>(raw.words[i], eight.x + i * (8 / kLoads));
+#pragma unroll
+  for (int i = 0; i < 3 * kLoads; ++i) raw.words[i] = raw.words[i + kLoads];
+  return eight;
+}
+
+// `lane_max`: the largest of the 32 elements that this lane holds.
+template <DType kType>
+__device__ __forceinline__ TileStats stats_of_tile(RawTile<kType>& raw, const RowReading& reading,
+                                                   float& lane_max) {
+  if (reading.kind == LawKind::point) {
+    const TileStats stats = stats_of_greedy(raw);
+    if (stats.sum != kAgain) return stats;
+  }
+  float high, low;
+  raw.extremes(high, low);
+  high = high == high ? high : -infinity();
+  lane_max = high;
+  const float max = max_of_warp(high);
+  if (reading.kind == LawKind::point) return {max, __int_as_float(0x7FC00000)};
+  const float anchor = max > -infinity() ? max : 0.0f;
+  // Nearly always every element has a weight; then none has to be compared.
+  if (!__any_sync(kAllLanes, low < anchor - reading.surely)) {
+    LaneTile tile;
+    raw.unpack(tile);
+    return {max, sum_of_tile([&](int i) { return exp2_scaled(tile.x[i] - anchor, reading.scale); })};
+  }
+  const float cut = reading.floor_below(anchor);
+  PinnedSum sum;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    Eight x = next_quarter(raw);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x.x[j] = weight_of_logit(x.x[j], anchor, reading.scale, cut);
+    sum.add(quarter, x);
+  }
+  return {max, sum.total()};
+}
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,109 @@
+#include "cuda/verify_chain.hpp"
+
+#include <type_traits>
+
+#include "cuda/chain.cuh"
+#include "cuda/launch.hpp"
+
+namespace foretoken::cuda {
+
+namespace {
+
+template <DType kType, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_constant__ ChainArgs args) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  ChainVerifier<kType, kAligned>(args, *reinterpret_cast<ChainShared*>(memory)).run();
+}
+
+int64_t tiles_in(const VerifyArgs& args) { return (args.target_logits.shape[2] + kTile - 1) / kTile; }
+
+int64_t rows_in(const VerifyArgs& args) {
+  const int64_t drafts = args.draft_tokens.shape[1];
+  return drafts + 1 + (args.draft_logits ? drafts : 0);
+}
+
+Numbers numbers_of(const TensorView& view) {
+  Numbers numbers;
+  numbers.data = view.data;
+  for (int d = 0; d < view.rank && d < 2; ++d) numbers.strides[d] = view.strides[d];
+  numbers.wide = view.dtype == DType::int64;
+  return numbers;
+}
+
+bool aligned(const TensorView& logits) {
+  const int64_t bytes = bytes_of(logits.dtype);
+  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.strides[0] * bytes % 16 == 0 &&
+         logits.strides[1] * bytes % 16 == 0 && logits.shape[2] * bytes % 16 == 0;
+}
+
+ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch, int32_t clusters) {
+  ChainArgs chain;
+  const auto rows = [](const TensorView& view) {
+    return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
+  };
+  chain.target = rows(args.target_logits);
+  const bool reads_laws =
+      args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
+  if (reads_laws) chain.draft = rows(args.draft_logits);
+  chain.vocab = args.target_logits.shape[2];
+  chain.most_drafts = static_cast<int32_t>(args.draft_tokens.shape[1]);
+  chain.rule = args.rule;
+  chain.draft_tokens = numbers_of(args.draft_tokens);
+  chain.num_drafts = numbers_of(args.num_drafts);
+  chain.base = numbers_of(args.base);
+  chain.slots = numbers_of(args.slots);
+  chain.sampling = args.sampling;
+  chain.draft_sampling = args.draft_sampling;
+  chain.tokens = numbers_of(args.tokens);
+  chain.path = numbers_of(args.path);
+  chain.num_emitted = numbers_of(args.num_emitted);
+  chain.num_accepted = numbers_of(args.num_accepted);
+  chain.next_token = numbers_of(args.next_token);
+  chain.next_lengths = numbers_of(args.next_lengths);
+  chain.status = numbers_of(args.status);
+  chain.clusters = clusters;
+  chain.stats = scratch.stats;
+  chain.lanes = scratch.lanes;
+  chain.arrivals = scratch.arrivals;
+  return chain;
+}
+
+}  // namespace
+
+bool takes_chains(const VerifyArgs& args) {
+  const TensorView &target = args.target_logits, &draft = args.draft_logits;
+  const bool alike = !draft || (draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
+                                draft.shape[1] >= args.draft_tokens.shape[1]);
+  const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal ||
+                    args.rule == Rule::target_only;
+  const bool plain = !args.parents && !args.row_offsets && !args.rules && !args.draft_probs &&
+                     !args.topk_ids && !args.draft_row && !args.draft_records && !args.vocab_map &&
+                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
+  const bool asked = args.path_rows || args.processed.chosen || args.processed.top_tokens ||
+                     args.raw.chosen || args.raw.top_tokens;
+  return alike && rule && plain && !asked && args.draw != Draw::iid_paths &&
+         args.draft_tokens.shape[1] <= kMostChainDrafts &&
+         args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
+}
+
+void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+  const int64_t batch = args.draft_tokens.shape[0];
+  const bool whole = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
+  const auto launch = [&](auto dtype, auto is_whole) {
+    constexpr auto kKernel = verify_chain_kernel<decltype(dtype)::value, decltype(is_whole)::value>;
+    const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared), device);
+    const Shape shape = chain_shape(room, batch, rows_in(args), tiles_in(args));
+    launch_clusters(kKernel, batch * shape.clusters, shape.cluster, sizeof(ChainShared), stream,
+                    chain_args_of(args, scratch, shape.clusters));
+  };
+  const auto with_dtype = [&](auto dtype) {
+    whole ? launch(dtype, std::true_type{}) : launch(dtype, std::false_type{});
+  };
+  switch (args.target_logits.dtype) {
+    case DType::float32: return with_dtype(std::integral_constant<DType, DType::float32>{});
+    case DType::bfloat16: return with_dtype(std::integral_constant<DType, DType::bfloat16>{});
+    default: return with_dtype(std::integral_constant<DType, DType::float16>{});
+  }
+}
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,23 @@
+// Verification of plain chains by a kernel of its own: a hundredth of the general one's instructions, which
+// run once each and would take longer to fetch than the rows take to read.
+#pragma once
+
+#include "ops/verify.hpp"
+
+namespace foretoken::cuda {
+
+// Whether verify_chains() can serve a call; judged from what the host knows of it.
+bool takes_chains(const VerifyArgs& args);
+
+struct TileStats;
+
+// Memory of the caller's, as in ChainArgs.
+struct ChainScratch {
+  TileStats* stats;
+  float* lanes;
+  uint32_t* arrivals;
+};
+
+void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
+
+}  // namespace foretoken::cuda
