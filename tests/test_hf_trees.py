@@ -339,8 +339,18 @@ def test_attached_models_take_trees(toy, repeating):
 
 
 def test_what_is_no_plan_is_refused(toy, repeating):
-    with pytest.raises(TypeError, match="tree: expected a TreePlan or None, got int"):
+    with pytest.raises(TypeError, match=r"tree: expected a TreePlan, .* or None, got 16"):
         generate(toy, **repeating, drafter="ngram", tree=16, max_new_tokens=5)
+
+
+def test_auto_is_the_same_text_and_chains_where_there_are_no_trees(toy, repeating):
+    draft = hf_toys.disturbed(toy, 0.05)
+    for drafter in ("ngram", draft):
+        counters = same(toy, repeating, drafter, max_new_tokens=40, tree="auto").foretoken.counters
+        assert counters.draft_tokens > 5 * counters.drafts  # some were trees
+    model = tiny_model("bloom")
+    figures = same(model, repeating, max_new_tokens=20, tree="auto").foretoken
+    assert figures.counters.draft_tokens <= 5 * figures.counters.drafts
 
 
 def test_models_without_trees_are_refused_before_the_first_round(repeating):

@@ -18,7 +18,7 @@ from foretoken.sampling import Sampling
 from foretoken.session import Session
 from foretoken.tree import TreePlan
 from goodness import assert_fits, assert_misfits, fit
-from reference import softmax
+from reference import Filters, row_law
 from toys import (
     GREEDY,
     VOCAB,
@@ -151,7 +151,18 @@ def model_drafter(logits, max_batch, max_length=80, *, seed=99, share=0.7):
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
-@pytest.mark.parametrize("plan", [PLAN, TreePlan(16, 4, 5), TreePlan(3, 16, 2), TreePlan(40, 2, 9)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PLAN,
+        TreePlan(16, 4, 5),
+        TreePlan(3, 16, 2),
+        TreePlan(40, 2, 9),
+        TreePlan(16, 4, 5, "without_replacement"),
+        TreePlan(9, 2, 4, "iid"),
+    ],
+    ids=str,
+)
 def test_model_trees_give_the_plain_text(plan, max_batch):
     """Both caches are held against the text at every step; the drafter's between its levels, too."""
     asks = some_asks(12, seed=7, vocab=VOCAB, eos_ids=(3,))
@@ -328,6 +339,25 @@ def test_kinds_and_counters_of_a_tree():
     assert session.generated(request) == greedy(TABLE, Ask([1, 2], 6))[0]
 
 
+def test_ends_are_held_open_by_depth():
+    """A request below its minimum cannot end at any node of its tree, wherever its column stands."""
+    ends = tuple(range(0, VOCAB, 2))
+    for seed in range(6):
+        session, target = session_with(RandomTrees(TABLE, seed))
+        request = session.admit([1, 2], GREEDY, max_new_tokens=30, eos_ids=ends, min_new_tokens=9)
+        for _ in rounds(session, target):
+            pass
+        text = [1, 2]
+        while True:
+            law = TABLE[context_of(text)].clone()
+            if len(text) - 2 < 9:
+                law[list(ends)] = -torch.inf
+            text.append(int(law.argmax()))
+            if text[-1] in ends or len(text) == 32:
+                break
+        assert session.generated(request) == text[2:]
+
+
 # ---- laws ----
 
 SMALL, LENGTH = 4, 3
@@ -335,21 +365,27 @@ SMALL_TABLE = table(SMALL, seed=3, spread=1.2)
 PROMPT = [2, 1, 1, 2, 3, 1, 0, 2, 1]
 
 
-def exact_law() -> np.ndarray:
-    law = np.zeros((SMALL,) * LENGTH)
+def exact_law(law: Sampling | None = None) -> np.ndarray:
+    cells = np.zeros((SMALL,) * LENGTH)
+    filters = Filters() if law is None else Filters(law.temperature, law.top_k, law.top_p)
     for text in itertools.product(range(SMALL), repeat=LENGTH):
         mass = 1.0
         for i, token in enumerate(text):
-            mass *= softmax(SMALL_TABLE[context_of(PROMPT + list(text[:i]))].tolist())[token]
-        law[text] = mass
-    return law.ravel()
+            mass *= row_law(SMALL_TABLE[context_of(PROMPT + list(text[:i]))].tolist(), filters)[token]
+        cells[text] = mass
+    return cells.ravel()
 
 
-def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=2000, logits=SMALL_TABLE) -> np.ndarray:
-    session, target = session_with(drafter, max_batch=100, max_length=24, plan=plan, logits=logits, rule=rule)
+def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=2000, law=None) -> np.ndarray:
+    session, target = session_with(
+        drafter, max_batch=100, max_length=24, plan=plan, logits=SMALL_TABLE, rule=rule
+    )
     if isinstance(drafter, RandomTrees):
         drafter.tokens_of = session.tokens
-    requests = [session.admit(PROMPT, Sampling(seed=seed), max_new_tokens=LENGTH) for seed in range(texts)]
+    requests = [
+        session.admit(PROMPT, replace(law or Sampling(), seed=seed), max_new_tokens=LENGTH)
+        for seed in range(texts)
+    ]
     for _ in rounds(session, target):
         pass
     cells = torch.tensor([session.generated(request) for request in requests])
@@ -369,6 +405,72 @@ def test_sampled_texts_of_model_trees_have_the_plain_law(rule):
     _, drafter = model_drafter(SMALL_TABLE, 100, 24, seed=9, share=0.4)
     counts = counts_of_texts(drafter, TreePlan(nodes=5, branches=2, depth=2), rule=rule)
     assert_fits(fit(counts, exact_law()), rule)
+
+
+FILTERED = Sampling(temperature=0.8, top_k=3, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("draw", "law", "rule"),
+    [
+        ("iid", Sampling(), "auto"),
+        ("iid", FILTERED, "auto"),
+        ("without_replacement", FILTERED, "auto"),
+        ("without_replacement", Sampling(), "rrs"),
+    ],
+)
+def test_sampled_texts_of_drawn_trees_have_the_plain_law(draw, law, rule):
+    plan = TreePlan(nodes=6, branches=3, depth=2, draw=draw)
+    _, drafter = model_drafter(SMALL_TABLE, 100, 24, seed=9, share=0.4)
+    counts = counts_of_texts(drafter, plan, law=law, rule=rule, texts=1500)
+    assert_fits(fit(counts, exact_law(law)), draw)
+
+
+def test_drawn_trees_that_are_sorted_afterwards_shift_the_law():
+    """The control: siblings sorted by probability after the draw."""
+
+    class Sorting(ModelDrafter):
+        def propose(self, context, budget):
+            said = super().propose(context, budget)
+            if said.draft_topk is None:
+                return said
+            ids, probs = said.draft_topk
+            rows = torch.arange(len(ids))
+            first, second = ids[:, 0] == said.tokens[:, :1], ids[:, 0] == said.tokens[:, 1:2]
+            worse = (probs[:, 0] * first).sum(1) < (probs[:, 0] * second).sum(1)
+            swap = torch.where(worse, 1, 0)
+            tokens = said.tokens.clone()
+            tokens[:, 0], tokens[:, 1] = said.tokens[rows, swap], said.tokens[rows, 1 - swap]
+            return replace(said, tokens=tokens)
+
+    draft = TableModel(alike(SMALL_TABLE, 9, 0.4), 100, 24)
+    draft.ahead = True
+    drafter = Sorting(draft, max_batch=100, vocab_size=SMALL, max_length=24)
+    counts = counts_of_texts(drafter, TreePlan(2, 2, 1, "without_replacement"), texts=3000)
+    assert_misfits(fit(counts, exact_law()), "sorted after the draw")
+
+
+def test_shapes_of_drawn_trees():
+    """Budget, branches and depth are kept; draws without replacement differ, those with it need not."""
+    for draw, rows in (("without_replacement", 8), ("iid", 8)):
+        plan = TreePlan(nodes=11, branches=3, depth=4, draw=draw)
+        _, drafter = model_drafter(TABLE, rows)
+        session, target = session_with(drafter, max_batch=rows, plan=plan)
+        for i in range(rows):
+            session.admit([1, i], Sampling(seed=i), max_new_tokens=3 + 4 * i)
+        target(session.plan())
+        session.commit(None)
+        step = session.plan()
+        equal = 0
+        for row, count in enumerate(step.num_tokens.tolist()):
+            parents = session.parents(step)[row, : count - 1].tolist()
+            tokens = step.tokens[row, 1:count].tolist()
+            depth = max((step.positions[row, :count] - step.lengths[row]).tolist())
+            assert depth == min(4, 2 + 4 * row)
+            assert count - 1 == (11 if row > 0 else 6)
+            assert max(parents.count(node) for node in range(count)) <= 3
+            equal += len(tokens) - len(set(zip(parents, tokens, strict=True)))
+        assert (equal > 0) == (draw == "iid")
 
 
 def test_a_tree_declared_as_draws_shifts_the_law():

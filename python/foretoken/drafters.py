@@ -15,6 +15,7 @@ from foretoken import _core, ops
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Shape, Step, StepViews
 from foretoken.tree import TreePlan
+from foretoken.tree.draws import SampledGrowth
 from foretoken.tree.growth import ConfidenceGrowth, GrownTrees, Rows
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
@@ -29,8 +30,9 @@ Compact = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 class Proposal:
     """What a drafter proposes for B rows, and the law it drew from.
 
-    Without ``draft_logits`` and ``draft_probs`` the proposal is deterministic (a point law). The declared law
-    is the one the tokens were really drawn from, whatever else: that is what keeps the output exact.
+    Without ``draft_logits``, ``draft_probs`` and ``draft_topk`` the proposal is deterministic (a point law).
+    The declared law is the one the tokens were really drawn from, whatever else: that is what keeps the
+    output exact.
     """
 
     tokens: Tensor
@@ -41,6 +43,8 @@ class Proposal:
     """``[B, M, V]``: row i is what draft i was drawn from, through ``draft_sampling``."""
     draft_probs: Tensor | None = None
     """``[B, M, V]``: the same as final probabilities."""
+    draft_topk: tuple[Tensor, Tensor] | None = None
+    """Ids and probabilities ``[B, M, k]``: the same as short lists."""
     draft_row: Tensor | None = None
     """int32 ``[B, K + 1]``: the law row that the children of each node were drawn from (in a chain
     draft i is the child of node i), -1 for a point law; None: row r for node r.
@@ -60,11 +64,15 @@ class Proposal:
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.index_select(0, rows)
 
+        topk = self.draft_topk
         return Proposal(
             tokens=self.tokens.index_select(0, rows),
             num_drafts=self.num_drafts.index_select(0, rows),
             draft_logits=pick(self.draft_logits),
             draft_probs=pick(self.draft_probs),
+            draft_topk=None
+            if topk is None
+            else (topk[0].index_select(0, rows), topk[1].index_select(0, rows)),
             draft_row=pick(self.draft_row),
             draft_sampling=self.draft_sampling,
             parents=pick(self.parents),
@@ -335,7 +343,7 @@ class ModelDrafter:
         self._draws = torch.empty(max_batch, dtype=torch.int64)
         self._rows = _Rows()
         self._law: Tensor | None = None
-        self._growth: tuple[TreePlan, ConfidenceGrowth] | None = None
+        self._growth: tuple[TreePlan, ConfidenceGrowth | SampledGrowth] | None = None
         self._grown: GrownTrees | None = None
         self.forward_seconds = 0.0
 
@@ -380,35 +388,31 @@ class ModelDrafter:
     def _propose_trees(self, context: Context, plan: TreePlan, budget: Tensor) -> Proposal:
         if self._growth is None or self._growth[0] != plan:
             self._mover()
-            self._growth = plan, ConfidenceGrowth(plan, lambda step: self._fit(self._run(step)))
+            kind = ConfidenceGrowth if plan.draw == "deterministic" else SampledGrowth
+            self._growth = plan, kind(plan, lambda step: self._fit(self._run(step)))
         growth = self._growth[1]
         depth = growth.depth_in(self.max_length - context.lengths).minimum(budget).to(torch.int32)
         most = self._steps.begin(context.slots, context.lengths, depth)
-        rows, columns = budget.shape[0], context.max_nodes
-        tokens = torch.zeros(rows, columns, dtype=torch.int64)
-        parents = torch.zeros(rows, columns, dtype=torch.int32)
-        num_drafts = torch.zeros(rows, dtype=torch.int32)
-        if most > 0:
-            with torch.inference_mode():
-                step, logits = self._catch_up(context)
-                active = self._active[: len(step.slots)].clone()
-                last = self._fit(_last_rows(logits, step))
-                self._steps.rooted()
-                drafting = Rows(
-                    context.slots[active],
-                    context.lengths[active],
-                    [context.requests[row] for row in active.tolist()],
-                    self._num_drafts[:rows][active].to(torch.int64),
-                    context.nodes[active],
-                    (context.nodes <= budget)[active],
-                )
-                self._grown = growth.grow(last, drafting)
-            final = self._grown.tree
-            found = final.tokens.shape[1]
-            tokens[active, :found] = final.tokens.to(torch.int64)
-            parents[active, :found] = final.parents
-            num_drafts[active] = final.num_drafts
-        return Proposal(tokens, num_drafts, parents=parents)
+        rows = budget.shape[0]
+        if most == 0:
+            nothing = torch.zeros(rows, dtype=torch.int32)
+            return Proposal(torch.zeros(rows, 0, dtype=torch.int64), nothing)
+        with torch.inference_mode():
+            step, logits = self._catch_up(context)
+            active = self._active[: len(step.slots)].clone()
+            last = self._fit(_last_rows(logits, step))
+            self._steps.rooted()
+            drafting = Rows(
+                context.slots[active],
+                context.lengths[active],
+                [context.requests[row] for row in active.tolist()],
+                self._num_drafts[:rows][active].to(torch.int64),
+                context.nodes[active],
+                (context.nodes <= budget)[active],
+            )
+            grown = growth.grow(last, drafting, context.base[active], context.sampling)
+        self._grown = grown
+        return Proposal(**grown.spread(active, rows), draw=plan.draw)
 
     def _mover(self) -> Compact:
         compact: Compact | None = getattr(self.forward, "compact", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foretoken import ops
+from foretoken.sampling import SamplingTable
 from foretoken.step import WORD_BITS, Step, StepTree
 from foretoken.tree.plan import TreePlan
 
@@ -33,12 +34,39 @@ class Rows:
 
 @dataclass(slots=True)
 class GrownTrees:
-    """Trees of the rows, and where their nodes stand in the drafter's cache."""
+    """Trees of the rows, their law, and where their nodes stand in the drafter's cache."""
 
     rows: Rows
-    tree: ops.FinalTree
+    tokens: Tensor
+    """int32 or int64 ``[A, N]``."""
+    parents: Tensor
+    """int32 ``[A, N]``."""
+    num_drafts: Tensor
+    """int32 ``[A]``."""
     fed: Tensor
     """int64 ``[A, N]``: cache rows from the root's to that of node i + 1, -1: it was not fed."""
+    law: tuple[Tensor, Tensor] | None = None
+    """Ids and probabilities ``[A, M, k]`` of what was drawn; None: nodes were chosen."""
+    draft_row: Tensor | None = None
+    """int32 ``[A, N + 1]``, with a law."""
+
+    def spread(self, places: Tensor, batch: int) -> dict[str, Any]:
+        """The fields of a proposal for ``batch`` rows, these at ``places``; the others draft nothing."""
+
+        def whole(part: Tensor, fill: int = 0) -> Tensor:
+            spread = torch.full((batch, *part.shape[1:]), fill, dtype=part.dtype)
+            spread[places] = part
+            return spread
+
+        fields: dict[str, Any] = {
+            "tokens": whole(self.tokens.to(torch.int64)),
+            "num_drafts": whole(self.num_drafts),
+            "parents": whole(self.parents),
+        }
+        if self.law is not None and self.draft_row is not None:
+            fields["draft_topk"] = whole(self.law[0]), whole(self.law[1])
+            fields["draft_row"] = whole(self.draft_row, -1)
+        return fields
 
     def settle(
         self, slots: Tensor, path: Tensor, num_accepted: Tensor
@@ -85,8 +113,8 @@ class ConfidenceGrowth:
         """The deepest tree that needs no more than ``room`` cache rows, the root's included."""
         return 1 + torch.div(room - 1, self._frontier, rounding_mode="floor")
 
-    def grow(self, logits: Tensor, rows: Rows) -> GrownTrees:
-        """Trees from the logits behind the roots, ``[A, V]``."""
+    def grow(self, logits: Tensor, rows: Rows, base: Tensor, sampling: SamplingTable) -> GrownTrees:
+        """Trees from the logits behind the roots, ``[A, V]``. No random number is used."""
         count, k, width = logits.shape[0], self._plan.branches, self._frontier
         levels = min(self._levels, int(rows.depth.max()))
         size = k + (levels - 1) * width * k
@@ -95,7 +123,7 @@ class ConfidenceGrowth:
         parents = torch.full((count, size), -1, dtype=torch.int32)
         fed = torch.full((count, size), -1)
         level = ops.draft_topk(logits, k)
-        words = _words(1 + (levels - 1) * width)
+        words = words_of(1 + (levels - 1) * width)
         seen = words[:1].expand(count, 1, -1)
         start = 0
         live = torch.arange(count)
@@ -117,16 +145,16 @@ class ConfidenceGrowth:
             seen = seen | words[first : first + order.shape[1]]
             fed[live[:, None], entries] = first + torch.arange(order.shape[1])
             chosen = tokens[live[:, None], entries].clamp_min(0).to(torch.int64)
-            found = self._forward(_step(rows, live, chosen, seen, first, depth))
+            found = self._forward(level_step(rows, live, chosen, seen, first, depth))
             level = ops.draft_topk(found, k, scores=values.gather(1, order), entries=entries)
             start = end
         final = ops.finalize_tree(tokens, scores, parents, int(rows.nodes.max()), budget=rows.nodes)
         source = final.source.to(torch.int64)
         fed = fed.gather(1, source.clamp_min(0)).masked_fill_(source < 0, -1)
-        return GrownTrees(rows, final, fed)
+        return GrownTrees(rows, final.tokens, final.parents, final.num_drafts, fed)
 
 
-def _words(count: int) -> Tensor:
+def words_of(count: int) -> Tensor:
     """int64 ``[count, W]``: in word row i bit i alone."""
     places = torch.arange(count)
     words = torch.zeros(count, -(-count // WORD_BITS), dtype=torch.int64)
@@ -134,7 +162,7 @@ def _words(count: int) -> Tensor:
     return words
 
 
-def _step(rows: Rows, live: Tensor, tokens: Tensor, seen: Tensor, first: int, depth: int) -> Step:
+def level_step(rows: Rows, live: Tensor, tokens: Tensor, seen: Tensor, first: int, depth: int) -> Step:
     """A level's forward: ``tokens`` ``[R, n]`` go to the cache rows from ``first`` behind the root's on."""
     roots, slots = rows.lengths[live], rows.slots[live]
     count, columns = tokens.shape
