@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/cache.hpp"
 #include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
@@ -14,6 +15,7 @@
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
+#include "ops/cache.hpp"
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
@@ -23,6 +25,7 @@
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
 #ifdef FORETOKEN_HAS_CUDA
+#include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
 #include "cuda/prepare.hpp"
@@ -168,6 +171,20 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
   if (backend_for(device) == Backend::cpu) return cpu::commit(args);
 #ifdef FORETOKEN_HAS_CUDA
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void append(const AppendArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::append(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::append(args, device, stream);
+#endif
+}
+
+inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::compact(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::compact(args, device, stream);
 #endif
 }
 

@@ -24,6 +24,9 @@ BASE, TOP = 9, 2
 UNWRITTEN = -7
 INDEX = (torch.int32, torch.int64)
 REAL = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+ANY = (*REAL, *FLOAT8, *INDEX, torch.float64, torch.uint8, torch.bool)
+SLOTS, HEADS, SIZE = 16, 2, 8
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,20 @@ def call_tree_index(arguments: dict[str, Any]) -> None:
     out = {name[4:]: value for name, value in arguments.items() if name.startswith("out.")}
     rest = {name: value for name, value in arguments.items() if not name.startswith("out.")}
     ops.tree_index(**rest, out=ops.TreeIndex(**out))
+
+
+def cache(name: str, *dtypes: torch.dtype, fixed: tuple[int, ...]) -> Spec:
+    good = whole(UNWRITTEN, B, SLOTS, HEADS, SIZE, dtype=torch.float32)
+    return Spec(name, good, dtypes, fixed, rows=True, output=True)
+
+
+def call_append(arguments: dict[str, Any]) -> None:
+    ops.append(**arguments)
+
+
+def call_compact(arguments: dict[str, Any]) -> None:
+    caches = [torch.zeros(B, SLOTS, 1), arguments["caches[1]"]]
+    ops.compact(caches, **{name: value for name, value in arguments.items() if "[" not in name})
 
 
 def call_commit(arguments: dict[str, Any]) -> None:
@@ -312,6 +329,32 @@ OPERATIONS = (
             output("record", B, ops.record_width(N + 1, True), dtype=torch.int32, optional=True),
         ),
         call_commit,
+    ),
+    Operation(
+        "append",
+        (
+            Spec("k", reals(B, N, HEADS, SIZE), (*REAL, *FLOAT8), rows=True),
+            Spec("v", reals(B, N, HEADS, SIZE), (*REAL, *FLOAT8), fixed=(0, 1, 2), rows=True),
+            cache("k_cache", torch.float32, *FLOAT8, fixed=(2, 3)),
+            cache("v_cache", torch.float32, *FLOAT8, fixed=(0, 1, 2, 3)),
+            Spec("lengths", whole(2, B, dtype=torch.int64), INDEX, fixed=(0,)),
+            Spec("num_nodes", whole(N, B), (torch.int32,), fixed=(0,), optional=True),
+            Spec("block_table", lambda: torch.arange(B).view(B, 1), INDEX, fixed=(0,), optional=True),
+            output("status", B, dtype=torch.int32, optional=True),
+        ),
+        call_append,
+    ),
+    Operation(
+        "compact",
+        (
+            Spec("path", lambda: torch.tensor([[2, 3]] * B), INDEX),
+            Spec("lengths", whole(2, B, dtype=torch.int64), INDEX, fixed=(0,)),
+            Spec("num_accepted", whole(2, B), (torch.int32,), fixed=(0,)),
+            Spec("block_table", lambda: torch.arange(B).view(B, 1), INDEX, fixed=(0,), optional=True),
+            cache("caches[1]", *ANY, fixed=(0, 1)),
+            output("status", B, dtype=torch.int32, optional=True),
+        ),
+        call_compact,
     ),
     Operation(
         "draft_topk",

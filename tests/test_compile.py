@@ -231,6 +231,56 @@ def test_trees_grown_in_one_graph(backend):
     assert not expected.index.status.any()
 
 
+def moved(caches, target, k, v, lengths, path, num_accepted):
+    """A round's rows into the first two caches, and the path's together in all that the target names."""
+    written = ft.ops.append(k * 1.0, v, *caches[:2], lengths=lengths)
+    kept = ft.ops.compact(target, lengths=lengths, path=path, num_accepted=num_accepted)
+    return written, kept, caches[0][:, 3] + 1
+
+
+def moving(layout: str = "NHD") -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    shape = (2, 12, 1, 4) if layout == "NHD" else (2, 1, 12, 4)
+    caches = [torch.arange(96.0).view(shape) + 100 * i for i in range(3)]
+    return caches, {
+        "k": torch.randn(2, 4, 1, 4),
+        "v": torch.randn(2, 4, 1, 4),
+        "lengths": torch.tensor([2, 9]),
+        "path": torch.tensor([[2, 3], [3, -1]]),
+        "num_accepted": torch.tensor([2, 1], dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moves_in_caches(backend, planned):
+    """Also where the compiler gives the op copies: what they become has to arrive in the plan's tensors."""
+    (found, given), (expected, _) = moving(), moving()
+    targets = [ft.ops.CachePlan(caches) if planned else caches for caches in (found, expected)]
+    run = compiled(moved, backend)
+    for _ in range(2):
+        ours = run(found, targets[0], **given)
+        theirs = moved(expected, targets[1], **given)
+        for one, other in zip([*ours, *found], [*theirs, *expected], strict=True):
+            assert torch.equal(one, other)
+    assert theirs[0].tolist() == theirs[1].tolist() == [0, ft.Status.BAD_ROW]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_of_copies_keeps_its_layout(backend):
+    (found, given), (expected, _) = moving("HND"), moving("HND")
+
+    def step(caches, plan, lengths, path, num_accepted):
+        caches[0].add_(1.0)
+        status = ft.ops.compact(plan, lengths=lengths, path=path, num_accepted=num_accepted)
+        return status, caches[1] * 2
+
+    rest = {name: given[name] for name in ("lengths", "path", "num_accepted")}
+    plans = [ft.ops.CachePlan(caches, layout="HND") for caches in (found, expected)]
+    ours, theirs = compiled(step, backend)(found, plans[0], **rest), step(expected, plans[1], **rest)
+    for one, other in zip([*ours, *found], [*theirs, *expected], strict=True):
+        assert torch.equal(one, other)
+
+
 # -------------------------------------------------------------------------------------- what may change
 
 
@@ -377,6 +427,10 @@ def test_opcheck_of_the_others():
     check(calls, "sample", "tree_index", "tree_index")
     calls = registered_calls(lambda backend: compiled(grown, backend)(torch.randn(2, 4, 60), lengths))
     check(calls, "draft_topk", "draft_topk", "finalize_tree")
+    caches, given = moving()
+    plan = ft.ops.CachePlan(caches)
+    calls = registered_calls(lambda backend: compiled(moved, backend)(caches, plan, **given))
+    check(calls, "append", "compact")
 
 
 INDEX = [field.name for field in dataclasses.fields(TreeIndex)]
@@ -385,6 +439,8 @@ WRITTEN = {
     "sample": ["out", "logprobs", "status", "records"],
     "tree_index": INDEX,
     "commit": ["text", "base", "next_drafts", "ends", "record"],
+    "append": ["k_cache", "v_cache", "status"],
+    "compact": ["caches", "status"],
     "draft_topk": ["out_tokens", "out_scores", "out_parents", "status"],
     "finalize_tree": ["out_tokens", "out_parents", "num_drafts", "source", *INDEX],
 }
@@ -413,7 +469,8 @@ def check(calls: list[tuple[Any, tuple[Any, ...]]], *names: str) -> None:
     for (target, args), name in zip(calls, names, strict=True):
         for declared, value in zip(target.default._schema.arguments, args, strict=True):
             if declared.name in WRITTEN[name] and value is not None:
-                value.fill_(-7)  # else a second run would change nothing
+                for one in value if isinstance(value, list) else [value]:
+                    one.fill_(-7)  # else a second run would change nothing
         found = torch.library.opcheck(target.default, args)
         assert set(found.values()) == {"SUCCESS"}
 

@@ -125,6 +125,37 @@ def test_sizes_are_checked(max_batch, max_length):
         SlotCache([SHAPE], max_batch=max_batch, max_length=max_length)
 
 
+PATHS = st.lists(st.sets(st.integers(1, 7)).map(sorted), min_size=4, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    paths=PATHS, lengths=st.lists(st.integers(0, 4), min_size=4, max_size=4), order=st.permutations(range(4))
+)
+def test_an_accepted_path_is_a_list_too(paths, lengths, order):
+    """Layers of two shapes, slots in any order, one of them not in the round; nothing else changes."""
+    cache = SlotCache([SHAPE, LATENT, SHAPE], max_batch=4, max_length=12)
+    for layer in cache.layers:
+        for rows in (layer.keys, layer.values):
+            rows.copy_(torch.randn(rows.shape, dtype=rows.dtype))
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    slots = order[:3]
+    path = torch.full((3, 7), -1, dtype=torch.int32)
+    for row, slot in zip(path, slots, strict=True):
+        row[: len(paths[slot])] = torch.tensor(paths[slot], dtype=torch.int32)
+    counts = torch.tensor([len(paths[slot]) for slot in slots])
+    for _ in range(2):
+        cache.compact(torch.tensor(slots), torch.tensor([lengths[slot] for slot in slots]), path, counts)
+        for layer, (keys, values) in zip(cache.layers, before, strict=True):
+            for rows, old in ((layer.keys, keys), (layer.values, values)):
+                new = old.clone()
+                for slot in slots:
+                    for place, node in enumerate(paths[slot], start=lengths[slot] + 1):
+                        new[slot, :, place] = old[slot, :, lengths[slot] + node]
+                assert torch.equal(rows, new)
+                old.copy_(new)
+
+
 def test_buffers_are_zero_so_that_what_is_masked_stays_finite():
     cache = SlotCache([SHAPE], max_batch=2, max_length=6)
     assert not cache.layers[0].keys.any()

@@ -191,6 +191,8 @@ bool elements_are_apart(const TensorView& view) {
 
 Intake::Intake(const char* op) : op_(op) {}
 
+Intake::Intake(const char* op, Device device) : op_(op), device_(device), has_device_(true) {}
+
 Intake::~Intake() {
   for (const Owner& owner : owners_) release_managed(owner.managed, owner.versioned);
 }
@@ -255,39 +257,50 @@ TensorView Intake::take(py::handle object, const char* name, DTypes dtypes, std:
   if (!has_device_) {
     has_device_ = true;
     device_ = view.device;
-    exchange_ = exported.exchange;
   }
+  if (exchange_ == nullptr) exchange_ = exported.exchange;
   return view;
 }
 
+// Bytes reached over when every step by a multiple of `pitch` counts as none.
+uintptr_t Intake::Span::extent_modulo(uintptr_t pitch) const {
+  uintptr_t extent = bytes;
+  for (int i = 0; i < rank; ++i) {
+    if (steps[i] % pitch != 0) extent += static_cast<uintptr_t>(shape[i] - 1) * steps[i];
+  }
+  return extent;
+}
+
+// Parts of one wider buffer (columns of its rows, the keys and values of its heads) interleave without
+// touching: they repeat with the same pitch, and are apart modulo the pitch.
+bool Intake::Span::apart_from(const Span& other) const {
+  if (high <= other.low || other.high <= low) return true;
+  for (int i = 0; i < rank; ++i) {
+    const uintptr_t pitch = steps[i];
+    if (shape[i] == 1 || pitch == 0) continue;
+    const uintptr_t shift = (other.low % pitch + pitch - low % pitch) % pitch;
+    if (extent_modulo(pitch) <= shift && shift + other.extent_modulo(pitch) <= pitch) return true;
+  }
+  return false;
+}
+
 void Intake::note_span(const TensorView& view, const char* name, Access access) {
-  const auto bytes = static_cast<uintptr_t>(bytes_of(view.dtype));
-  Span span{reinterpret_cast<uintptr_t>(view.data), 0, 0, 0, name, access == Access::write};
-  uintptr_t reach = 0;
-  uintptr_t outer_reach = 0;
+  Span span;
+  span.low = reinterpret_cast<uintptr_t>(view.data);
+  span.bytes = static_cast<uintptr_t>(bytes_of(view.dtype));
+  span.high = span.low + span.bytes;
+  span.rank = view.rank;
+  span.name = name;
+  span.written = access == Access::write;
   for (int i = 0; i < view.rank; ++i) {
     if (view.shape[i] == 0) return;  // touches nothing
-    const uintptr_t stride = static_cast<uintptr_t>(view.strides[i]) * bytes;
-    const uintptr_t extent = static_cast<uintptr_t>(view.shape[i] - 1) * stride;
-    reach += extent;
-    if (extent > 0 && stride > span.pitch) {
-      span.pitch = stride;
-      outer_reach = extent;
-    }
+    span.shape[i] = view.shape[i];
+    span.steps[i] = static_cast<uintptr_t>(view.strides[i]) * span.bytes;
+    span.high += static_cast<uintptr_t>(view.shape[i] - 1) * span.steps[i];
   }
-  span.high = span.low + reach + bytes;
-  span.row = reach - outer_reach + bytes;
-
-  // Columns of one wider buffer interleave without touching: same pitch, and apart modulo the pitch.
-  const auto apart = [](const Span& a, const Span& b) {
-    if (a.high <= b.low || b.high <= a.low) return true;
-    if (a.pitch == 0 || a.pitch != b.pitch) return false;
-    const uintptr_t shift = (b.low - a.low % a.pitch) % a.pitch;
-    return a.row <= shift && shift + b.row <= a.pitch;
-  };
   for (int i = 0; i < num_spans_; ++i) {
     const Span& other = i < kInlineSpans ? spans_[i] : more_spans_[i - kInlineSpans];
-    if ((!span.written && !other.written) || apart(span, other)) continue;
+    if ((!span.written && !other.written) || span.apart_from(other)) continue;
     throw py::value_error(std::string(name) + ": expected memory of its own, got memory shared with " +
                           other.name + (span.written ? "" : ", which is written"));
   }

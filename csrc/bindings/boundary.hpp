@@ -71,6 +71,7 @@ enum class Layout : uint8_t {
 class Intake {
  public:
   explicit Intake(const char* op);
+  Intake(const char* op, Device device);  // where all tensors have to be
   ~Intake();
   Intake(const Intake&) = delete;
   Intake& operator=(const Intake&) = delete;
@@ -100,11 +101,17 @@ class Intake {
   const char* op() const { return op_; }
 
  private:
-  // Bytes [low, high) an argument touches. Its rows start `pitch` bytes apart and are `row` bytes long.
+  // Bytes [low, high) an argument touches: elements of `bytes` bytes, `steps` bytes apart in each dimension.
   struct Span {
-    uintptr_t low, high, pitch, row;
+    uintptr_t low, high, bytes;
+    uintptr_t steps[kMaxRank];
+    int64_t shape[kMaxRank];
+    int32_t rank;
     const char* name;
     bool written;
+
+    uintptr_t extent_modulo(uintptr_t pitch) const;
+    bool apart_from(const Span& other) const;
   };
   struct Owner {  // a tensor held through a DLPack capsule
     void* managed;

@@ -3,6 +3,7 @@
 
 namespace foretoken {
 void register_attention(pybind11::module_& module);
+void register_cache(pybind11::module_& module);
 void register_commit(pybind11::module_& module);
 void register_draft_tree(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
@@ -17,6 +18,7 @@ void register_verify(pybind11::module_& module);
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Native core of foretoken.";
   foretoken::register_attention(module);
+  foretoken::register_cache(module);
   foretoken::register_commit(module);
   foretoken::register_drafters(module);
   foretoken::register_info(module);

@@ -1,7 +1,7 @@
-// Verification of plain chains: no tree, no edits of logits, laws as logits or none. A cluster takes a
-// request, or several share the reading of its rows and the last of them goes on alone. Each row's law is
-// made by one warp; from the laws every block decides the same for itself, so nobody has to be told what to
-// do next.
+// Verification of plain chains, and sampling of plain rows: no tree, no edits of logits, laws as logits or
+// none. A cluster takes a request, or several share the reading of its rows and the last of them goes on
+// alone. Each row's law is made by one warp; from the laws every block decides the same for itself, so nobody
+// has to be told what to do next.
 //
 // Most of what follows the reading is done once, by few threads, and takes as long as its instructions are
 // many: hence the inlining, the work dealt out to idle warps, and no structure that would live in memory.
@@ -23,6 +23,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
                                   size_ * kWarps * clusters - clusters, *this);
     RawTile<kType> raw;
     if (!scouts && tiles.any()) tiles.load(raw);
+    if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
@@ -267,6 +268,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
       }
     }
     if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
+    if (args_.stats == nullptr) cluster_sync();  // the others may still read the first block's memory
   }
 
   struct Running {
@@ -303,8 +305,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
       if (exact) {
         mass[i] = shared_.draw.masses[turn % 2][index];
       } else {
-        const float2 found =
-            __ldcg(reinterpret_cast<const float2*>(stats(static_cast<uint32_t>(step.node)) + index));
+        const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
         mass[i] = mass_of_stats({found.x, found.y}, law);
       }
       // Of an estimate a tile may have less than what is taken away.
@@ -379,6 +380,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
   // output.
   __device__ __forceinline__ void write(int32_t last, int64_t closing, int32_t status,
                                         int32_t emitted) const {
+    if (args_.samples) return write_sample(closing, status);
     const int32_t i = lane_id();
     if (warp_ == 0) {
       const int32_t next = __shfl_down_sync(kAllLanes, node_.token, 1);
@@ -396,6 +398,20 @@ class ChainVerifier : ChainRows<kType, kAligned> {
     // Unsigned, where any base of a damaged row has a result.
     const uint64_t base = static_cast<uint64_t>(read_number(args_.base, b_));
     write_number(args_.next_lengths, static_cast<int64_t>(base - 1 + static_cast<uint64_t>(emitted)), b_);
+  }
+
+  __device__ __forceinline__ void write_sample(int64_t token, int32_t status) const {
+    if (lane_id() != 0) return;
+    RowLaw law;
+    law.usable = false;
+    if ((status & kBadRow) == 0) law = shared_.records[0].law;
+    if (warp_ == 0) write_number(args_.tokens, token, b_);
+    if (warp_ == 1 && args_.status.data) write_number(args_.status, status, b_);
+    if (warp_ == 2 && args_.records != nullptr)
+      write_record(law, args_.records + b_ * args_.record_strides[0], args_.record_strides[1]);
+    if (warp_ != 3 || args_.logprobs == nullptr) return;
+    args_.logprobs[b_ * args_.logprob_stride] =
+        law.usable ? log_probability(law, token, element(0, static_cast<uint32_t>(token))) : -infinity();
   }
 
   // Of this lane's node, in the first warp of a block.

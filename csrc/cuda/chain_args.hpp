@@ -1,4 +1,6 @@
-// What the verification of plain chains needs of a call, in little enough room to be a kernel's parameter.
+// What the verification of plain chains needs of a call, in little enough room to be a kernel's parameter. To
+// sample a row is to verify a chain of no drafts, but for the numbers that are drawn and what is written
+// down.
 #pragma once
 
 #include "ops/verify.hpp"
@@ -33,6 +35,15 @@ struct ChainArgs {
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
+
+  // Of sampling alone.
+  bool samples = false;
+  Purpose purpose = Purpose::plain;
+  uint32_t step = 0;
+  float* logprobs = nullptr;  // may be null
+  int64_t logprob_stride = 0;
+  int64_t* records = nullptr;  // may be null
+  int64_t record_strides[2] = {0, 0};
 };
 
 }  // namespace foretoken::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/chain_shared.cuh"
+#include "cuda/cluster_filter.cuh"
 
 namespace foretoken::cuda {
 
@@ -20,7 +21,9 @@ class ChainRows {
     part_ = cluster % clusters;
     vocab_ = static_cast<uint32_t>(args.vocab);
     tiles_ = static_cast<uint32_t>(tiles_of(args.vocab));
-    stats_ = args.stats + b_ * (2 * args.most_drafts + 3) * tiles_;
+    row_scratch_ = of_block(reinterpret_cast<RowScratch*>(&shared + 1), 0);
+    stats_ =
+        args.stats != nullptr ? args.stats + b_ * (2 * args.most_drafts + 3) * tiles_ : row_scratch_->stats;
   }
 
   // The tiles that a warp reads, one after the other. Rows 0 .. N of the target, then rows 0 .. N - 1 of the
@@ -74,6 +77,11 @@ class ChainRows {
   __device__ __forceinline__ float element(uint32_t row, uint32_t token) const {
     return element_at({row_data(row), kType, vocab_}, token);
   }
+  // Where other clusters may have written it, past the first-level cache.
+  __device__ __forceinline__ float2 read(const TileStats* tile) const {
+    const float2* words = reinterpret_cast<const float2*>(tile);
+    return args_.stats != nullptr ? __ldcg(words) : *words;
+  }
   __device__ __forceinline__ TileStats* stats(uint32_t row) const { return stats_ + row * tiles_; }
 
   // False: nothing is emitted, with status_. The same in all threads of a request.
@@ -106,7 +114,9 @@ class ChainRows {
   }
 
   __device__ __forceinline__ float* lanes(uint32_t row) const {
-    if (args_.lanes == nullptr || !is_filtered(of_target(row) ? 0 : 1)) return nullptr;
+    if (!is_filtered(of_target(row) ? 0 : 1)) return nullptr;
+    if (args_.stats == nullptr) return tiles_ <= kLaneTiles ? row_scratch_->lanes : nullptr;
+    if (args_.lanes == nullptr) return nullptr;
     return args_.lanes + ((b_ * (2 * args_.most_drafts + 3) + row) * tiles_) * kWarpSize;
   }
 
@@ -144,7 +154,8 @@ class ChainRows {
     }
     const uint64_t seed = *seed_, base = static_cast<uint64_t>(read_number(args_.base, b_));
     found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
-    found.closing_bits = random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
+    found.closing_bits = args_.samples ? random_bits(seed, base, args_.purpose, args_.step)
+                                       : random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
     shared_.nodes[node] = found;
   }
 
@@ -188,10 +199,9 @@ class ChainRows {
   __device__ __forceinline__ RowLaw law_of(uint32_t row) const {
     const TileStats* const tile = stats(row);
     const RowReading& reading = shared_.reading[of_target(row) ? 0 : 1];
-    const auto read = [&](uint32_t first, int i) {
+    const auto read_at = [&](uint32_t first, int i) {
       const uint32_t index = first + i * kWarpSize + lane_id();
-      return index < tiles_ ? __ldcg(reinterpret_cast<const float2*>(tile + index))
-                            : make_float2(-infinity(), 0.0f);
+      return index < tiles_ ? read(tile + index) : make_float2(-infinity(), 0.0f);
     };
     float high = -infinity();
     bool regular = true;
@@ -199,7 +209,7 @@ class ChainRows {
 #pragma unroll 1
     for (uint32_t first = 0; first < tiles_; first += 4 * kWarpSize) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) found[i] = read(first, i);
+      for (int i = 0; i < 4; ++i) found[i] = read_at(first, i);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         high = fmaxf(high, found[i].x);
@@ -223,7 +233,7 @@ class ChainRows {
     for (uint32_t first = 0; first < tiles_; first += 4 * kWarpSize) {
       if (tiles_ > 4 * kWarpSize) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) found[i] = read(first, i);
+        for (int i = 0; i < 4; ++i) found[i] = read_at(first, i);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) mass += mass_of_stats({found[i].x, found[i].y}, law);
@@ -237,7 +247,7 @@ class ChainRows {
     if (!(high > -infinity())) return 0;
     uint32_t first = ~0u;
     for (uint32_t index = lane_id(); index < tiles_ && first == ~0u; index += kWarpSize) {
-      if (__ldcg(&stats(row)[index].max) == high) first = index;
+      if (this->read(stats(row) + index).x == high) first = index;
     }
     first = __reduce_min_sync(kAllLanes, first);
     if (first == ~0u) return 0;
@@ -323,6 +333,7 @@ class ChainRows {
   const uint32_t rank_, size_, warp_;
   int64_t b_;
   uint32_t part_, vocab_, tiles_;
+  RowScratch* row_scratch_;
   TileStats* stats_;
   const uint64_t* seed_ = nullptr;
   int32_t drafts_ = 0, status_ = 0;

@@ -63,6 +63,15 @@ struct ChainShared {
   int32_t num_unsolved;
 };
 
+constexpr int64_t kLaneTiles = 256;  // of rows that long the lanes' largest elements find room
+
+// Behind ChainShared, where there is no scratch in global memory. Of the one row that is read; in the first
+// block.
+struct RowScratch {
+  TileStats stats[kMaxTiles];
+  float lanes[kLaneTiles * kWarpSize];
+};
+
 __device__ __forceinline__ int64_t read_number(const Numbers& view, int64_t i, int64_t j = 0) {
   const int64_t offset = i * view.strides[0] + j * view.strides[1];
   return view.wide ? static_cast<const int64_t*>(view.data)[offset]

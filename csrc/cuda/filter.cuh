@@ -1,7 +1,7 @@
 // Thresholds of top-k, top-p and min-p without sorting or renormalising; numbers as in cpu/filters.cpp. One
 // block finds the threshold of a row from the few elements that matter, where the largest elements of the
-// lanes (32 apart) say which those are; a cluster does it for rows where too many matter, by histograms over
-// the row. Both count in integers, so neither order nor route changes a threshold.
+// lanes (32 apart) say which those are; a cluster does it for rows where too many matter, see
+// cuda/cluster_filter.cuh. Both count in integers, so neither order nor route changes a threshold.
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -23,9 +23,14 @@ constexpr int kBins = 1024;
 constexpr int kList = 1024;
 constexpr int kLaneGroups = 512;
 
+constexpr int kParts = 4, kPartBits = 11;  // of a mass: 2^20 parts of it fit 32 bits
+
 // Shared memory of a block.
 struct FilterScratch {
-  uint64_t bins[kBins];
+  union {
+    uint64_t bins[kMaxTiles];       // masses of tiles, for draws
+    uint32_t parts[kParts][kBins];  // what is in each bin, part by part
+  };
   uint64_t masses[kList];
   uint32_t keys[kList];          // of the listed elements
   int32_t ids[kList];            // their places in the row
@@ -48,12 +53,23 @@ __device__ inline uint64_t needed_mass(float top_p, uint64_t total) {
   return need > 0 ? need : 1;
 }
 
-__device__ inline void add_shared(uint64_t* place, uint64_t amount) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(amount));
+// Shared memory adds 32 bits in one go, 64 by trying until nobody else was faster.
+__device__ __forceinline__ void add_to_bin(FilterScratch& scratch, uint32_t bin, uint64_t amount) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const uint64_t rest = amount >> (kPartBits * part);
+    const uint32_t piece = static_cast<uint32_t>(part + 1 < kParts ? rest & ((1u << kPartBits) - 1) : rest);
+    if (piece != 0) atomicAdd(&scratch.parts[part][bin], piece);
+  }
+}
+
+// The same for one piece of it.
+__device__ __forceinline__ void count_in_bin(FilterScratch& scratch, uint32_t bin) {
+  atomicAdd(&scratch.parts[0][bin], 1u);
 }
 
 __device__ inline void clear_bins(FilterScratch& scratch) {
-  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) scratch.bins[bin] = 0;
+  for (int i = threadIdx.x; i < kParts * kBins; i += kThreads) scratch.parts[0][i] = 0;
 }
 
 // First bin at which the running sum reaches `need`, and the sum before it; -1 if none. By the whole block,
@@ -62,7 +78,14 @@ __device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64
   constexpr int kEach = kBins / kThreads;
   uint64_t own[kEach], mine = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) mine += own[i] = scratch.bins[threadIdx.x * kEach + i];
+  for (int i = 0; i < kEach; ++i) {
+    own[i] = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      own[i] += static_cast<uint64_t>(scratch.parts[part][threadIdx.x * kEach + i]) << (kPartBits * part);
+    }
+    mine += own[i];
+  }
   uint64_t up_to = sum_up_to_lane(mine);
   if (lane_id() == kWarpSize - 1) scratch.warp_words[threadIdx.x / kWarpSize] = up_to;
   if (threadIdx.x == 0) scratch.found[0] = ~uint64_t{0};
@@ -148,6 +171,26 @@ class BlockFilter {
     return static_cast<int>(fminf((max_ - x) * fine_, static_cast<float>(kBins - 1)));
   }
 
+  // body(i, largest element of lane i), eight of them on their way at a time.
+  template <class Body>
+  __device__ __forceinline__ void for_lanes(int64_t tiles, Body body) const {
+    constexpr int kAtOnce = 8;
+#pragma unroll 1
+    for (int64_t first = threadIdx.x; first < tiles * kWarpSize; first += kAtOnce * kThreads) {
+      float high[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t i = first + j * kThreads;
+        high[j] = i < tiles * kWarpSize ? task_.lanes[i] : -infinity();
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t i = first + j * kThreads;
+        if (i < tiles * kWarpSize) body(i, high[j]);
+      }
+    }
+  }
+
   // Elements in bins up to limit_ are looked at. Of disjoint groups of elements the k largest maxima are k
   // elements, so the k-th largest element is not below the k-th largest maximum.
   __device__ bool choose_limit(const Filters& filters, const RowLaw&, float least_kept, int64_t tiles) {
@@ -160,9 +203,8 @@ class BlockFilter {
     if (need > kLaneGroups) return false;
     clear_bins(scratch_);
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < tiles * kWarpSize; i += kThreads) {
-      add_shared(&scratch_.bins[bin_of(task_.lanes[i])], 1);
-    }
+    for_lanes(tiles,
+              [&](int64_t, float high) { count_in_bin(scratch_, static_cast<uint32_t>(bin_of(high))); });
     __syncthreads();
     uint64_t before = 0;
     limit_ = bin_reaching(scratch_, need, before);
@@ -175,11 +217,11 @@ class BlockFilter {
   __device__ bool gather(int64_t tiles) {
     if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < tiles * kWarpSize; i += kThreads) {
-      if (bin_of(task_.lanes[i]) > limit_) continue;
+    for_lanes(tiles, [&](int64_t i, float high) {
+      if (bin_of(high) > limit_) return;
       const int place = atomicAdd(&scratch_.grouped, 1);
       if (place < kLaneGroups) scratch_.groups[place] = static_cast<uint32_t>(i);
-    }
+    });
     __syncthreads();
     const int grouped = scratch_.grouped;
     if (grouped > kLaneGroups) return false;
@@ -217,7 +259,7 @@ class BlockFilter {
       for (int i = threadIdx.x; i < listed; i += kThreads) {
         const uint32_t key = scratch_.keys[i];
         if (range.holds(key))
-          add_shared(&scratch_.bins[(range.top - key) >> shift], measure(key, scratch_.masses[i]));
+          add_to_bin(scratch_, (range.top - key) >> shift, measure(key, scratch_.masses[i]));
       }
       __syncthreads();
       uint64_t before = 0;
@@ -229,24 +271,29 @@ class BlockFilter {
     }
   }
 
-  static constexpr int kCounted = 512;  // few enough for each to look at all
+  static constexpr int kLookers = 4;  // threads that share the counting for one element
+  static constexpr int kCounted = kThreads / kLookers;
 
   template <class Measure>
   __device__ float reach_by_counting(uint64_t need, Measure measure) {
-    const int listed = scratch_.listed;
+    const int listed = scratch_.listed, i = threadIdx.x / kLookers;
     if (threadIdx.x == 0) scratch_.found[0] = key_of(-infinity());
     __syncthreads();
-    for (int i = threadIdx.x; i < listed; i += kThreads) {
-      const uint32_t key = scratch_.keys[i];
-      uint64_t above = 0, level = 0;
-      for (int j = 0; j < listed; ++j) {
-        const uint32_t other = scratch_.keys[j];
-        const uint64_t amount = measure(other, scratch_.masses[j]);
-        above += other > key ? amount : 0;
-        level += other == key ? amount : 0;
-      }
-      if (above < need && need <= above + level) scratch_.found[0] = key;  // equal keys write the same
+    const uint32_t key = i < listed ? scratch_.keys[i] : 0;
+    uint64_t above = 0, level = 0;
+    for (int j = threadIdx.x % kLookers; j < listed; j += kLookers) {
+      const uint32_t other = scratch_.keys[j];
+      const uint64_t amount = measure(other, scratch_.masses[j]);
+      above += other > key ? amount : 0;
+      level += other == key ? amount : 0;
     }
+#pragma unroll
+    for (int step = 1; step < kLookers; step *= 2) {
+      above += __shfl_xor_sync(kAllLanes, above, step);
+      level += __shfl_xor_sync(kAllLanes, level, step);
+    }
+    // Equal keys write the same.
+    if (i < listed && above < need && need <= above + level) scratch_.found[0] = key;
     __syncthreads();
     const float found = value_of(static_cast<uint32_t>(scratch_.found[0]));
     __syncthreads();
@@ -315,191 +362,6 @@ class BlockFilter {
   FilterScratch& scratch_;
   float max_ = 0.0f, fine_ = 0.0f;
   int limit_ = 0;
-};
-
-// Threshold of one row by all blocks of a cluster. Every member is called by all threads of the cluster.
-class ClusterFilter {
- public:
-  __device__ ClusterFilter(const RowTask& task, FilterScratch& scratch)
-      : task_(task),
-        scratch_(scratch),
-        rank_(cluster_rank()),
-        size_(cluster_size()),
-        tiles_(tiles_of(task.row.size)) {
-    clear_bins(scratch_);
-    if (threadIdx.x == 0) scratch_.listed = 0;
-    cluster_sync();
-  }
-
-  // Sets law.cut (law.max and law.scale are known) and counts the tiles anew.
-  __device__ __noinline__ void run(const Filters& filters, RowLaw& law) {
-    const float floor = task_.reading.floor_below(law.max);
-    float cut = -infinity();
-    if (filters.cuts_count(task_.row.size)) {
-      cut = reaching(-infinity(), law.max, static_cast<uint64_t>(filters.top_k),
-                     [](float) { return uint64_t{1}; });
-    }
-    law.cut = floor;
-    if (filters.top_p < 1.0f) cut = fmaxf(cut, top_p_cut(law, filters.top_p, cut, floor));
-    if (filters.min_p > 0.0f) {
-      cut = fmaxf(cut, law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale));
-    }
-    law.cut = fmaxf(floor, cut);
-    if (law.cut > floor) count_anew(law);
-    cluster_sync();
-  }
-
- private:
-  // body(element) for the elements of this block in [low, high].
-  template <class Body>
-  __device__ void for_elements(const KeyRange& range, Body body) {
-    for_own_tiles(tiles_, [&](int64_t index) {
-      if (key_of(read_stats(task_.stats + index).max) < range.bottom) return;
-      LaneTile tile;
-      load_tile(task_.row, index, false, tile);
-#pragma unroll 4
-      for (int i = 0; i < 32; ++i) {
-        const uint32_t key = key_of(tile.x[i]);
-        if (range.holds(key) && index * kTile + LaneTile::element_of(i) < task_.row.size)
-          body(key, tile.x[i]);
-      }
-    });
-  }
-
-  // Two words from block 0 to everyone.
-  __device__ void tell(uint64_t first, uint64_t second) {
-    __syncthreads();
-    if (rank_ == 0 && threadIdx.x < size_) {
-      uint64_t* place = of_block(scratch_.answer, threadIdx.x);
-      place[0] = first;
-      place[1] = second;
-    }
-    cluster_sync();
-  }
-
-  __device__ uint64_t total(uint64_t mine) {
-    const uint64_t of_block_ = sum_of_block(scratch_, mine);
-    if (threadIdx.x < size_) of_block(scratch_.part, threadIdx.x)[rank_] = of_block_;
-    cluster_sync();
-    uint64_t sum = 0;
-    for (uint32_t rank = 0; rank < size_; ++rank) sum += scratch_.part[rank];
-    return sum;
-  }
-
-  __device__ float top_p_cut(const RowLaw& law, float top_p, float kept_from, float floor) {
-    RowLaw whole = law;
-    whole.cut = fmaxf(floor, kept_from);
-    float bound = fminf(whole.cut, law.max);
-    uint64_t mass = 0;
-    if (kept_from == -infinity()) {
-      mass = mass_of_row(task_.stats, tiles_, whole);
-      // What can never be needed, see cpu/filters.cpp.
-      const double light = 0.5 * (1.0 - static_cast<double>(top_p)) *
-                           (static_cast<double>(mass) / kMassUnit) / static_cast<double>(task_.row.size);
-      if (light > 1e-30) bound = fmaxf(bound, law.max + distance_of_weight(light, law.scale));
-      bound = fminf(bound, law.max);
-    } else {
-      uint64_t mine = 0;
-      for_elements({key_of(bound), key_of(law.max)}, [&](uint32_t, float x) { mine += mass_in(whole, x); });
-      mass = total(mine);
-    }
-    return reaching(bound, law.max, needed_mass(top_p, mass), [&](float x) { return mass_in(whole, x); });
-  }
-
-  static __device__ uint64_t mass_in(const RowLaw& law, float x) {
-    return mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
-  }
-
-  // Largest threshold t >= low such that the elements >= t together have `need`; -infinity if all do not. The
-  // elements in question are spread over bins; those of the bin that holds the answer are listed in block 0,
-  // which finishes alone, or spread anew where they are too many.
-  template <class Measure>
-  __device__ float reaching(float low, float high, uint64_t need, Measure measure) {
-    KeyRange range{key_of(low), key_of(high)};
-    while (true) {
-      const int shift = range.shift();
-      count_elements(range, shift, measure);
-      uint64_t before = 0;
-      const int bin = rank_ == 0 ? bin_reaching(scratch_, need, before) : 0;
-      tell(static_cast<uint64_t>(static_cast<int64_t>(bin)), before);
-      if (static_cast<int64_t>(scratch_.answer[0]) < 0) return -infinity();
-      need -= scratch_.answer[1];
-      range.narrow(shift, static_cast<uint32_t>(scratch_.answer[0]));
-      if (shift == 0) return value_of(range.top);
-      list_elements(range);
-      const bool overflow = rank_ == 0 && scratch_.listed > kList;
-      const uint64_t found = rank_ == 0 && !overflow ? finish(range, need, measure) : 0;
-      __syncthreads();
-      if (threadIdx.x == 0) scratch_.listed = 0;
-      tell(found, overflow ? 1 : 0);
-      if (scratch_.answer[1] == 0) return value_of(static_cast<uint32_t>(scratch_.answer[0]));
-    }
-  }
-
-  // Bins of block 0: what all elements in the range measure. Bins are empty before, everywhere; behind it
-  // they are so again in all blocks but the first.
-  template <class Measure>
-  __device__ void count_elements(const KeyRange& range, int shift, Measure measure) {
-    for_elements(range, [&](uint32_t key, float x) {
-      const uint64_t amount = measure(x);
-      if (amount > 0) add_shared(&scratch_.bins[(range.top - key) >> shift], amount);
-    });
-    if (rank_ != 0) {
-      __syncthreads();
-      uint64_t* first = of_block(scratch_.bins, 0);
-      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-        if (scratch_.bins[bin] > 0) add_shared(&first[bin], scratch_.bins[bin]);
-        scratch_.bins[bin] = 0;
-      }
-    }
-    cluster_sync();
-  }
-
-  __device__ void list_elements(const KeyRange& range) {
-    int32_t* listed = of_block(&scratch_.listed, 0);
-    uint32_t* keys = of_block(scratch_.keys, 0);
-    for_elements(range, [&](uint32_t key, float) {
-      const int32_t place = atomicAdd(listed, 1);
-      if (place < kList) keys[place] = key;
-    });
-    cluster_sync();
-  }
-
-  // The key of the threshold among the listed ones, by block 0; that of -infinity if there is none.
-  template <class Measure>
-  __device__ uint64_t finish(KeyRange range, uint64_t need, Measure measure) {
-    const int32_t listed = scratch_.listed;
-    while (true) {
-      const int shift = range.shift();
-      for (int i = threadIdx.x; i < listed; i += kThreads) {
-        const uint32_t key = scratch_.keys[i];
-        if (range.holds(key)) add_shared(&scratch_.bins[(range.top - key) >> shift], measure(value_of(key)));
-      }
-      __syncthreads();
-      uint64_t before = 0;
-      const int bin = bin_reaching(scratch_, need, before);
-      if (bin < 0) return key_of(-infinity());
-      need -= before;
-      range.narrow(shift, static_cast<uint32_t>(bin));
-      if (shift == 0) return range.top;
-    }
-  }
-
-  // The sums of the first pass contain what the filters have removed since.
-  __device__ void count_anew(const RowLaw& law) {
-    for_own_tiles(tiles_, [&](int64_t index) {
-      const float anchor = read_stats(task_.stats + index).max;
-      if (anchor < law.cut) return;
-      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
-      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
-      if (lane_id() == 0) task_.stats[index].sum = sum;
-    });
-  }
-
-  const RowTask& task_;
-  FilterScratch& scratch_;
-  const uint32_t rank_, size_;
-  const int64_t tiles_;
 };
 
 }  // namespace foretoken::cuda

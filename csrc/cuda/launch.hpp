@@ -118,14 +118,16 @@ inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles,
 // The same for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of a
 // request read, one of them then takes what is left of one row; the weights are times measured on an H200, in
 // us.
-inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles) {
+inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                         bool may_share) {
   constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
   for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
     const int64_t warps = cluster * kWarps;
     if (cluster > 1 && (room.clusters[cluster] < requests || warps - kWarps >= rows * tiles)) continue;
-    const int64_t most = std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps);
+    const int64_t most =
+        may_share ? std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps) : 1;
     for (int64_t clusters = 1; clusters <= std::max<int64_t>(most, 1); ++clusters) {
       const double cost =
           kOfTile * static_cast<double>((rows * tiles + warps * clusters - 1) / (warps * clusters)) +

@@ -1,10 +1,11 @@
 #include "cuda/sampling.hpp"
 
+#include "cuda/cluster_filter.cuh"
 #include "cuda/draw.cuh"
-#include "cuda/filter.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/race.cuh"
+#include "cuda/verify_chain.hpp"
 #include "cuda/views.cuh"
 
 namespace foretoken::cuda {
@@ -219,6 +220,7 @@ int64_t sample_workspace(const SampleArgs& args) { return preparation_of(args).b
 void sample(const SampleArgs& args, void* workspace, Device device, Stream stream) {
   const int64_t rows = args.logits.shape[0];
   if (rows == 0) return;
+  if (takes_rows(args)) return sample_rows(args, device, stream);
   const int64_t tiles = (args.logits.shape[1] + kTile - 1) / kTile;
   SampleLaunch launch;
   launch.args = args;

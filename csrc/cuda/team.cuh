@@ -2,6 +2,7 @@
 // something about whole rows it sends a command, which every block carries out on its share of the tiles.
 #pragma once
 
+#include "cuda/cluster_filter.cuh"
 #include "cuda/request.cuh"
 
 namespace foretoken::cuda {

@@ -54,9 +54,10 @@ __device__ inline float sum_of_weights(const LaneTile& tile, float anchor, float
   return sum_of_tile([&](int i) { return weight_of_logit(tile.x[i], anchor, scale, cut); });
 }
 
-inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow row, int64_t index, float anchor,
-                                                       float scale, float cut) {
-  TileReader<false> tile(row, index, false);
+template <bool kWhole>
+__device__ __forceinline__ float sum_of_weights_in(const DeviceRow& row, int64_t index, float anchor,
+                                                   float scale, float cut) {
+  TileReader<kWhole> tile(row, index, false);
   PinnedSum sum;
 #pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
@@ -66,6 +67,12 @@ inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow row, int6
     sum.add(quarter, x);
   }
   return sum.total();
+}
+
+inline __device__ __noinline__ float sum_of_weights_at(const DeviceRow row, int64_t index, float anchor,
+                                                       float scale, float cut) {
+  return reads_whole(row, index) ? sum_of_weights_in<true>(row, index, anchor, scale, cut)
+                                 : sum_of_weights_in<false>(row, index, anchor, scale, cut);
 }
 
 // A tile that has to be looked at again, element by element.

@@ -15,8 +15,6 @@ __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_
   ChainVerifier<kType, kAligned>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
-int64_t tiles_in(const VerifyArgs& args) { return (args.target_logits.shape[2] + kTile - 1) / kTile; }
-
 int64_t rows_in(const VerifyArgs& args) {
   const int64_t drafts = args.draft_tokens.shape[1];
   return drafts + 1 + (args.draft_logits ? drafts : 0);
@@ -30,13 +28,16 @@ Numbers numbers_of(const TensorView& view) {
   return numbers;
 }
 
+// Whether all rows begin and end at multiples of 16 bytes.
 bool aligned(const TensorView& logits) {
   const int64_t bytes = bytes_of(logits.dtype);
-  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.strides[0] * bytes % 16 == 0 &&
-         logits.strides[1] * bytes % 16 == 0 && logits.shape[2] * bytes % 16 == 0;
+  bool whole =
+      reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.shape[logits.rank - 1] * bytes % 16 == 0;
+  for (int d = 0; d + 1 < logits.rank; ++d) whole = whole && logits.strides[d] * bytes % 16 == 0;
+  return whole;
 }
 
-ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch, int32_t clusters) {
+ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch) {
   ChainArgs chain;
   const auto rows = [](const TensorView& view) {
     return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
@@ -61,11 +62,32 @@ ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch, int
   chain.next_token = numbers_of(args.next_token);
   chain.next_lengths = numbers_of(args.next_lengths);
   chain.status = numbers_of(args.status);
-  chain.clusters = clusters;
   chain.stats = scratch.stats;
   chain.lanes = scratch.lanes;
   chain.arrivals = scratch.arrivals;
   return chain;
+}
+
+// `more`: bytes of shared memory a block behind ChainShared.
+void launch_chains(DType dtype, bool whole, ChainArgs& args, int64_t requests, int64_t rows, size_t more,
+                   Device device, Stream stream) {
+  const auto launch = [&](auto of_type, auto is_whole) {
+    constexpr auto kKernel = verify_chain_kernel<decltype(of_type)::value, decltype(is_whole)::value>;
+    const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
+    const Shape shape =
+        chain_shape(room, requests, rows, (args.vocab + kTile - 1) / kTile, args.arrivals != nullptr);
+    args.clusters = shape.clusters;
+    launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
+                    args);
+  };
+  const auto with_type = [&](auto of_type) {
+    whole ? launch(of_type, std::true_type{}) : launch(of_type, std::false_type{});
+  };
+  switch (dtype) {
+    case DType::float32: return with_type(std::integral_constant<DType, DType::float32>{});
+    case DType::bfloat16: return with_type(std::integral_constant<DType, DType::bfloat16>{});
+    default: return with_type(std::integral_constant<DType, DType::float16>{});
+  }
 }
 
 }  // namespace
@@ -89,21 +111,33 @@ bool takes_chains(const VerifyArgs& args) {
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
   const int64_t batch = args.draft_tokens.shape[0];
   const bool whole = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
-  const auto launch = [&](auto dtype, auto is_whole) {
-    constexpr auto kKernel = verify_chain_kernel<decltype(dtype)::value, decltype(is_whole)::value>;
-    const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared), device);
-    const Shape shape = chain_shape(room, batch, rows_in(args), tiles_in(args));
-    launch_clusters(kKernel, batch * shape.clusters, shape.cluster, sizeof(ChainShared), stream,
-                    chain_args_of(args, scratch, shape.clusters));
-  };
-  const auto with_dtype = [&](auto dtype) {
-    whole ? launch(dtype, std::true_type{}) : launch(dtype, std::false_type{});
-  };
-  switch (args.target_logits.dtype) {
-    case DType::float32: return with_dtype(std::integral_constant<DType, DType::float32>{});
-    case DType::bfloat16: return with_dtype(std::integral_constant<DType, DType::bfloat16>{});
-    default: return with_dtype(std::integral_constant<DType, DType::float16>{});
-  }
+  ChainArgs chain = chain_args_of(args, scratch);
+  launch_chains(args.target_logits.dtype, whole, chain, batch, rows_in(args), 0, device, stream);
+}
+
+bool takes_rows(const SampleArgs& args) {
+  return args.method == SampleMethod::inverse && !args.bitmask && !args.constrained && !args.vocab_map;
+}
+
+void sample_rows(const SampleArgs& args, Device device, Stream stream) {
+  ChainArgs chain;
+  chain.target = {args.logits.data, {args.logits.strides[0], 0}};
+  chain.vocab = args.logits.shape[1];
+  chain.base = numbers_of(args.base);
+  chain.slots = numbers_of(args.slots);
+  chain.sampling = chain.draft_sampling = args.sampling;
+  chain.tokens = numbers_of(args.tokens);
+  chain.status = numbers_of(args.status);
+  chain.samples = true;
+  chain.purpose = args.purpose;
+  chain.step = static_cast<uint32_t>(args.step);
+  chain.logprobs = static_cast<float*>(args.logprobs.data);
+  chain.logprob_stride = args.logprobs.strides[0];
+  chain.records = static_cast<int64_t*>(args.records.data);
+  chain.record_strides[0] = args.records.strides[0];
+  chain.record_strides[1] = args.records.strides[1];
+  launch_chains(args.logits.dtype, aligned(args.logits), chain, args.logits.shape[0], 1, sizeof(RowScratch),
+                device, stream);
 }
 
 }  // namespace foretoken::cuda

@@ -1,5 +1,5 @@
-// Verification of plain chains by a kernel of its own: a hundredth of the general one's instructions, which
-// run once each and would take longer to fetch than the rows take to read.
+// Verification of plain chains, and sampling of plain rows, by a kernel of its own: a hundredth of the
+// general one's instructions, which run once each and would take longer to fetch than the rows take to read.
 #pragma once
 
 #include "ops/verify.hpp"
@@ -19,5 +19,9 @@ struct ChainScratch {
 };
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
+
+// The same of sampling.
+bool takes_rows(const SampleArgs& args);
+void sample_rows(const SampleArgs& args, Device device, Stream stream);
 
 }  // namespace foretoken::cuda

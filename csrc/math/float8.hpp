@@ -18,6 +18,7 @@ struct E5M2 {
 };
 
 // The nearest number, of two the even one; what lies beyond the largest, infinities too, becomes the largest.
+// NaN is 0x7F: which sign a computed NaN has is for a processor to choose.
 template <class Format>
 FORETOKEN_INLINE uint32_t float8_of(float value) {
   constexpr int kDropped = 23 - Format::kMantissa;
@@ -31,8 +32,7 @@ FORETOKEN_INLINE uint32_t float8_of(float value) {
   const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(kSubnormalRounder)) - kSubnormalRounder;
   uint32_t result = magnitude < kLeastNormal ? subnormal : normal;
   if (magnitude >= Format::kLargestFloat) result = Format::kLargest;
-  if (magnitude > 0x7F800000u) result = 0x7Fu;
-  return result | sign;
+  return magnitude > 0x7F800000u ? 0x7Fu : result | sign;
 }
 
 FORETOKEN_INLINE float float_of_e4m3(uint32_t bits) {

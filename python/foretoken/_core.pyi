@@ -5,6 +5,25 @@ Native core of foretoken.
 from __future__ import annotations
 import collections.abc
 import typing
+class CachePlan:
+    """
+    See foretoken.ops.CachePlan.
+    """
+    def __init__(self, caches: tuple[typing.Any, ...], heads_first: bool) -> None:
+        ...
+    def attach(self, on_device: typing.Any) -> None:
+        """
+        Take the table's copy on the device.
+        """
+    def table(self) -> bytes:
+        """
+        Bytes that have to lie on the device.
+        """
+    @property
+    def needs_table(self) -> bool:
+        """
+        Nothing is on the device yet.
+        """
 class NgramIndex:
     """
     One request's text and the previous occurrence of its last n-grams. See foretoken.NgramDrafter.
@@ -433,6 +452,10 @@ class Tolerance:
     """
     def __init__(self, typical_epsilon: typing.SupportsFloat | typing.SupportsIndex, typical_delta: typing.SupportsFloat | typing.SupportsIndex, threshold_single: typing.SupportsFloat | typing.SupportsIndex, threshold_sum: typing.SupportsFloat | typing.SupportsIndex, relaxed_top_k: typing.SupportsInt | typing.SupportsIndex, relaxed_delta: typing.SupportsFloat | typing.SupportsIndex, window_entropy: typing.SupportsFloat | typing.SupportsIndex, window_delta: typing.SupportsFloat | typing.SupportsIndex, rates: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex]) -> None:
         ...
+def append(k: typing.Any, v: typing.Any, k_cache: typing.Any, v_cache: typing.Any, lengths: typing.Any, num_nodes: typing.Any, block_table: typing.Any, k_scale: typing.Any, v_scale: typing.Any, heads_first: bool, status: typing.Any) -> None:
+    """
+    See foretoken.ops.append.
+    """
 def build_info() -> dict[str, typing.Any]:
     """
     How this binary was built.
@@ -440,6 +463,10 @@ def build_info() -> dict[str, typing.Any]:
 def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, num_drafts: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any) -> None:
     """
     See foretoken.ops.commit.
+    """
+def compact(plan: CachePlan, lengths: typing.Any, path: typing.Any, num_accepted: typing.Any, block_table: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.ops.compact.
     """
 def cpu_info() -> dict[str, typing.Any]:
     """

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from foretoken import ops
 from foretoken.hf.masks import TailMasks, TreeMasks
 from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
+from foretoken.ops import CachePlan
 from foretoken.session import Step
 
 # What one more attention call costs, as bytes of cache read in the same time: about 20 us on a CPU core.
@@ -93,13 +95,6 @@ class _Store:
             parts.extend(block[:, slots, :, rows].unbind(0))
         return parts[: self._layers], parts[self._layers :]
 
-    def move(self, slot: int, sources: Tensor, targets: Tensor) -> None:
-        """Copy rows of a slot to other rows of it, in every layer."""
-        for block in self._blocks:
-            rows = block.select(1, slot)
-            sources, targets = sources.to(rows.device), targets.to(rows.device)
-            rows.index_copy_(2, targets, rows.index_select(2, sources))
-
     def clear(self) -> None:
         """Zero all rows."""
         for block in self._blocks:
@@ -177,6 +172,7 @@ class SlotCache(Cache):
         self._rows = 0
         self._trace: Trace | None = None
         self._slack = _slack(shapes)
+        self._plans: dict[torch.device, CachePlan] | None = None
         self._no = [False] * len(shapes)
         pairs = enumerate(zip(*self._whole, strict=True))
         super().__init__(layers=[_SlotLayer(self, layer, *pair) for layer, pair in pairs])
@@ -286,16 +282,16 @@ class SlotCache(Cache):
             Node i of a tree stands at row ``lengths[b] + i``; nodes ``path[b, : num_accepted[b]]`` go to the
             rows behind the root.
         """
-        for slot, length, nodes, count in zip(
-            slots.tolist(), lengths.tolist(), path.tolist(), num_accepted.tolist(), strict=True
-        ):
-            moved = [(node, place) for place, node in enumerate(nodes[:count], 1) if node != place]
-            if not moved:
-                continue
-            with torch.inference_mode():
-                sources, targets = torch.tensor(moved).add_(length).unbind(1)
-                for store, _ in self._stores:
-                    store.move(slot, sources, targets)
+        if self._plans is None:
+            self._plans = self._make_plans()
+        for device, plan in self._plans.items():
+            ops.compact(
+                plan,
+                lengths=lengths.to(device),
+                path=path.to(device),
+                num_accepted=num_accepted.to(device, torch.int32),
+                block_table=slots.to(device)[:, None],  # a slot is a page
+            )
 
     def reset(self) -> None:
         """Zero all rows."""
@@ -332,6 +328,14 @@ class SlotCache(Cache):
     def is_dummy(self) -> list[bool]:
         """No layers without rows of their own."""
         return self._no
+
+    def _make_plans(self) -> dict[torch.device, CachePlan]:
+        """Keys and values of all layers, by where they are."""
+        found: dict[torch.device, list[Tensor]] = {}
+        for layers in self._whole:
+            for tensor in layers:
+                found.setdefault(tensor.device, []).append(tensor)
+        return {device: CachePlan(tensors, layout="HND") for device, tensors in found.items()}
 
     def _slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if len(self._stores) == 1:

@@ -8,6 +8,7 @@ argument, what was expected and what came.
 from __future__ import annotations
 
 from foretoken.ops._attention import merge, tree_attention
+from foretoken.ops._cache import CachePlan, append, compact
 from foretoken.ops._commit import RequestState, commit, record_width
 from foretoken.ops._draft_tree import (
     MAX_CANDIDATES,
@@ -27,6 +28,7 @@ __all__ = [
     "MAX_CANDIDATES",
     "MAX_CHILDREN",
     "MAX_DRAFTS",
+    "CachePlan",
     "DraftTopK",
     "Draw",
     "FinalTree",
@@ -38,7 +40,9 @@ __all__ = [
     "Tolerance",
     "TreeIndex",
     "Verdict",
+    "append",
     "commit",
+    "compact",
     "draft_topk",
     "finalize_tree",
     "merge",

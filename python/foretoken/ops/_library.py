@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foretoken import _core
 from foretoken.ops import _attention, _sample, _verify
+from foretoken.ops._cache import _HEADS_FIRST, CachePlan, live_plan, plan_layout
 from foretoken.ops._choices import choose
 from foretoken.ops._commit import RequestState
 from foretoken.ops._draft_tree import MAX_CHILDREN, DraftTopK, FinalTree
@@ -49,6 +50,10 @@ _TREE_INDEX = """Tensor parents, Tensor? num_drafts, Tensor? lengths, Tensor(a!)
 _COMMIT = """Tensor tokens, Tensor num_emitted, Tensor num_accepted, Tensor status, Tensor? logprobs,
     Tensor num_drafts, Tensor? slots, Tensor(a!) text, Tensor(b!) base, Tensor(c!) next_drafts,
     Tensor(d!) ends, Tensor limits, Tensor budgets, Tensor eos_ids, Tensor stop_ids, Tensor(e!)? record"""
+_APPEND = """Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? num_nodes,
+    Tensor? block_table, Tensor? k_scale, Tensor? v_scale, str layout, Tensor(c!) status"""
+_COMPACT = """Tensor(a!)[] caches, SymInt plan, str layout, Tensor lengths, Tensor path, Tensor num_accepted,
+    Tensor? block_table, Tensor(b!) status"""
 _DRAFT_TOPK = """Tensor logits, SymInt k, Tensor? scores, Tensor? entries, Tensor(a!) out_tokens,
     Tensor(b!) out_scores, Tensor(c!) out_parents, Tensor(d!) status"""
 _FINALIZE_TREE = """Tensor tokens, Tensor scores, Tensor parents, SymInt num_nodes, Tensor? budget,
@@ -93,6 +98,16 @@ def _run_sample(*arguments: Any) -> None:
         _core.sample(*given)
 
 
+def _run_append(*arguments: Any) -> None:
+    given = list(arguments)
+    given[9] = choose("layout", _HEADS_FIRST, given[9])
+    _core.append(*given)
+
+
+def _run_compact(caches: Sequence[Tensor], plan: int, layout: Any, *arguments: Any) -> None:
+    _core.compact(live_plan(plan, caches, layout), *arguments)
+
+
 def _run(name: str) -> Callable[..., None]:
     """An op whose arguments are those of the native function."""
     native = getattr(_core, name)
@@ -120,6 +135,8 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 _register("verify", f"{_VERIFY_INPUTS}, {_VERIFY_OUTPUTS}", _run_verify)
 _register("sample", _SAMPLE, _run_sample)
 _register("tree_attention", _TREE_ATTENTION, _attention.run_tree_attention)
+_register("append", _APPEND, _run_append)
+_register("compact", _COMPACT, _run_compact)
 for _name, _schema in (
     ("tree_index", _TREE_INDEX),
     ("commit", _COMMIT),
@@ -329,6 +346,46 @@ def tree_index(
         out.status,
     )
     return out
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    num_nodes: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str,
+    status: Tensor | None,
+) -> Tensor:
+    if status is None:
+        status = torch.empty(k.shape[0], dtype=torch.int32, device=k.device)
+    torch.ops.foretoken.append(
+        k, v, k_cache, v_cache, lengths, num_nodes, block_table, k_scale, v_scale, layout, status
+    )
+    return status
+
+
+def compact(
+    caches: CachePlan | Sequence[Tensor],
+    lengths: Tensor,
+    path: Tensor,
+    num_accepted: Tensor,
+    block_table: Tensor | None,
+    layout: Any,
+    status: Tensor | None,
+) -> Tensor:
+    if status is None:
+        status = torch.empty(path.shape[0], dtype=torch.int32, device=path.device)
+    chosen = plan_layout(caches, layout)
+    tensors, handle = (caches.caches, caches.handle) if isinstance(caches, CachePlan) else (caches, -1)
+    torch.ops.foretoken.compact(
+        list(tensors), handle, chosen, lengths, path, num_accepted, block_table, status
+    )
+    return status
 
 
 def commit(

@@ -26,7 +26,9 @@ class Status(enum.IntFlag):
     its largest.
     """
     BAD_ROW = 4
-    """A slot, rule, history or row offset lies outside its table: nothing was read, nothing emitted."""
+    """A slot, rule, history, row offset, page or cache slot lies outside its table: nothing of the row was
+    read, emitted, written or moved.
+    """
 
 
 @dataclass(slots=True)
