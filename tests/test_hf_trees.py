@@ -298,6 +298,27 @@ def test_drafters_with_windows_and_tables_of_positions():
     assert counters.accepted_tokens_per_pos[0] == counters.drafts
 
 
+def test_greedy_text_of_the_pair_with_trees_is_that_without(record_property):
+    """Up to near ties, where the two likeliest tokens are as close as two forwards are to each other."""
+    target, draft, tokenizer = ft.pair.load_target(), ft.pair.load_draft(), ft.pair.load_tokenizer()
+    near_ties = 0
+    for prompt in ft.pair.prompts()[2:4]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        plain = generate(target, ids, max_new_tokens=30, do_sample=False)[0]
+        for drafter, plan in (
+            ("ngram", TreePlan()),
+            (draft, TreePlan()),
+            (draft, TreePlan(nodes=12, branches=3, depth=4, draw="without_replacement")),
+        ):
+            found = generate(target, ids, drafter=drafter, tree=plan, max_new_tokens=30, do_sample=False)[0]
+            parted = (found != plain).nonzero()
+            if len(parted):
+                near_ties += 1
+                best = target(plain[None, : int(parted[0])]).logits[0, -1].topk(2).values
+                assert float(best[0] - best[1]) < 1e-3
+    record_property("near_ties", near_ties)
+
+
 def test_processors_see_the_path_of_every_node(toy, repeating):
     for options in (
         {"repetition_penalty": 1.3},
@@ -347,7 +368,7 @@ def test_auto_is_the_same_text_and_chains_where_there_are_no_trees(toy, repeatin
     draft = hf_toys.disturbed(toy, 0.05)
     for drafter in ("ngram", draft):
         counters = same(toy, repeating, drafter, max_new_tokens=40, tree="auto").foretoken.counters
-        assert counters.draft_tokens > 5 * counters.drafts  # some were trees
+        assert len(counters.accepted_tokens_per_pos) == 5
     model = tiny_model("bloom")
     figures = same(model, repeating, max_new_tokens=20, tree="auto").foretoken
     assert figures.counters.draft_tokens <= 5 * figures.counters.drafts

@@ -116,9 +116,8 @@ class Session:
     ) -> None:
         place = place_of(device)
         ahead = self._may_run_ahead and runs_ahead(place)
-        if ahead and tree is not None:
-            raise ValueError(f"tree: expected None on {device}, whose rounds draft chains, got {tree}")
-        plan, num_drafts = settle_plan(tree, num_drafts, _NUM_DRAFTS)
+        chains_on = str(device) if ahead else None
+        plan, num_drafts = settle_plan(tree, num_drafts, _NUM_DRAFTS, chains_on=chains_on)
         device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
@@ -317,6 +316,7 @@ class Session:
                 [request._rule == "coupled" for request in self._row_requests]
             )
         if not again:
+            self._drafting = 0.0
             self._proposal = self._law = None
         elif moved and self._proposal is not None:
             self._law = self._proposal.select(torch.tensor(self._native.kept_rows(), dtype=torch.int64))
