@@ -28,9 +28,11 @@
 #include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
+#include "cuda/on_device.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/tree.hpp"
 #include "cuda/verify.hpp"
 #endif
 
@@ -92,10 +94,13 @@ class SamplingMirrors {
 #ifdef FORETOKEN_HAS_CUDA
     for (Kept& kept : kept_) {
       if (kept.mirror->device() != device) continue;
-      if (kept.version != version) kept.mirror->update(host, stream);
+      if (kept.version == version) return kept.mirror->view();
+      const cuda::OnDevice current(device);
+      kept.mirror->update(host, stream);
       kept.version = version;
       return kept.mirror->view();
     }
+    const cuda::OnDevice current(device);
     kept_.push_back({std::make_unique<cuda::SamplingMirror>(host, device, stream), version});
     return kept_.back().mirror->view();
 #else
@@ -127,6 +132,7 @@ inline void sample(const SampleArgs& args, [[maybe_unused]] void* workspace, Dev
                    [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::sample(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::sample(args, workspace, device, stream);
 #endif
 }
@@ -139,6 +145,7 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
     return cpu::prepare(prepare_args(args, what, workspace), what, workspace, least_blocks);
   }
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   return cuda::prepare(args, what, workspace, device, stream);
 #else
   return {};
@@ -148,10 +155,6 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
 // Bytes of device scratch that verify() needs, zero before its first use; 0: none.
 inline int64_t verify_workspace([[maybe_unused]] const VerifyArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
-  if (args.rule == Rule::gbv) {
-    throw std::invalid_argument(
-        "verify: this version has no CUDA kernel for the rule gbv; move the tensors to the CPU");
-  }
 #ifdef FORETOKEN_HAS_CUDA
   return cuda::verify_workspace(args, device);
 #else
@@ -163,6 +166,7 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
                    [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::verify(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::verify(args, workspace, device, stream);
 #endif
 }
@@ -170,6 +174,7 @@ inline void verify(const VerifyArgs& args, [[maybe_unused]] void* workspace, Dev
 inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::commit(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
 #endif
 }
@@ -188,9 +193,12 @@ inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Str
 #endif
 }
 
-inline void tree_index(const TreeIndexArgs& args, Device device, Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_index");
-  cpu::tree_index(args);
+inline void tree_index(const TreeIndexArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::tree_index(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::tree_index(args, stream);
+#endif
 }
 
 // Bytes of device scratch that tree_attention() needs, zero before its first use and zero again behind every

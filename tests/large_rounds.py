@@ -292,7 +292,8 @@ class Rounds:
             tokens[torch.arange(self.nodes - 1) >= self.counts[:, None]] = NO_TOKEN
         rule: str | Tensor = row.rule
         if row.rule == "by slot":
-            rule = ft.ops.rule_codes([self.pick.choice(BY_SLOT) for _ in range(self.spare)])  # type: ignore[arg-type]
+            names = (*BY_SLOT, "gbv") if row.draw == "iid_paths" else BY_SLOT
+            rule = ft.ops.rule_codes([self.pick.choice(names) for _ in range(self.spare)])  # type: ignore[arg-type]
         whole = row.outputs == "all"
         return {
             "draft_tokens": tokens.to(ids),

@@ -59,11 +59,8 @@ def mask_of(case: Case, b: int) -> Tensor:
     nodes, length = case.nodes_of(b), int(case.lengths[b])
     tree = torch.ones(nodes, nodes, dtype=torch.bool).tril()
     if case.ancestors is not None:
-        words = case.ancestors[b].tolist()
-        tree = torch.tensor(
-            [[bool(words[r][c // 64] >> (c % 64) & 1) for c in range(nodes)] for r in range(nodes)],
-            dtype=torch.bool,
-        ).reshape(nodes, nodes)
+        node = torch.arange(nodes)
+        tree = (case.ancestors[b, :nodes, node // 64] >> node % 64 & 1).bool()
     depth = tree.sum(1) - 1
     seen = torch.cat([torch.ones(nodes, length, dtype=torch.bool), tree], 1)
     if case.window is not None:

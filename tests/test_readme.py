@@ -92,3 +92,11 @@ def test_the_page_on_compiling_runs() -> None:
     assert names["roots"].equal(names["verdict"].next_token)
     assert (names["verdict"].num_emitted >= 1).all()
     assert not names["verdict"].status.any()
+
+
+def test_the_page_on_attention_runs() -> None:
+    assert len(fenced("docs/attention.md", "python")) == 1
+    names = run_blocks("docs/attention.md")
+    text = (ROOT / "docs/attention.md").read_text(encoding="utf-8")
+    shown = re.findall(r"0b([01]{5})$", text, re.MULTILINE)
+    assert [int(word, 2) for word in shown] == names["words"].flatten().tolist()

@@ -1,34 +1,14 @@
-// Which of n independent paths ranks first, and the law of being first: "Greedy multi-path block verification
-// for faster decoding in speculative sampling" (2026, arXiv 2602.16961). At every node the tokens are ranked
-// by target / draft, a ranking no draw has a say in; a path then is an interval of [0, 1), nested token by
-// token like an arithmetic code, and the largest of n independent points of [0, 1) lies in [low, high) with
-// probability high^n - low^n. So the kept path has the law
-//   first(x | prefix) = (high(x)^n - low(x)^n) / (high^n - low^n),
-// with which block verification takes it for a single draft.
+// The path that ranks first among independent ones, see math/path_interval.hpp.
 #pragma once
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "math/path_interval.hpp"
 #include "math/tree_index.hpp"
 
 namespace foretoken::cpu {
-
-struct PathInterval {
-  double low = 0.0, width = 1.0;
-  int32_t paths = 1;
-
-  // (high^n - low^n) / (high - low), without the cancellation.
-  double slope(double from, double to) const {
-    double sum = 0.0, power = 1.0;
-    for (int32_t i = 0; i < paths; ++i) {
-      sum = sum * from + power;
-      power *= to;
-    }
-    return sum;
-  }
-};
 
 // One level: the tokens in rank order, with the draft mass before each.
 template <class Mass>
@@ -55,18 +35,16 @@ class RankedTokens {
   size_t place(int64_t id) const { return place_[static_cast<size_t>(id)]; }
 
   std::vector<double> law_of_first(const PathInterval& at) const {
-    const double whole = at.slope(at.low, at.low + at.width);
+    const double whole = at.slope();
     std::vector<double> law(draft_.size());
-    for (size_t id = 0; id < law.size(); ++id) {
-      const PathInterval below = narrowed(at, static_cast<int64_t>(id));
-      law[id] = share(draft_[id]) * at.slope(below.low, below.low + below.width) / whole;
-    }
+    for (size_t id = 0; id < law.size(); ++id)
+      law[id] = at.first(share(before_[id]), share(draft_[id]), whole);
     return law;
   }
 
   PathInterval narrowed(const PathInterval& at, int64_t id) const {
     const size_t index = static_cast<size_t>(id);
-    return {at.low + at.width * share(before_[index]), at.width * share(draft_[index]), at.paths};
+    return at.narrowed(share(before_[index]), share(draft_[index]));
   }
 
  private:

@@ -1,6 +1,8 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include "cuda/errors.hpp"
+#include "cuda/on_device.hpp"
 #include "ops/device.hpp"
 
 namespace foretoken::cuda {
@@ -72,6 +74,15 @@ CudaReport report() {
   report.status = CudaStatus::ready;
   for (int i = 0; i < count; ++i) report.devices.push_back(describe(i));
   return report;
+}
+
+OnDevice::OnDevice(Device device) : wanted_(device.index) {
+  throw_if_failed(cudaGetDevice(&before_), "current device");
+  if (before_ != wanted_) throw_if_failed(cudaSetDevice(wanted_), "current device");
+}
+
+OnDevice::~OnDevice() {
+  if (before_ != wanted_) cudaSetDevice(before_);
 }
 
 }  // namespace foretoken::cuda

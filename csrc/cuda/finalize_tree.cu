@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/draft_tree.hpp"
+#include "cuda/errors.hpp"
 #include "cuda/on_device.hpp"
 #include "cuda/views.cuh"
 #include "math/draft_tree.hpp"

@@ -1,20 +1,15 @@
-// The current device for as long as something is launched on it, whatever the caller's current one is.
+// The current device for as long as something is launched on it, whatever the caller's current one is. Needs
+// no header of CUDA's: the dispatch holds one.
 #pragma once
 
-#include "cuda/errors.hpp"
 #include "ops/tensor_view.hpp"
 
 namespace foretoken::cuda {
 
 class OnDevice {
  public:
-  explicit OnDevice(Device device) : wanted_(device.index) {
-    throw_if_failed(cudaGetDevice(&before_), "current device");
-    if (before_ != wanted_) throw_if_failed(cudaSetDevice(wanted_), "current device");
-  }
-  ~OnDevice() {
-    if (before_ != wanted_) cudaSetDevice(before_);
-  }
+  explicit OnDevice(Device device);
+  ~OnDevice();
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 

@@ -4,7 +4,9 @@
 #include "cuda/draw.cuh"
 #include "cuda/filter.cuh"
 #include "cuda/race.cuh"
+#include "cuda/tree_index.cuh"
 #include "cuda/views.cuh"
+#include "math/path_interval.hpp"
 #include "math/tree_walk.hpp"
 #include "ops/prepare.hpp"
 #include "ops/verify.hpp"
@@ -19,6 +21,11 @@ struct Workspace {
   NodeState* states = nullptr;   // [B, 32, T] of the walk: every lane of the leading warp has its own
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
   int32_t max_edits = 0;
+  // Of gbv; null where no request can ask for it.
+  uint64_t* rank_keys = nullptr;  // [B, 2, V] tokens being sorted, before a pass and behind it ...
+  int32_t* rank_ids = nullptr;    // ... [B, 2, V]
+  float* first_laws = nullptr;    // [B, D, first_law_stride] of being first, by depth
+  int64_t first_law_stride = 0;
 };
 
 struct alignas(16) VerifyLaunch {
@@ -45,6 +52,8 @@ enum class Task : uint32_t {
   race,           // the first in the race of the elements
   raw_law,        // plain softmax of the logits as given
   best,           // the largest element below bound, or equal to it and behind `below`
+  rank,           // the law of being first in the path that `at` is the interval of, into the row `level`
+  first_laws,     // of the first `count` such rows
   left_max,       // largest element of the draft's row without the first `count` children
   left_mass,      // its mass without them, in units of bound
 };
@@ -58,6 +67,9 @@ struct Command {
   int64_t below = -1;
   uint64_t seed = 0, position = 0;
   RowLaw target_law, draft_law;
+  int32_t level = -1;  // of gbv: the draft's row is the law of being first at this depth
+  PathInterval at;
+  int64_t token = -1;
 };
 
 // Shared memory of a block. The leading block's holds what is known of the request.
@@ -93,6 +105,9 @@ struct RequestShared {
   uint8_t has_child[kMaxNodes];
   int16_t dense[kMaxNodes];  // nodes whose children were drawn from a law of the draft's
   int32_t num_dense;
+
+  // Of gbv: the nodes that the best prefix ends in, and their children.
+  int16_t prefix[kMaxNodes], followers[kMaxNodes];
 };
 
 constexpr int16_t kBadRowIndex = -2;
@@ -182,6 +197,22 @@ class Request {
   }
   __device__ uint32_t* arrivals() const { return launch_.workspace.arrivals + b_; }
 
+  __device__ uint64_t* rank_keys(int which) const {
+    return launch_.workspace.rank_keys + (b_ * 2 + which) * vocab_;
+  }
+  __device__ int32_t* rank_ids(int which) const {
+    return launch_.workspace.rank_ids + (b_ * 2 + which) * vocab_;
+  }
+  // One element off every alignment: what can be read 16 bytes at a time is read as data that never changes,
+  // and this is written in the same launch.
+  __device__ float* first_law_data(int64_t level) const {
+    const int64_t depth = args_.tokens.shape[1] - 1;
+    return launch_.workspace.first_laws + (b_ * depth + level) * launch_.workspace.first_law_stride + 1;
+  }
+  __device__ DeviceRow first_law(int64_t level) const {
+    return {first_law_data(level), DType::float32, vocab_};
+  }
+
   // A drafter's own order may be longer than the target's vocabulary.
   __device__ int64_t stats_tiles() const {
     const int64_t own = has_row_laws() ? tiles_of(laws().shape[2]) : 0;
@@ -243,49 +274,6 @@ __device__ inline void add_up_masses(RequestShared& shared, const Residual& resi
     if (lane_id() == 0) of_block(shared.filter.bins, 0)[index] = mass;
     return mass;
   });
-}
-
-// build_tree() of math/tree_index.hpp by a warp, from parents in shared memory; false if one is not a smaller
-// node.
-__device__ inline bool build_tree_by_warp(TreeIndex& tree, int32_t nodes, const int16_t* parents) {
-  if (lane_id() == 0) {
-    tree.nodes = nodes;
-    tree.parent[0] = kNoNode;
-    tree.depth[0] = 0;
-  }
-  bool usable = true;
-  for (int32_t node = lane_id(); node < nodes; node += kWarpSize) {
-    tree.first_child[node] = tree.next_sibling[node] = kNoNode;
-    if (node == 0) continue;
-    tree.parent[node] = parents[node];
-    usable = usable && parents[node] >= 0;
-  }
-  if (!__all_sync(kAllLanes, usable)) return false;
-  for (int32_t first = 0; first < nodes; first += kWarpSize) {
-    const int32_t node = first + lane_id();
-    int32_t depth = 0, at = node;
-    for (; node < nodes && at > 0 && at >= first; at = parents[at]) ++depth;
-    if (node > 0 && node < nodes) tree.depth[node] = static_cast<int16_t>(depth + tree.depth[at]);
-    __syncwarp();
-  }
-  // From the last nodes to the first: what a parent has so far are the younger siblings.
-  for (int32_t first = (nodes - 1) / kWarpSize * kWarpSize; first >= 0; first -= kWarpSize) {
-    const int32_t node = first + lane_id();
-    const bool there = node > 0 && node < nodes;
-    const int32_t parent = there ? parents[node] : kNoNode - 1 - lane_id();
-    const unsigned siblings = __match_any_sync(kAllLanes, parent);
-    const unsigned younger = siblings & ~((2u << lane_id()) - 1);
-    if (there) {
-      tree.next_sibling[node] = younger != 0
-                                    ? static_cast<int16_t>(first + __ffs(static_cast<int>(younger)) - 1)
-                                    : tree.first_child[parent];
-    }
-    __syncwarp();
-    if (there && (siblings & ((1u << lane_id()) - 1)) == 0)
-      tree.first_child[parent] = static_cast<int16_t>(node);
-    __syncwarp();
-  }
-  return true;
 }
 
 __device__ inline Filters filters_of(const SamplingView& sampling, int64_t slot) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/cluster_filter.cuh"
-#include "cuda/request.cuh"
+#include "cuda/ranking.cuh"
 
 namespace foretoken::cuda {
 
@@ -84,14 +84,18 @@ class Team {
       make_laws(command.first, command.count, false);
       return;
     }
+    if (command.task == Task::rank) return TokenRanking(request_, command, shared_).run();
+    if (command.task == Task::first_laws) return first_laws(command.count);
     Residual residual;
     residual.target =
         command.raw ? request_.raw_target_row(command.first) : request_.target_row(command.first);
     residual.target_law = command.target_law;
     residual.gain = command.gain;
     residual.draft_law = command.draft_law;
-    if (command.with_draft)
-      residual.draft = request_.draft_row(command.first, shared_.law_row[command.first]);
+    if (command.with_draft) {
+      residual.draft = command.level < 0 ? request_.draft_row(command.first, shared_.law_row[command.first])
+                                         : request_.first_law(command.level);
+    }
     switch (command.task) {
       case Task::residual_sums:
       case Task::exact_masses: return add_up_masses(shared_, residual, command.task);
@@ -242,6 +246,31 @@ class Team {
     const RowLaw law = law_of_stats(task);
     if (lane_id() == 0) shared_.raw_law = law;
     __syncwarp();
+  }
+
+  // Of the rows that ranking has written, as rows of probabilities; by depth, in the leading block's memory.
+  __device__ __noinline__ void first_laws(int32_t count) {
+    const int64_t tiles = request_.tiles();
+    const auto task_of = [&](int64_t level) {
+      return RowTask{request_.first_law(level), RowReading::of_probs(),
+                     request_.stats(request_.max_nodes() + level), nullptr};
+    };
+    for_own_tiles(count * tiles, [&](int64_t item) {
+      const RowTask task = task_of(item / tiles);
+      const TileStats stats = stats_at(task, item % tiles);
+      if (lane_id() == 0) task.stats[item % tiles] = stats;
+    });
+    cluster_sync();
+    const int32_t step = static_cast<int32_t>(size_) * kWarps;
+    for (int32_t i = static_cast<int32_t>(rank_ + size_ * (threadIdx.x / kWarpSize)); i < count; i += step) {
+      const RowTask task = task_of(i);
+      RowLaw law = law_of_stats(task);
+      if (!law.usable) {
+        const int64_t top = lowest_of(task.row, task.stats, extremes_of(task.stats, tiles, law.kind).max);
+        law.top = top < task.row.size ? top : 0;  // a row of NaN has none
+      }
+      if (lane_id() == 0) of_block(shared_.draft, 0)[i] = law;
+    }
   }
 
   __device__ static TileStats stats_at(const RowTask& task, int64_t index) {

@@ -1,5 +1,6 @@
 #include "cuda/verify.hpp"
 
+#include "cuda/first_path.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/verdict.cuh"
@@ -60,9 +61,7 @@ __device__ __noinline__ Header read_header(const VerifyLaunch& launch, const Req
   const int64_t rows = request.target_rows();
   const bool history =
       launch.prepared.history_unusable == nullptr || launch.prepared.history_unusable[b] == 0;
-  // No kernel ranks the paths of gbv: a slot that asks for it is refused like one that asks for no rule at
-  // all.
-  if (code >= kRules || code == static_cast<int>(Rule::gbv) || rows < 1 || !history) return header;
+  if (code >= kRules || rows < 1 || !history) return header;
   header.admitted = true;
   header.status = 0;
   header.rule = static_cast<Rule>(code);
@@ -267,6 +266,13 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
   workspace.max_edits = static_cast<int32_t>(plan.lists);
   const int64_t lanes = rows * plan.stats_tiles * kWarpSize;
   if (lanes * 4 <= kMostForLanes) take(workspace.lanes, lanes);
+  if (args.draw == Draw::iid_paths && (args.rules || args.rule == Rule::gbv)) {
+    const int64_t vocab = args.target_logits.shape[args.target_logits.rank - 1];
+    workspace.first_law_stride = (vocab + 4) / 4 * 4;  // room for one more
+    take(workspace.rank_keys, batch * 2 * vocab);
+    take(workspace.rank_ids, batch * 2 * vocab);
+    take(workspace.first_laws, batch * (args.tokens.shape[1] - 1) * workspace.first_law_stride);
+  }
   return memory;
 }
 

@@ -115,7 +115,9 @@ class VerifyRows {
     return static_cast<int64_t>(ask(command)) < k;
   }
   __device__ void ignore_draft_laws() { ignore_draft_laws_ = true; }
-  __device__ void keep_first_path(int32_t) {}  // gbv does not come here
+  // Of independent paths keeps the one that ranks first, with the law of being first in place of the drafts':
+  // see cuda/first_path.cuh.
+  __device__ void keep_first_path(int32_t num_paths);
 
   // The token whose Gumbel noise wins at this node.
   __device__ __noinline__ int64_t raced(int32_t node, uint64_t seed, uint64_t position) {
@@ -190,6 +192,13 @@ class VerifyRows {
   }
 
  private:
+  __device__ int32_t list_followers(int32_t nodes);
+  __device__ uint64_t draft_mass(int32_t node, int64_t token) const;
+  __device__ int64_t best_follower(int32_t node, int32_t followers);
+  __device__ void spread_list(int32_t node, int32_t level);
+  __device__ PathInterval rank_tokens(int32_t node, int32_t level, const PathInterval& at, int64_t best);
+  __device__ void keep_ranked_path(int32_t last, int32_t depth);
+
   __device__ __noinline__ void make_target_law(int32_t node) {
     Command command;
     command.task = Task::laws;
@@ -344,8 +353,8 @@ class VerifyRows {
       return residual;
     }
     const float in_weights = gain_in_weights(gain, residual.target_law.mass, law.mass);
-    if (request_.has_row_laws()) {
-      residual.draft = request_.draft_row(node, row);
+    if (ranked_ || request_.has_row_laws()) {
+      residual.draft = ranked_ ? request_.first_law(tree().depth[node]) : request_.draft_row(node, row);
       residual.draft_law = law;
       residual.gain = in_weights;
       return residual;
@@ -391,6 +400,7 @@ class VerifyRows {
     command.with_draft = residual.draft.data != nullptr;
     command.draft_law = residual.draft_law;
     command.gain = residual.gain;
+    if (ranked_ && command.with_draft) command.level = tree().depth[node];
     return command;
   }
 
@@ -418,6 +428,7 @@ class VerifyRows {
   const TeamFilters& filters_;
   RequestShared& shared_;
   bool ignore_draft_laws_ = false;
+  bool ranked_ = false;            // the drafts' laws are those of the path that ranks first
   int32_t summed_node_ = kNoNode;  // of the last residual whose tiles were summed
   double summed_gain_ = 0.0;
   uint64_t summed_mass_ = 0;

@@ -41,6 +41,7 @@ CHOICE = "ops/walk.hpp"
 VERIFY = "cpu/verify.cpp"
 ROWS = "cpu/tree_rows.cpp"
 PATHS = "cpu/first_path.hpp"
+INTERVAL = "math/path_interval.hpp"
 RESIDUAL = "cpu/residual.cpp"
 LAWS = "cpu/draft_laws.cpp"
 LOGITS = "cpu/rows.cpp"
@@ -279,7 +280,7 @@ ROWS_AND_LAWS = [
     defect("token excluded twice", "a repeated rejected sibling counts twice in what is left",
            (RESIDUAL, "«edits.erase(std::unique(edits.begin(), edits.end(), same), edits.end());»", "")),
     defect("intervals for n - 1 paths", "the law of being first is that of fewer paths",
-           (PATHS, "for (int32_t i = 0; «i < paths»; ++i)", "i + 1 < paths")),
+           (INTERVAL, "for (int32_t i = 0; «i < paths»; ++i)", "i + 1 < paths")),
     defect("paths ranked by the drafter", "the target has no say",
            (PATHS, "ratio[id] = «target[id] / static_cast<double>(draft[id])»;",
             "static_cast<double>(draft[id])")),

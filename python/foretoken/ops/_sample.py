@@ -14,6 +14,7 @@ from foretoken.sampling import Sampling, SamplingTable
 
 _PURPOSES = {"plain": _core.Purpose.plain, "draft": _core.Purpose.draft}
 _METHODS = {"inverse": _core.SampleMethod.inverse, "gumbel": _core.SampleMethod.gumbel}
+_PLAIN, _INVERSE = _PURPOSES["plain"], _METHODS["inverse"]
 
 
 @overload
@@ -158,15 +159,24 @@ def sample(
             records,
             logprobs,
         )
-    batch, width = _core.sizes(logits, "logits", 2)
-    if out is None:
-        out = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    scores = torch.empty(batch, dtype=torch.float32, device=logits.device) if logprobs else None
+    table: _core.SamplingTable | None = sampling if type(sampling) is SamplingTable else None
+    scores: Tensor | None = None
+    if out is None or logprobs or table is None:  # a prepared call with a buffer needs no sizes
+        batch, _ = _core.sizes(logits, "logits", 2)
+        if out is None:
+            out = torch.empty(batch, dtype=torch.int64, device=logits.device)
+        if logprobs:
+            scores = torch.empty(batch, dtype=torch.float32, device=logits.device)
+        if table is None:
+            table = table_of("sampling", sampling, batch)
     if vocab_map is not None and vocab_size is None:
         raise ValueError("vocab_size: expected the number of ids that vocab_map maps to, got None")
-    arguments = (
+    native_purpose = _PLAIN if purpose == "plain" else choose("purpose", _PURPOSES, purpose)
+    native_method = _INVERSE if method == "inverse" else choose("method", _METHODS, method)
+    workspace: Tensor | None = None
+    while missing := _core.sample(
         logits,
-        table_of("sampling", sampling, batch),
+        table,
         base,
         slots,
         bitmask,
@@ -174,16 +184,15 @@ def sample(
         prompt_lengths,
         path,
         vocab_map,
-        width if vocab_size is None else vocab_size,
-        choose("purpose", _PURPOSES, purpose),
-        choose("method", _METHODS, method),
+        0 if vocab_size is None else vocab_size,  # without a map: that of the logits
+        native_purpose,
+        native_method,
         step,
         out,
         scores,
         status,
         records,
-    )
-    missing = _core.sample(*arguments, None)
-    if missing:  # rows that something edits, on CUDA
-        _core.sample(*arguments, torch.empty(missing, dtype=torch.uint8, device=logits.device))
+        workspace,
+    ):  # rows that something edits, on CUDA
+        workspace = torch.empty(missing, dtype=torch.uint8, device=logits.device)
     return out if scores is None else (out, scores)

@@ -68,8 +68,8 @@ class Verdict:
     raw_top_logprobs: Tensor | None = None
     """As ``top_logprobs``, of that softmax."""
     workspace: Tensor | None = field(default=None, repr=False, compare=False)
-    """uint8 or None: scratch of the kernels on CUDA, made at the first call that needs it. Nothing else may
-    use it while a call is under way.
+    """uint8 or None: scratch of the kernels on CUDA, made at the first call that is given these buffers and
+    needs it. Nothing else may use it while a call is under way.
     """
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from foretoken import _core
+from foretoken.ops import _scratch
 from foretoken.ops._choices import choose, table_of
 from foretoken.ops._verdict import Tolerance, Verdict
 from foretoken.sampling import Sampling, SamplingTable
@@ -54,6 +55,7 @@ _DRAWS = {
     "iid": _core.Draw.iid,
     "without_replacement": _core.Draw.without_replacement,
 }
+_IID, _DETERMINISTIC = _core.Draw.iid, _core.Draw.deterministic
 _EXACT = Tolerance().prepare()
 
 
@@ -69,9 +71,7 @@ def rule_codes(rules: Sequence[Rule], device: torch.device | str = "cpu") -> Ten
     return torch.tensor(codes, dtype=torch.uint8, device=device)
 
 
-def _draw_of(draw: Draw | None, has_law: bool) -> tuple[_core.Draw, int]:
-    if draw is None:
-        return (_core.Draw.iid if has_law else _core.Draw.deterministic), 1
+def _draw_of(draw: Draw) -> tuple[_core.Draw, int]:
     if not isinstance(draw, tuple):
         return choose("draw", _DRAWS, draw), 1
     if len(draw) != 2 or draw[0] != "iid_paths" or not isinstance(draw[1], int) or draw[1] < 1:
@@ -85,17 +85,13 @@ def _rule_of(rule: Rule | Tensor) -> tuple[_core.Rule, Tensor | None]:
     return _core.Rule.auto, rule
 
 
-def _topk_of(draft_topk: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    if draft_topk is None:
-        return None, None
+def _topk_of(draft_topk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(draft_topk, (tuple, list)) or len(draft_topk) != 2:
         raise TypeError(f"draft_topk: expected (ids, probabilities), got {type(draft_topk).__name__}")
     return draft_topk[0], draft_topk[1]
 
 
-def _tolerance_of(tolerance: Tolerance | None) -> _core.Tolerance:
-    if tolerance is None:
-        return _EXACT
+def _tolerance_of(tolerance: Tolerance) -> _core.Tolerance:
     if not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance: expected a Tolerance, got {type(tolerance).__name__}")
     return tolerance.prepare()
@@ -197,7 +193,8 @@ def verify(
         softmax of its logits, and the ``num_top`` likeliest beside each.
     out
         Buffers of :meth:`Verdict.empty` to write; with it nothing is allocated, and the last three
-        arguments are what it has room for.
+        arguments are what it has room for. Without it scratch on a CUDA device is kept from call to call, by
+        stream and batch, 64 MiB at most in all.
 
     Returns
     -------
@@ -257,8 +254,10 @@ def verify(
             num_top,
             out,
         )
-    batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
+    given = out
+    key = None
     if out is None:
+        batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
         out = Verdict.empty(
             batch,
             num_nodes,
@@ -268,14 +267,30 @@ def verify(
             raw_logprobs=raw_logprobs,
             num_top=num_top,
         )
+        key = _scratch.key_of(draft_tokens, batch)
     elif not isinstance(out, Verdict):
         raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
-    table = table_of("sampling", sampling, batch)
-    topk_ids, topk_probs = _topk_of(draft_topk)
-    has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
-    kind, num_paths = _draw_of(draw, has_law)
-    code, by_slot = _rule_of(rule)
-    arguments = (
+    # Here each step counts: calls that say little take the short branches.
+    table: _core.SamplingTable
+    if type(sampling) is SamplingTable:
+        table = sampling
+    else:
+        table = table_of("sampling", sampling, _core.sizes(draft_tokens, "draft_tokens", 2)[0])
+    if draft_sampling is None:
+        draft_table = table
+    else:
+        batch, _ = _core.sizes(draft_tokens, "draft_tokens", 2)
+        draft_table = table_of("draft_sampling", draft_sampling, batch)
+    topk_ids, topk_probs = (None, None) if draft_topk is None else _topk_of(draft_topk)
+    if draw is None:
+        has_law = draft_logits is not None or draft_probs is not None or topk_ids is not None
+        kind, num_paths = (_IID if has_law else _DETERMINISTIC), 1
+    else:
+        kind, num_paths = _draw_of(draw)
+    code, by_slot = (_RULES[rule], None) if rule.__class__ is str and rule in _RULES else _rule_of(rule)
+    native_tolerance = _EXACT if tolerance is None else _tolerance_of(tolerance)
+    workspace = out.workspace if given is not None else _scratch.kept(key)
+    while missing := _core.verify(
         target_logits,
         row_offsets,
         draft_tokens,
@@ -294,12 +309,12 @@ def verify(
         base,
         slots,
         table,
-        table if draft_sampling is None else table_of("draft_sampling", draft_sampling, batch),
+        draft_table,
         code,
         by_slot,
         kind,
         num_paths,
-        _tolerance_of(tolerance),
+        native_tolerance,
         out.tokens,
         out.num_emitted,
         out.num_accepted,
@@ -314,9 +329,11 @@ def verify(
         out.raw_logprobs,
         out.raw_top_tokens,
         out.raw_top_logprobs,
-    )
-    missing = _core.verify(*arguments, out.workspace)
-    if missing:
-        out.workspace = torch.zeros(missing, dtype=torch.uint8, device=target_logits.device)
-        _core.verify(*arguments, out.workspace)
+        workspace,
+    ):
+        workspace = torch.zeros(missing, dtype=torch.uint8, device=target_logits.device)
+        if given is None:
+            _scratch.keep(key, workspace)
+        else:
+            out.workspace = workspace
     return out
