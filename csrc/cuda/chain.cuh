@@ -290,6 +290,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
   // row's statistics, if these decide. By all threads of a block, two tiles and then two elements each; see
   // TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
   __device__ __forceinline__ int64_t draw(const ChainStep& step, int turn, bool exact) {
+    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
     const RowLaw& law = shared_.records[step.node].law;
     __syncthreads();
     if (threadIdx.x == 0) {
