@@ -118,8 +118,8 @@ inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles,
 // The same for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of a
 // request read, one of them then takes what is left of one row; the weights are times measured on an H200, in
 // us.
-inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                         bool may_share) {
+inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                              bool may_share) {
   constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
@@ -140,9 +140,9 @@ inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows
   return best;
 }
 
-// chain_shape(), whose search takes a microsecond, unless it was asked for the same lately.
-inline Shape kept_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                              bool may_share) {
+// The same, unless it was asked for lately: the search takes a microsecond.
+inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                         bool may_share) {
   struct Kept {
     const ClusterRoom* room = nullptr;  // one for each kernel and device, as long as the process lives
     int64_t requests = 0, rows = 0, tiles = 0;
@@ -154,7 +154,8 @@ inline Shape kept_chain_shape(const ClusterRoom& room, int64_t requests, int64_t
   Kept& entry = kept[static_cast<size_t>(requests + rows) % kMostKept];
   if (entry.room != &room || entry.requests != requests || entry.rows != rows || entry.tiles != tiles ||
       entry.may_share != may_share) {
-    entry = {&room, requests, rows, tiles, may_share, chain_shape(room, requests, rows, tiles, may_share)};
+    entry = {&room, requests,  rows,
+             tiles, may_share, find_chain_shape(room, requests, rows, tiles, may_share)};
   }
   return entry.shape;
 }

@@ -75,7 +75,7 @@ void launch_chains(DType dtype, bool whole, ChainArgs& args, int64_t requests, i
     constexpr auto kKernel = verify_chain_kernel<decltype(of_type)::value, decltype(is_whole)::value>;
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
     const Shape shape =
-        kept_chain_shape(room, requests, rows, (args.vocab + kTile - 1) / kTile, args.arrivals != nullptr);
+        chain_shape(room, requests, rows, (args.vocab + kTile - 1) / kTile, args.arrivals != nullptr);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args);
