@@ -80,11 +80,6 @@ inline bool cuda_self_check([[maybe_unused]] const SelfCheckInput* inputs,
   return kBuiltWithCuda;
 }
 
-[[noreturn]] inline void refuse_cuda(const char* op) {
-  throw std::invalid_argument(std::string(op) +
-                              ": this version has no CUDA kernel for it; move the tensors to the CPU");
-}
-
 // The copies of one sampling table on the devices that have asked for it.
 class SamplingMirrors {
  public:
