@@ -33,6 +33,7 @@
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/tree.hpp"
+#include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
 #endif
 
@@ -201,22 +202,30 @@ inline void tree_index(const TreeIndexArgs& args, Device device, [[maybe_unused]
 #endif
 }
 
-// Bytes of device scratch that tree_attention() needs, zero before its first use and zero again behind every
-// call; 0: none. From the shapes alone, as lengths are on the device.
+// Bytes of device scratch that tree_attention() needs, its first kAttentionCounterBytes zero before their
+// first use and zero again behind every call; 0: none. From the shapes alone, as lengths are on the device.
 inline int64_t tree_attention_workspace([[maybe_unused]] const TreeAttentionArgs& args, Device device) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
+  if (backend_for(device) == Backend::cpu) return 0;
+#ifdef FORETOKEN_HAS_CUDA
+  return cuda::tree_attention_workspace(args, device);
+#else
   return 0;
+#endif
 }
 
 inline void tree_attention(const TreeAttentionArgs& args, [[maybe_unused]] void* workspace, Device device,
-                           Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("tree_attention");
-  cpu::tree_attention(args);
+                           [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::tree_attention(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::tree_attention(args, workspace, device, stream);
+#endif
 }
 
-inline void merge(const MergeArgs& args, Device device, Stream) {
-  if (backend_for(device) == Backend::cuda) refuse_cuda("merge");
-  cpu::merge(args);
+inline void merge(const MergeArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::merge(args);
+#ifdef FORETOKEN_HAS_CUDA
+  cuda::merge(args, device, stream);
+#endif
 }
 
 inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {

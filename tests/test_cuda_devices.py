@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import foretoken as ft
+from cache_cases import Appending, Compacting
 from large_rounds import Large, Rounds
 from mirrored import TEST_DEVICE, Mirror, mirroring
 
@@ -37,6 +38,16 @@ def test_verify_and_sample(other: Mirror, shape: str, edits: str):
 def test_trees(other: Mirror):
     ft.ops.tree_index(torch.tensor([[0, 0, 1], [0, 1, 9]]), lengths=torch.tensor([3, 4]))
     ft.ops.draft_topk(torch.randn(2, 3, 4000), 4, scores=torch.zeros(2, 3))
+
+
+def test_moves_in_caches(other: Mirror):
+    appending = Appending(1, 16, "apart", "NHD", torch.float8_e4m3fn)
+    (found, status), (expected, told) = appending.call(other.device), appending.expected()
+    assert (found.tolist(), status) == (expected.tolist(), told)
+    compacting = Compacting(1, 16, "apart", "HND")
+    (buffers, status), (wanted, told) = compacting.call(other.device), compacting.expected()
+    assert status == told
+    assert all(torch.equal(*pair) for pair in zip(buffers, wanted, strict=True))
 
 
 def test_both_devices_in_turn(other: Mirror):

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import foretoken as ft
+from cache_cases import KINDS as BUFFERS
+from cache_cases import Appending, Compacting
 from covering import pairwise as small_pairwise
 from experiments import Experiment
 from large_rounds import KINDS, RULES, Large, Rounds, makes_sense
-from mirrored import Mirror
+from mirrored import TEST_DEVICE, Mirror
 
 pytestmark = pytest.mark.cuda
+DEVICE = torch.device(TEST_DEVICE)
 PLAIN = Large("auto", "logits", "iid", "chain5", "mixed", "float32", 2500, 1, "whole", "own", "none", "few")
 LAWS = {
     "point": {"draw": "deterministic"},
@@ -86,3 +89,16 @@ def test_finalize_tree(mirror: Mirror, count: int):
     tokens = torch.randint(0, 99, (4, count))
     for num_nodes in (4, 100, 255):
         ft.ops.finalize_tree(tokens, scores, parents, num_nodes, lengths=torch.arange(4), budget=budget)
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_moves_in_caches(kind: str):
+    for seed, (size, layout) in enumerate([(None, "NHD"), (3, "HND"), (16, "NHD")]):
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            appending = Appending(seed, size, kind, layout, dtype)
+            for found, expected in zip(appending.call(DEVICE), appending.expected(), strict=True):
+                assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+        compacting = Compacting(seed, size, kind, layout)
+        (buffers, status), (expected, told) = compacting.call(DEVICE), compacting.expected()
+        assert status == told
+        assert all(torch.equal(one, other) for one, other in zip(buffers, expected, strict=True))

@@ -265,6 +265,60 @@ def test_greedy_text_with_ngram_trees_is_that_of_the_model(toy, repeating):
     assert len(figures.counters.accepted_tokens_per_pos) == 4
 
 
+def test_greedy_text_with_model_trees_is_that_of_the_model(toy, repeating):
+    draft = hf_toys.disturbed(toy, 0.05)
+    for plan in (TreePlan(12, 3, 4), TreePlan(16, 4, 5)):
+        counters = same(toy, repeating, draft, max_new_tokens=40, tree=plan).foretoken.counters
+        assert counters.accepted_tokens > 40
+    same(toy, repeating, draft, max_new_tokens=20, repetition_penalty=1.3)
+    chain = generate(
+        toy, **repeating, drafter=draft, num_drafts=5, max_new_tokens=40, return_dict_in_generate=True
+    )
+    assert counters.rounds < chain.foretoken.counters.rounds
+
+
+def test_drafters_with_windows_and_tables_of_positions():
+    """Their levels are fed behind each other, some rows with less room than others."""
+    target = tiny_model("mistral_window")
+    ids = torch.tensor(random_prompts(20, 20))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("mistral_window", "gemma3_window", "gpt2"):
+        draft = tiny_model(name, num_hidden_layers=1) if name != "gpt2" else tiny_model(name)
+        same(target, inputs, draft, max_new_tokens=40)
+    twin = generate(
+        target,
+        **inputs,
+        drafter=target,
+        tree=TreePlan(9, 3, 3),
+        max_new_tokens=40,
+        return_dict_in_generate=True,
+    )
+    # The likeliest child of the root is in every tree.
+    counters = twin.foretoken.counters
+    assert counters.accepted_tokens_per_pos[0] == counters.drafts
+
+
+def test_greedy_text_of_the_pair_with_trees_is_that_without(record_property):
+    """Up to near ties, where the two likeliest tokens are as close as two forwards are to each other."""
+    target, draft, tokenizer = ft.pair.load_target(), ft.pair.load_draft(), ft.pair.load_tokenizer()
+    near_ties = 0
+    for prompt in ft.pair.prompts()[2:4]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        plain = generate(target, ids, max_new_tokens=30, do_sample=False)[0]
+        for drafter, plan in (
+            ("ngram", TreePlan()),
+            (draft, TreePlan()),
+            (draft, TreePlan(nodes=12, branches=3, depth=4, draw="without_replacement")),
+        ):
+            found = generate(target, ids, drafter=drafter, tree=plan, max_new_tokens=30, do_sample=False)[0]
+            parted = (found != plain).nonzero()
+            if len(parted):
+                near_ties += 1
+                best = target(plain[None, : int(parted[0])]).logits[0, -1].topk(2).values
+                assert float(best[0] - best[1]) < 1e-3
+    record_property("near_ties", near_ties)
+
+
 def test_processors_see_the_path_of_every_node(toy, repeating):
     for options in (
         {"repetition_penalty": 1.3},
@@ -306,8 +360,18 @@ def test_attached_models_take_trees(toy, repeating):
 
 
 def test_what_is_no_plan_is_refused(toy, repeating):
-    with pytest.raises(TypeError, match="tree: expected a TreePlan or None, got int"):
+    with pytest.raises(TypeError, match=r"tree: expected a TreePlan, .* or None, got 16"):
         generate(toy, **repeating, drafter="ngram", tree=16, max_new_tokens=5)
+
+
+def test_auto_is_the_same_text_and_chains_where_there_are_no_trees(toy, repeating):
+    draft = hf_toys.disturbed(toy, 0.05)
+    for drafter in ("ngram", draft):
+        counters = same(toy, repeating, drafter, max_new_tokens=40, tree="auto").foretoken.counters
+        assert len(counters.accepted_tokens_per_pos) == 5
+    model = tiny_model("bloom")
+    figures = same(model, repeating, max_new_tokens=20, tree="auto").foretoken
+    assert figures.counters.draft_tokens <= 5 * figures.counters.drafts
 
 
 def test_models_without_trees_are_refused_before_the_first_round(repeating):

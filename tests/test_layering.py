@@ -2,8 +2,8 @@
 
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
-         hf -> generate -> session -> device -> {drafters, request, metrics} -> {tree, step} -> ops
-         ops -> sampling -> _core
+         hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
+         drafters -> tree -> step -> ops -> sampling -> _core
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NARROW_GRID = re.compile(r"(?<!static_cast<int64_t>\()blockIdx\.[xyz]\)?\s*\*")
 
 # Which modules of the package a module may import, besides itself. `foretoken` itself: its lazy attributes.
 BASE = {"_core", "sampling", "ops"}
-LOOP = BASE | {"step", "tree", "metrics", "request", "drafters", "device", "session"}
+LOOP = BASE | {"step", "tree", "metrics", "request", "drafters", "controller", "device", "session"}
 PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
@@ -52,7 +52,8 @@ PYTHON = {
     "metrics": BASE,
     "request": BASE | {"metrics"},
     "step": BASE,
-    "tree": BASE,
+    "controller": set(),
+    "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
     "device": BASE | {"step", "metrics", "request", "drafters"},
     "session": LOOP,

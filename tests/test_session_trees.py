@@ -11,19 +11,20 @@ import pytest
 import torch
 
 import foretoken as ft
-from foretoken.drafters import NgramDrafter, Proposal
+from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal
 from foretoken.generate import decode, settle
 from foretoken.ops import Status
 from foretoken.sampling import Sampling
 from foretoken.session import Session
 from foretoken.tree import TreePlan
 from goodness import assert_fits, assert_misfits, fit
-from reference import softmax
+from reference import Filters, row_law
 from toys import (
     GREEDY,
     VOCAB,
     Ask,
     TableModel,
+    alike,
     context_of,
     greedy,
     rounds,
@@ -114,7 +115,7 @@ def run_all(session, target, asks):
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_greedy_texts_are_those_of_plain_decoding(seed, max_batch):
     """Random trees, ragged, in slots used again; the cache is held against the text at every step."""
     asks = some_asks(15, seed=seed, vocab=VOCAB, eos_ids=(3,))
@@ -139,6 +140,125 @@ def test_ngram_trees_give_the_plain_text_in_no_more_rounds_than_chains(max_batch
         assert run_all(session, target, asks) == [greedy(looping, ask)[0] for ask in asks]
         counters.append(session.metrics.counters)
     assert counters[0].rounds < counters[1].rounds
+
+
+def model_drafter(logits, max_batch, max_length=80, *, seed=99, share=0.7):
+    draft = TableModel(alike(logits, seed, share), max_batch, max_length)
+    draft.ahead = True
+    return draft, ModelDrafter(
+        draft, max_batch=max_batch, vocab_size=logits.shape[1], max_length=max_length, prefill_chunk=5
+    )
+
+
+@pytest.mark.parametrize("max_batch", [1, 3])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PLAN,
+        TreePlan(16, 4, 5),
+        TreePlan(3, 16, 2),
+        TreePlan(40, 2, 9),
+        TreePlan(16, 4, 5, "without_replacement"),
+        TreePlan(9, 2, 4, "iid"),
+    ],
+    ids=str,
+)
+def test_model_trees_give_the_plain_text(plan, max_batch):
+    """Both caches are held against the text at every step; the drafter's between its levels, too."""
+    asks = some_asks(12, seed=7, vocab=VOCAB, eos_ids=(3,))
+    draft, drafter = model_drafter(TABLE, max_batch)
+    session, target = session_with(drafter, max_batch=max_batch, plan=plan)
+    draft.tokens_of = session.tokens
+    assert run_all(session, target, asks) == [greedy(TABLE, ask)[0] for ask in asks]
+    assert session.metrics.counters.acceptance_length > 1.8
+    assert any(kind == "compact" for kind, _, _ in draft.steps)
+
+
+def test_model_trees_hold_the_likeliest_nodes():
+    """Against a search over all paths, in plain Python."""
+    plan = TreePlan(nodes=7, branches=3, depth=3)
+    draft, drafter = model_drafter(TABLE, 1)
+    session, target = session_with(drafter, plan=plan)
+    prompt = [4, 1, 7]
+    session.admit(prompt, GREEDY, max_new_tokens=20)
+    target(session.plan())
+    session.commit(None)
+    step = session.plan()
+    tokens, parents = step.tokens[0, 1:].tolist(), session.parents(step)[0].tolist()
+    found = set()
+    for node in range(1, 8):
+        path = []
+        while node:
+            path.insert(0, tokens[node - 1])
+            node = parents[node - 1]
+        found.add(tuple(path))
+
+    level, worth = [()], {}
+    for _ in range(plan.depth):
+        below = {}
+        for path in level:
+            law = draft.logits[context_of(prompt + list(path))].log_softmax(0)
+            for token in law.argsort(descending=True)[: plan.branches].tolist():
+                below[(*path, token)] = worth.get(path, 0.0) + float(law[token])
+        worth |= below
+        level = sorted(below, key=below.get, reverse=True)[: plan.branches]
+    assert found == set(sorted(worth, key=worth.get, reverse=True)[: plan.nodes])
+
+
+def test_a_drafter_that_is_right_has_every_path_accepted():
+    """Equal models: the whole first path of every tree, and the drafter is fed no token of it twice."""
+    draft, drafter = model_drafter(TABLE, 2, share=1.0)
+    session, target = session_with(drafter, max_batch=2, plan=TreePlan(6, 2, 4))
+    draft.tokens_of = session.tokens
+    asks = [Ask([1, 2, 3], 41), Ask([5], 41)]
+    assert run_all(session, target, asks) == [greedy(TABLE, ask)[0] for ask in asks]
+    positions = session.metrics.counters.accepted_tokens_per_pos
+    assert positions[0] == session.metrics.counters.drafts
+    decodes = [columns for kind, _, columns in draft.steps if kind == "decode"]
+    assert max(decodes[8:]) == 2
+
+
+def test_drafters_with_shorter_slots_grow_smaller_trees():
+    draft, drafter = model_drafter(TABLE, 1, 20)
+    session, target = session_with(drafter, plan=TreePlan(12, 3, 5), max_length=60)
+    ask = Ask([1, 2, 3], 40)
+    assert run_all(session, target, [ask]) == [greedy(TABLE, ask)[0]]
+    assert draft.steps[-1][0] in ("decode", "compact")
+
+
+def test_a_draft_forward_that_fails_loses_nothing():
+    draft, drafter = model_drafter(TABLE, 2)
+    session, target = session_with(drafter, max_batch=2)
+    draft.tokens_of = session.tokens
+    pick, whole = random.Random(2), draft.__class__.__call__
+
+    class Flaky:
+        compact = draft.compact
+
+        def __call__(self, step):
+            if pick.random() < 0.15:
+                raise RuntimeError("flaky")
+            return whole(draft, step)
+
+    drafter.forward = Flaky()
+    asks = some_asks(6, seed=3, vocab=VOCAB)
+    requests = [ask.admit(session) for ask in asks]
+    failures = 0
+    while True:
+        try:
+            step = session.plan()
+        except RuntimeError:
+            failures += 1
+            continue
+        if step is None:
+            break
+        logits = target(step)
+        if step.kind == "prefill":
+            session.commit(None)
+        else:
+            settle(session, target, step, logits)
+    assert failures > 3
+    assert [session.generated(r) for r in requests] == [greedy(TABLE, ask)[0] for ask in asks]
 
 
 def test_a_chain_among_trees_moves_nothing():
@@ -219,6 +339,25 @@ def test_kinds_and_counters_of_a_tree():
     assert session.generated(request) == greedy(TABLE, Ask([1, 2], 6))[0]
 
 
+def test_ends_are_held_open_by_depth():
+    """A request below its minimum cannot end at any node of its tree, wherever its column stands."""
+    ends = tuple(range(0, VOCAB, 2))
+    for seed in range(6):
+        session, target = session_with(RandomTrees(TABLE, seed))
+        request = session.admit([1, 2], GREEDY, max_new_tokens=30, eos_ids=ends, min_new_tokens=9)
+        for _ in rounds(session, target):
+            pass
+        text = [1, 2]
+        while True:
+            law = TABLE[context_of(text)].clone()
+            if len(text) - 2 < 9:
+                law[list(ends)] = -torch.inf
+            text.append(int(law.argmax()))
+            if text[-1] in ends or len(text) == 32:
+                break
+        assert session.generated(request) == text[2:]
+
+
 # ---- laws ----
 
 SMALL, LENGTH = 4, 3
@@ -226,21 +365,27 @@ SMALL_TABLE = table(SMALL, seed=3, spread=1.2)
 PROMPT = [2, 1, 1, 2, 3, 1, 0, 2, 1]
 
 
-def exact_law() -> np.ndarray:
-    law = np.zeros((SMALL,) * LENGTH)
+def exact_law(law: Sampling | None = None) -> np.ndarray:
+    cells = np.zeros((SMALL,) * LENGTH)
+    filters = Filters() if law is None else Filters(law.temperature, law.top_k, law.top_p)
     for text in itertools.product(range(SMALL), repeat=LENGTH):
         mass = 1.0
         for i, token in enumerate(text):
-            mass *= softmax(SMALL_TABLE[context_of(PROMPT + list(text[:i]))].tolist())[token]
-        law[text] = mass
-    return law.ravel()
+            mass *= row_law(SMALL_TABLE[context_of(PROMPT + list(text[:i]))].tolist(), filters)[token]
+        cells[text] = mass
+    return cells.ravel()
 
 
-def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=3000, logits=SMALL_TABLE) -> np.ndarray:
-    session, target = session_with(drafter, max_batch=100, max_length=24, plan=plan, logits=logits, rule=rule)
+def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=2000, law=None) -> np.ndarray:
+    session, target = session_with(
+        drafter, max_batch=100, max_length=24, plan=plan, logits=SMALL_TABLE, rule=rule
+    )
     if isinstance(drafter, RandomTrees):
         drafter.tokens_of = session.tokens
-    requests = [session.admit(PROMPT, Sampling(seed=seed), max_new_tokens=LENGTH) for seed in range(texts)]
+    requests = [
+        session.admit(PROMPT, replace(law or Sampling(), seed=seed), max_new_tokens=LENGTH)
+        for seed in range(texts)
+    ]
     for _ in rounds(session, target):
         pass
     cells = torch.tensor([session.generated(request) for request in requests])
@@ -253,6 +398,79 @@ def counts_of_texts(drafter, plan: TreePlan, *, rule="auto", texts=3000, logits=
 def test_sampled_texts_of_ngram_trees_have_the_plain_law(rule):
     counts = counts_of_texts(NgramDrafter(), TreePlan(nodes=6, branches=3, depth=2), rule=rule)
     assert_fits(fit(counts, exact_law()), rule)
+
+
+@pytest.mark.parametrize("rule", ["auto", "coupled"])
+def test_sampled_texts_of_model_trees_have_the_plain_law(rule):
+    _, drafter = model_drafter(SMALL_TABLE, 100, 24, seed=9, share=0.4)
+    counts = counts_of_texts(drafter, TreePlan(nodes=5, branches=2, depth=2), rule=rule)
+    assert_fits(fit(counts, exact_law()), rule)
+
+
+FILTERED = Sampling(temperature=0.8, top_k=3, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("draw", "law", "rule"),
+    [
+        ("iid", Sampling(), "auto"),
+        ("iid", FILTERED, "auto"),
+        ("without_replacement", FILTERED, "auto"),
+        ("without_replacement", Sampling(), "rrs"),
+    ],
+)
+def test_sampled_texts_of_drawn_trees_have_the_plain_law(draw, law, rule):
+    plan = TreePlan(nodes=6, branches=3, depth=2, draw=draw)
+    _, drafter = model_drafter(SMALL_TABLE, 100, 24, seed=9, share=0.4)
+    counts = counts_of_texts(drafter, plan, law=law, rule=rule, texts=1500)
+    assert_fits(fit(counts, exact_law(law)), draw)
+
+
+def test_drawn_trees_that_are_sorted_afterwards_shift_the_law():
+    """The control: siblings sorted by probability after the draw."""
+
+    class Sorting(ModelDrafter):
+        def propose(self, context, budget):
+            said = super().propose(context, budget)
+            if said.draft_topk is None:
+                return said
+            ids, probs = said.draft_topk
+            rows = torch.arange(len(ids))
+            first, second = ids[:, 0] == said.tokens[:, :1], ids[:, 0] == said.tokens[:, 1:2]
+            worse = (probs[:, 0] * first).sum(1) < (probs[:, 0] * second).sum(1)
+            swap = torch.where(worse, 1, 0)
+            tokens = said.tokens.clone()
+            tokens[:, 0], tokens[:, 1] = said.tokens[rows, swap], said.tokens[rows, 1 - swap]
+            return replace(said, tokens=tokens)
+
+    draft = TableModel(alike(SMALL_TABLE, 9, 0.4), 100, 24)
+    draft.ahead = True
+    drafter = Sorting(draft, max_batch=100, vocab_size=SMALL, max_length=24)
+    counts = counts_of_texts(drafter, TreePlan(2, 2, 1, "without_replacement"), texts=3000)
+    assert_misfits(fit(counts, exact_law()), "sorted after the draw")
+
+
+def test_shapes_of_drawn_trees():
+    """Budget, branches and depth are kept; draws without replacement differ, those with it need not."""
+    for draw, rows in (("without_replacement", 8), ("iid", 8)):
+        plan = TreePlan(nodes=11, branches=3, depth=4, draw=draw)
+        _, drafter = model_drafter(TABLE, rows)
+        session, target = session_with(drafter, max_batch=rows, plan=plan)
+        for i in range(rows):
+            session.admit([1, i], Sampling(seed=i), max_new_tokens=3 + 4 * i)
+        target(session.plan())
+        session.commit(None)
+        step = session.plan()
+        equal = 0
+        for row, count in enumerate(step.num_tokens.tolist()):
+            parents = session.parents(step)[row, : count - 1].tolist()
+            tokens = step.tokens[row, 1:count].tolist()
+            depth = max((step.positions[row, :count] - step.lengths[row]).tolist())
+            assert depth == min(4, 2 + 4 * row)
+            assert count - 1 == (11 if row > 0 else 6)
+            assert max(parents.count(node) for node in range(count)) <= 3
+            equal += len(tokens) - len(set(zip(parents, tokens, strict=True)))
+        assert (equal > 0) == (draw == "iid")
 
 
 def test_a_tree_declared_as_draws_shifts_the_law():
@@ -309,6 +527,15 @@ def test_trees_that_break_the_contract_are_refused(tokens, parents, message):
         session.plan()
 
 
+def test_rounds_that_run_ahead_refuse_a_plan_and_chain_by_themselves(monkeypatch):
+    monkeypatch.setattr("foretoken.device.places.AHEAD_ON", {"cuda", "cpu"})
+    with pytest.raises(
+        ValueError, match="tree: expected None on cpu, whose rounds draft chains, got TreePlan"
+    ):
+        session_with(NgramDrafter())
+    assert session_with(NgramDrafter(), plan="auto")[0]._context.tree is None
+
+
 def test_a_session_of_chains_refuses_trees():
     session, _ = session_with(Saying([1, 2], [0, 0]), plan=None)
     session.admit([1], GREEDY, max_new_tokens=20)
@@ -323,6 +550,15 @@ def test_ids_outside_the_vocabulary_cost_the_tree():
         pass
     assert session.generated(request) == greedy(TABLE, Ask([1], 6))[0]
     assert session.metrics.bad_drafts > 0
+
+
+def test_a_draft_forward_that_cannot_move_rows_is_refused():
+    draft, drafter = model_drafter(TABLE, 1)
+    drafter.forward = lambda step: draft(step)
+    session, _ = session_with(drafter)
+    session.admit([1], GREEDY, max_new_tokens=6)
+    with pytest.raises(TypeError, match="forward: expected a method compact"):
+        session.plan()
 
 
 def test_a_forward_that_cannot_move_rows_is_refused():

@@ -290,6 +290,14 @@ py::tuple drawn(DraftSteps& steps, py::handle draws, py::handle out, int64_t k) 
   return shape_of(steps.drawn(data<const int64_t>(ids)));
 }
 
+void keep(DraftSteps& steps, py::handle slots, py::handle lengths) {
+  Intake intake("observe");
+  int64_t rows = 0;
+  const TensorView s = intake.read(slots, "slots", DType::int32, {Dim::bind(rows, "B")}, Layout::contiguous);
+  const TensorView l = intake.read(lengths, "lengths", DType::int64, {rows}, Layout::contiguous);
+  steps.keep(rows, data<const int32_t>(s), data<const int64_t>(l));
+}
+
 void observe(DraftSteps& steps, py::handle slots, py::handle next_lengths) {
   Intake intake("observe");
   int64_t rows = 0;
@@ -319,6 +327,8 @@ void bind_draft_steps(py::module_& module) {
       .def("feed", &feed, py::arg("tokens"), py::arg("counts"))
       .def("fed", &DraftSteps::fed)
       .def("drawn", &drawn, py::arg("draws"), py::arg("out"), py::arg("k"))
+      .def("rooted", &DraftSteps::rooted)
+      .def("keep", &keep, py::arg("slots"), py::arg("lengths"))
       .def("observe", &observe, py::arg("slots"), py::arg("next_lengths"));
 }
 

@@ -123,9 +123,29 @@ void DraftSteps::fed() {
   step_.begin(StepKind::none, 0);
 }
 
-const Step& DraftSteps::drawn(const int64_t* draws) {
+void DraftSteps::hold_step() {
   if (!drawing_) throw std::logic_error("drawn: no decode step is outstanding");
   for (int64_t i = 0; i < step_.rows; ++i) held_[step_.slots[i]] = step_.lengths[i] + step_.num_tokens[i];
+}
+
+void DraftSteps::rooted() {
+  hold_step();
+  step_.begin(StepKind::none, 0);
+  drawing_ = false;
+}
+
+void DraftSteps::keep(int64_t rows, const int32_t* slots, const int64_t* lengths) {
+  for (int64_t b = 0; b < rows; ++b) {
+    check_slot(slots[b]);
+    if (lengths[b] >= 0 && lengths[b] <= max_length_) continue;
+    throw std::invalid_argument("lengths: expected 0 to " + std::to_string(max_length_) + ", got " +
+                                std::to_string(lengths[b]));
+  }
+  for (int64_t b = 0; b < rows; ++b) held_[slots[b]] = lengths[b];
+}
+
+const Step& DraftSteps::drawn(const int64_t* draws) {
+  hold_step();
   ++drawn_;
   const int64_t before = num_active_;
   int64_t next = 0;

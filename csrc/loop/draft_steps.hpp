@@ -17,6 +17,8 @@ namespace foretoken::loop {
 //   feed() .. fed()                prefill steps, as long as a row lags by more than two tokens
 //   feed()                         a decode step of one or two tokens; its last logits give the first draft
 //   drawn() for k = 0 .. most-1    after every draw; the step for the next draft
+//   or, where drafts form trees, rooted(): what is fed from there on is the caller's, who says with keep()
+//   how much of it was accepted
 // A forward pass that throws loses nothing: begin() starts over from what is committed.
 class DraftSteps {
  public:
@@ -36,6 +38,12 @@ class DraftSteps {
   // draws[i] is the next draft of row active()[i]. kind none: all have been drawn.
   const Step& drawn(const int64_t* draws);
 
+  // The decode step of feed() has run, and its last tokens are the roots of trees.
+  void rooted();
+
+  // After a verdict on trees: the cache of row b's slot holds lengths[b] rows of committed tokens.
+  void keep(int64_t rows, const int32_t* slots, const int64_t* lengths);
+
   // After a verdict: of row b, the cache keeps no more than next_lengths[b] rows.
   void observe(int64_t rows, const int32_t* slots, const int64_t* next_lengths);
 
@@ -51,6 +59,7 @@ class DraftSteps {
  private:
   void check_slot(int64_t slot) const;
   void choose_active(int64_t drawn);
+  void hold_step();
   bool prefill(const int64_t* tokens, int64_t width, const int32_t* counts);
   void decode(const int64_t* tokens, int64_t width, const int32_t* counts);
 

@@ -11,12 +11,17 @@ constexpr int64_t kMaxGroup = 16;  // query heads that share a kv head
 
 // Slots of a chunk. Chunk c is [512 c, 512 c + 512) of a row's slots, wherever they lie in memory and
 // wherever the row ends. A chunk gives one partial result (maximum, sum of weights, weighted sum of values)
-// per node and head; partials are merged in pairs: run i of 2^k chunks is merged from runs 2 i and 2 i + 1 of
-// 2^(k - 1), left in front. A partial without a visible slot (sum 0) leaves the other one as it is, bit by
-// bit. So a node's result depends on its own query and the slots it sees, not on who computes which chunks.
-// Within a chunk a backend keeps an order of its own, fixed by the slots' place in the chunk alone; no other
-// row's or node's maximum may enter a node's scaling.
+// per node and head. Partials are merged in an order that follows from the chunks' numbers alone: on the CPU
+// in pairs, run i of 2^k chunks from runs 2 i and 2 i + 1 of 2^(k - 1), left in front; on CUDA 8 chunks, one
+// behind the other, into a segment, and segments, one behind the other, into the row. A partial without a
+// visible slot (sum 0) leaves the other one as it is, bit by bit. So a node's result depends on its own query
+// and the slots it sees, not on who computes which chunks. Within a chunk a backend keeps an order of its
+// own, fixed by the slots' place in the chunk alone; no other row's or node's maximum may enter a node's
+// scaling.
 constexpr int64_t kAttentionChunk = 512;
+
+// What has to be zero of a workspace on CUDA before its first use: its first bytes.
+constexpr int64_t kAttentionCounterBytes = 8192;
 
 // B rows of up to T nodes, W = ceil(T / 64); Hq query heads, Hk kv heads, G = Hq / Hk (1 to 16), query head h
 // reads kv head h / G; head size D (1 to 256); S slots a row.

@@ -15,19 +15,24 @@ from foretoken import _core, ops
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Shape, Step, StepViews
 from foretoken.tree import TreePlan
+from foretoken.tree.draws import SampledGrowth
+from foretoken.tree.growth import ConfidenceGrowth, GrownTrees, Rows
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
 
 Forward = Callable[[Step], Tensor]
 """Writes the K/V of a :class:`~foretoken.step.Step` and returns its logits ``[B, T, V]``."""
+Compact = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Method ``compact(slots, lengths, path, num_accepted)`` of a forward that takes steps of trees."""
 
 
 @dataclass(slots=True)
 class Proposal:
     """What a drafter proposes for B rows, and the law it drew from.
 
-    Without ``draft_logits`` and ``draft_probs`` the proposal is deterministic (a point law). The declared law
-    is the one the tokens were really drawn from, whatever else: that is what keeps the output exact.
+    Without ``draft_logits``, ``draft_probs`` and ``draft_topk`` the proposal is deterministic (a point law).
+    The declared law is the one the tokens were really drawn from, whatever else: that is what keeps the
+    output exact.
     """
 
     tokens: Tensor
@@ -38,6 +43,8 @@ class Proposal:
     """``[B, M, V]``: row i is what draft i was drawn from, through ``draft_sampling``."""
     draft_probs: Tensor | None = None
     """``[B, M, V]``: the same as final probabilities."""
+    draft_topk: tuple[Tensor, Tensor] | None = None
+    """Ids and probabilities ``[B, M, k]``: the same as short lists."""
     draft_row: Tensor | None = None
     """int32 ``[B, K + 1]``: the law row that the children of each node were drawn from (in a chain
     draft i is the child of node i), -1 for a point law; None: row r for node r.
@@ -57,11 +64,15 @@ class Proposal:
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.index_select(0, rows)
 
+        topk = self.draft_topk
         return Proposal(
             tokens=self.tokens.index_select(0, rows),
             num_drafts=self.num_drafts.index_select(0, rows),
             draft_logits=pick(self.draft_logits),
             draft_probs=pick(self.draft_probs),
+            draft_topk=None
+            if topk is None
+            else (topk[0].index_select(0, rows), topk[1].index_select(0, rows)),
             draft_row=pick(self.draft_row),
             draft_sampling=self.draft_sampling,
             parents=pick(self.parents),
@@ -287,6 +298,10 @@ class ModelDrafter:
     owner, native code: after a round a row takes in one token, two after full acceptance (its last draft was
     never fed), more when it skipped rounds, in chunks.
 
+    For a session with ``tree`` it grows trees by its confidence instead (EAGLE-2, Li et al. 2024,
+    arXiv:2406.16858): the likeliest children of the likeliest nodes, chosen and not drawn, so a point law.
+    ``forward`` then has a method ``compact``, see :class:`~foretoken.step.Step`.
+
     Parameters
     ----------
     forward
@@ -328,9 +343,14 @@ class ModelDrafter:
         self._draws = torch.empty(max_batch, dtype=torch.int64)
         self._rows = _Rows()
         self._law: Tensor | None = None
+        self._growth: tuple[TreePlan, ConfidenceGrowth | SampledGrowth] | None = None
+        self._grown: GrownTrees | None = None
         self.forward_seconds = 0.0
 
     def propose(self, context: Context, budget: Tensor) -> Proposal:
+        self._grown = None
+        if context.tree is not None and context.max_nodes > context.max_budget:
+            return self._propose_trees(context, context.tree, budget)
         most = self._steps.begin(context.slots, context.lengths, budget)
         rows = budget.shape[0]
         drafts, _ = self._rows.cut(rows, most)
@@ -353,12 +373,55 @@ class ModelDrafter:
 
     def observe(self, context: Context, verdict: ops.Verdict) -> None:
         self._steps.observe(context.slots, verdict.next_lengths)
+        if self._grown is not None:
+            slots, lengths, path, kept = self._grown.settle(context.slots, verdict.path, verdict.num_accepted)
+            self._mover()(slots, lengths, path, kept)
+            self._steps.keep(slots, lengths + 1 + kept)
+            self._grown = None
 
     def reset(self, slot: int) -> None:
         self._steps.reset(slot)
 
     def truncate(self, slot: int, length: int) -> None:
         self._steps.truncate(slot, length)
+
+    def _propose_trees(self, context: Context, plan: TreePlan, budget: Tensor) -> Proposal:
+        if self._growth is None or self._growth[0] != plan:
+            self._mover()
+            kind = ConfidenceGrowth if plan.draw == "deterministic" else SampledGrowth
+            self._growth = plan, kind(plan, lambda step: self._fit(self._run(step)))
+        growth = self._growth[1]
+        depth = growth.depth_in(self.max_length - context.lengths).minimum(budget).to(torch.int32)
+        most = self._steps.begin(context.slots, context.lengths, depth)
+        rows = budget.shape[0]
+        if most == 0:
+            nothing = torch.zeros(rows, dtype=torch.int32)
+            return Proposal(torch.zeros(rows, 0, dtype=torch.int64), nothing)
+        with torch.inference_mode():
+            step, logits = self._catch_up(context)
+            active = self._active[: len(step.slots)].clone()
+            last = self._fit(_last_rows(logits, step))
+            self._steps.rooted()
+            drafting = Rows(
+                context.slots[active],
+                context.lengths[active],
+                [context.requests[row] for row in active.tolist()],
+                self._num_drafts[:rows][active].to(torch.int64),
+                context.nodes[active],
+                (context.nodes <= budget)[active],
+            )
+            grown = growth.grow(last, drafting, context.base[active], context.sampling)
+        self._grown = grown
+        return Proposal(**grown.spread(active, rows), draw=plan.draw)
+
+    def _mover(self) -> Compact:
+        compact: Compact | None = getattr(self.forward, "compact", None)
+        if compact is None:
+            raise TypeError(
+                "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form "
+                f"trees, got {type(self.forward).__name__}"
+            )
+        return compact
 
     def _catch_up(self, context: Context) -> tuple[Step, Tensor]:
         """Take in what was committed since; the step whose last logits give the first draft, and all of
@@ -415,10 +478,10 @@ class ModelDrafter:
         return draws
 
     def _fit(self, last: Tensor) -> Tensor:
-        missing = self.vocab_size - last.shape[1]
+        missing = self.vocab_size - last.shape[-1]
         if missing == 0:
             return last
-        return last[:, : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
+        return last[..., : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
 
     def _keep(self, last: Tensor, law: Tensor | None, rows: int, most: int, k: int) -> Tensor:
         """Write what draft k is drawn from into the law ``[B, K, V]``."""

@@ -145,8 +145,8 @@ def settle(session: Session, forward: Forward, step: Step, logits: Tensor) -> No
     compact = getattr(forward, "compact", None)
     if step.tree is not None and compact is None:
         raise TypeError(
-            "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form trees; "
-            f"{type(forward).__name__} has none"
+            "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form trees, "
+            f"got {type(forward).__name__}"
         )
     verdict = session.commit(logits)
     if step.tree is not None and verdict is not None and compact is not None:

@@ -157,3 +157,15 @@ def session_rule(rule: ops.Rule) -> ops.Rule:
 
 def all_or_which(flags: list[bool]) -> bool | Tensor:
     return flags[0] if len(set(flags)) == 1 else torch.tensor(flags)
+
+
+def hold_open(
+    logits: Tensor, depth: Tensor, requests: Sequence[Request], held: Iterable[tuple[int, int]]
+) -> Tensor:
+    """Rows below their ``min_new_tokens`` cannot end: their ends have no mass down to some depth."""
+    logits = logits.detach().clone()
+    for row, levels in held:
+        stops = torch.tensor(requests[row].stops, dtype=torch.int64)
+        columns = (depth[row] < levels).nonzero().to(logits.device)
+        logits[row, columns, stops.to(logits.device)] = -torch.inf
+    return logits

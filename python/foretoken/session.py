@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foretoken import _core, ops
+from foretoken.controller import TreeChoices
 from foretoken.device import DeviceRounds, drafter_on, place_of, runs_ahead
 from foretoken.drafters import Context, Drafter, Proposal
 from foretoken.metrics import Metrics
@@ -25,12 +26,14 @@ from foretoken.request import (
     all_or_which,
     as_ids,
     code_of,
+    hold_open,
     id_tuple,
     session_rule,
 )
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Step, StepViews
-from foretoken.tree import TreePlan
+from foretoken.tree import TreePlan, Trees
+from foretoken.tree.plan import settle_plan
 
 __all__ = ["Event", "FinishReason", "Kind", "Request", "Session", "Step"]
 
@@ -56,6 +59,7 @@ class Session:
     tree
         Let drafts form trees of this size (not on a CUDA device). After the commit of a step of trees the
         caller moves the cache rows of the accepted path, see :class:`~foretoken.step.Step`. None: chains.
+        ``"auto"``: trees of 16 drafts for requests to which they have given more tokens a second than chains.
     rule
         How drafts are accepted, see :func:`foretoken.ops.verify`; a request may have its own.
     tolerance
@@ -103,7 +107,7 @@ class Session:
         max_length: int,
         num_drafts: int | None = None,
         drafter: Drafter | None = None,
-        tree: TreePlan | None = None,
+        tree: TreePlan | Trees | None = None,
         rule: ops.Rule = "auto",
         tolerance: ops.Tolerance | None = None,
         prefill_chunk: int = 512,
@@ -112,19 +116,15 @@ class Session:
     ) -> None:
         place = place_of(device)
         ahead = self._may_run_ahead and runs_ahead(place)
-        if ahead and tree is not None:
-            raise ValueError(f"tree: expected None on {device}, whose rounds draft chains, got {tree}")
-        if num_drafts is None:
-            num_drafts = _NUM_DRAFTS if tree is None else tree.depth
-        elif tree is not None:
-            num_drafts = min(num_drafts, tree.depth)
+        chains_on = str(device) if ahead else None
+        plan, num_drafts = settle_plan(tree, num_drafts, _NUM_DRAFTS, chains_on=chains_on)
         device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
             vocab_size=vocab_size,
             max_length=max_length,
             num_drafts=num_drafts,
-            nodes=0 if tree is None else tree.nodes,
+            nodes=0 if plan is None else plan.nodes,
             prefill_chunk=prefill_chunk,
             logprobs=logprobs,
         )
@@ -146,8 +146,9 @@ class Session:
             self._views.flat("from_tokens"),
             self._views.flat("from_counts"),
             max_length,
-            tree=tree,
+            tree=plan,
         )
+        self._choices = TreeChoices(max_batch) if plan is not None and tree == "auto" else None
         self._requests: dict[int, Request] = {}
         self._row_requests: list[Request] = []
         self._row_version = 0
@@ -157,6 +158,7 @@ class Session:
         self._law: Proposal | None = None  # the proposal of the rows that are left
         self._draft_law: tuple[Sampling, SamplingTable] | None = None  # what a drafter declared last
         self._mark: float | None = None
+        self._drafting = 0.0
         self.metrics = Metrics(self._native, drafter)
         self.slot_lengths = self._views.flat("slot_lengths")
         self._ahead: DeviceRounds | None = None
@@ -314,6 +316,7 @@ class Session:
                 [request._rule == "coupled" for request in self._row_requests]
             )
         if not again:
+            self._drafting = 0.0
             self._proposal = self._law = None
         elif moved and self._proposal is not None:
             self._law = self._proposal.select(torch.tensor(self._native.kept_rows(), dtype=torch.int64))
@@ -328,7 +331,7 @@ class Session:
         if drafting and self._drafter is not None:
             before = perf_counter()
             shape = self._draft(self._drafter, shape[1])
-            drafted = perf_counter() - before
+            drafted = self._drafting = perf_counter() - before
             seconds.draft += drafted
             began += drafted
         self._step = step = self._views.make(shape, self._row_requests)
@@ -385,6 +388,9 @@ class Session:
             self._drafter.observe(self._context, verdict)
         self._mark = perf_counter()
         seconds.verify_commit += self._mark - began
+        if verdict is not None and self._choices is not None:
+            spent = self._mark - began + waited + self._drafting
+            self._choices.note(step.slots.tolist(), verdict.num_emitted.tolist(), spent)
         return verdict
 
     def events(self) -> Iterator[Event]:
@@ -418,6 +424,8 @@ class Session:
                 self._ahead.seat(slot, request, self._rules)
             elif self._drafter is not None:
                 self._drafter.reset(slot)
+            if self._choices is not None:
+                self._choices.reset(slot)
         self._native.forget_assigned()
 
     def _set_rule(self, slot: int, rule: ops.Rule) -> None:
@@ -439,6 +447,8 @@ class Session:
         context.max_budget = context.max_nodes = most
         context.nodes = views[6]
         if context.tree is not None:
+            if self._choices is not None:
+                self._choices.plan(context.slots, views[4], context.nodes)
             context.max_nodes = int(context.nodes.max())
 
     def _draft(self, drafter: Drafter, rows: int) -> tuple[Any, ...]:
@@ -456,7 +466,8 @@ class Session:
                 f"logits: expected [{rows}, {columns}, {self._vocab_size}], got {list(logits.shape)}"
             )
         if self._held_open:
-            logits = self._hold_open(logits)
+            depth = step.positions - step.lengths[:, None]
+            logits = hold_open(logits, depth, self._row_requests, self._native.held_open())
         buffers = self._verdicts.get((rows, columns))
         if buffers is None:
             drafts = self._views.flat("drafts")[: rows * (columns - 1)].view(rows, columns - 1)
@@ -474,6 +485,7 @@ class Session:
             num_drafts=self._rows[rows][5],
             draft_logits=None if law is None else law.draft_logits,
             draft_probs=None if law is None else law.draft_probs,
+            draft_topk=None if law is None else law.draft_topk,
             draft_row=None if law is None or law.draft_row is None else law.draft_row[:, :columns],
             draft_sampling=draft_law,
             draw=None if law is None else law.draw,
@@ -505,11 +517,3 @@ class Session:
             # No random number is drawn by a declared law, so none is spent on its seeds.
             self._draft_law = sampling, replace(sampling, seed=0).prepare(self._table.size)
         return self._draft_law[1]
-
-    def _hold_open(self, logits: Tensor) -> Tensor:
-        """Rows below their ``min_new_tokens`` cannot end: their ends have no mass."""
-        logits = logits.detach().clone()
-        for row, columns in self._native.held_open():
-            stops = torch.tensor(self._row_requests[row].stops, dtype=torch.int64)
-            logits[row, :columns].index_fill_(1, stops, -torch.inf)
-        return logits

@@ -29,7 +29,7 @@ from transformers.generation.utils import GenerationMixin
 from foretoken.hf.refusals import refuse_arguments, refuse_model, refuse_options
 from foretoken.hf.speculation import Speculation, read_speculation
 from foretoken.sampling import Sampling
-from foretoken.tree import TreePlan
+from foretoken.tree import TreePlan, Trees
 
 # What `sampling=` replaces: the sampling part of a generation config, and the keywords that spell it.
 SAMPLING_OPTIONS = (
@@ -96,7 +96,7 @@ def prepare(
     drafter: Any,
     sampling: Sampling | None,
     num_drafts: int | None,
-    tree: TreePlan | None,
+    tree: TreePlan | Trees | None,
     generation_config: GenerationConfig | None,
     tokenizer: Any,
     streamer: Any,

@@ -14,7 +14,7 @@ from foretoken.hf.generation import Callback, finish
 from foretoken.hf.refusals import refuse_model
 from foretoken.hf.speculation import check_drafter
 from foretoken.sampling import Sampling
-from foretoken.tree import TreePlan
+from foretoken.tree import TreePlan, Trees
 
 _ATTACHED = "_foretoken_attachment"
 
@@ -31,7 +31,7 @@ class Attachment:
         drafter: Any,
         sampling: Sampling | None,
         num_drafts: int | None,
-        tree: TreePlan | None,
+        tree: TreePlan | Trees | None,
         callback: Callback | None,
     ) -> None:
         self.model = model
@@ -126,7 +126,7 @@ def attach(
     *,
     sampling: Sampling | None = None,
     num_drafts: int | None = None,
-    tree: TreePlan | None = None,
+    tree: TreePlan | Trees | None = None,
     callback: Callback | None = None,
 ) -> Attachment:
     """Make ``model.generate`` speculative, until ``detach``; also for ``with``.

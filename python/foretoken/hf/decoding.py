@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from foretoken.device import why_no_edits_on
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
+from foretoken.hf.families import UnsupportedModelError
 from foretoken.hf.forwards import ProcessedForward, Runners
 from foretoken.hf.processors import Law, NodeProcessors, divide, warpers_of, without_warpers
 from foretoken.hf.runner import ModuleRunner
@@ -22,6 +23,7 @@ from foretoken.hf.stopping import Replay, shared_criteria
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
 from foretoken.session import Event, Request, Session, Step
+from foretoken.tree.plan import settle_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +87,24 @@ class Decoding:
         self._samplings = row_samplings(prepared, self.law)
         spec = prepared.speculation
         self._num_drafts = spec.num_drafts if spec.drafter is not None and self.law.may_draft else 0
-        self._tree = spec.tree if self._num_drafts > 0 else None
+        self._tree = settle_plan(spec.tree, self._num_drafts, 0)[0] if self._num_drafts > 0 else None
         # A round looks past the end of its row by less than it drafts, but a tree is wider than it is deep.
-        wide = 0 if self._tree is None else self._tree.nodes
+        # And a draft model feeds candidates that do not become nodes.
+        wide = 0
+        if self._tree is not None:
+            wide = max(self._tree.nodes, self._tree.depth * self._tree.branches)
         self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens + wide
         self._runners = runners
         self._taken: dict[str, ModuleRunner] = {}
         self._runner = self._take_runner("target", prepared.model)
         self._vocab_size: int = self._runner.vocab_size
-        if self._tree is not None:
-            self._runner.check_trees()
         config = prepared.config
         recorded = bool(config.return_dict_in_generate) and bool(config.output_scores or config.output_logits)
         draft_model = spec.drafter if isinstance(spec.drafter, torch.nn.Module) else None
         wanted = draft_model is not None and self._num_drafts > 0
         self._draft_runner = self._take_runner("draft", draft_model) if wanted else None
         self.why_on_host = self._find_why_on_host(recorded)
+        self._settle_trees(spec.tree == "auto")
         place = torch.device("cpu") if self.why_on_host is not None else prepared.model.device
         self._replay = Replay(
             prepared.input_ids if self.why_on_host is not None else prepared.input_ids.cpu(),
@@ -123,7 +127,7 @@ class Decoding:
             max_length=self._max_length,
             num_drafts=self._num_drafts,
             drafter=self._drafter(),
-            tree=self._tree,
+            tree="auto" if self._tree is not None and spec.tree == "auto" else self._tree,
             prefill_chunk=prepared.config.prefill_chunk_size or 512,
             device=place,
         )
@@ -209,8 +213,6 @@ class Decoding:
     def _find_why_on_host(self, recorded: bool) -> str | None:
         """What of this call needs the host to know each round before the next is issued."""
         spec = self._prepared.speculation
-        if self._tree is not None:
-            return "tree: rounds on a device draft chains"
         if self._runner.why_on_host is not None:
             return f"target: {self._runner.why_on_host}"
         if self._draft_runner is not None and self._draft_runner.why_on_host is not None:
@@ -226,6 +228,23 @@ class Decoding:
         if shared := shared_criteria(self._prepared.criteria):
             return f"stopping criteria: {_names(shared)} are asked before every token"
         return "output_scores and output_logits are taken from every round" if recorded else None
+
+    def _settle_trees(self, auto: bool) -> None:
+        """Whether models and rounds can do with trees; if not, a plan is refused, "auto" drafts chains."""
+        if self._tree is None:
+            return
+        if auto and self.why_on_host is None:
+            self._tree = None
+            return
+        try:
+            for runner in self._taken.values():
+                runner.check_trees()
+        except UnsupportedModelError:
+            if not auto:
+                raise
+            self._tree = None
+        if self._tree is not None and self.why_on_host is None:
+            self.why_on_host = "tree: rounds on a device draft chains"
 
     def _drafter(self) -> Any:
         spec = self._prepared.speculation

@@ -61,9 +61,13 @@ class ProcessedForward:
         self._vocab_size = vocab_size
         self._padding = [prepared.input_ids.shape[1] - len(prompt) for prompt in prepared.prompts]
 
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        self._runner.compact(slots, lengths, path, num_accepted)
+
     def __call__(self, step: Step) -> Tensor:
         logits: Tensor = self._runner(step)
-        if step.kind == "prefill" or logits.shape[-1] != self._vocab_size:
+        # Nodes of trees are chosen and not drawn: what the target may not say is only drafted in vain.
+        if step.kind == "prefill" or step.tree is not None or logits.shape[-1] != self._vocab_size:
             return logits
         rows = [self._rows[request] for request in step.requests]
         used = step.num_tokens.tolist()

@@ -19,7 +19,7 @@ from foretoken.hf.forwards import Runners
 from foretoken.hf.refusals import refuse_model, refuse_options
 from foretoken.hf.speculation import hook_speculation
 from foretoken.sampling import Sampling
-from foretoken.tree import TreePlan
+from foretoken.tree import TreePlan, Trees
 
 Callback = Callable[[Round], object]
 
@@ -39,7 +39,7 @@ def generate(
     callback: Callback | None = None,
     return_dict_in_generate: bool | None = None,
     num_drafts: int | None = None,
-    tree: TreePlan | None = None,
+    tree: TreePlan | Trees | None = None,
     **generation_kwargs: Any,
 ) -> Any:
     """Generate as ``model.generate`` would, in fewer forward passes.
@@ -69,7 +69,7 @@ def generate(
     num_drafts
         The most tokens drafted in a round, one behind the other; 4 unless given, or the depth of ``tree``.
     tree
-        Draft trees of this size in place of chains.
+        Draft trees of this size in place of chains; ``"auto"``: where they win by the clock.
     **generation_kwargs
         Any option of a generation config, ``logits_processor``, ``stopping_criteria``,
         ``prefix_allowed_tokens_fn``. What cannot be honoured is refused by name; docs/generate.md has the
@@ -126,7 +126,7 @@ def stream(
     tokenizer: Any = None,
     streamer: Any = None,
     num_drafts: int | None = None,
-    tree: TreePlan | None = None,
+    tree: TreePlan | Trees | None = None,
     **generation_kwargs: Any,
 ) -> Iterator[Emission]:
     """Generate, handing out tokens as they are committed; arguments as in `generate`.
@@ -173,7 +173,7 @@ def custom_generate(
     drafter: Any = None,
     sampling: Sampling | None = None,
     num_drafts: int | None = None,
-    tree: TreePlan | None = None,
+    tree: TreePlan | Trees | None = None,
     callback: Callback | None = None,
     **model_kwargs: Any,
 ) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from foretoken.tree import TreePlan
+from foretoken.tree import TreePlan, Trees
+from foretoken.tree.plan import settle_plan
 
 DEFAULT_NUM_DRAFTS = 4
 # transformers looks for matches of up to this many tokens unless told otherwise.
@@ -33,14 +34,14 @@ class Speculation:
     drafter: Any
     num_drafts: int
     max_ngram: int | None = None
-    tree: TreePlan | None = None
+    tree: TreePlan | Trees | None = None
 
 
 def read_speculation(
     model: Any,
     drafter: Any,
     num_drafts: int | None,
-    tree: TreePlan | None,
+    tree: TreePlan | Trees | None,
     generation_config: GenerationConfig | None,
     keywords: Mapping[str, Any],
 ) -> Speculation:
@@ -87,7 +88,7 @@ def read_speculation(
     given = {name: value for name, value in answers.items() if value is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"{' and '.join(f'{k}={v}' for k, v in given.items())} disagree: give one of them")
-    count = next(iter(given.values()), _usual(tree))
+    _, count = settle_plan(tree, next(iter(given.values()), None), DEFAULT_NUM_DRAFTS)
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"{next(iter(given))}: expected an integer >= 0, got {count!r}")
     ngram = asked("max_matching_ngram_size")
@@ -98,14 +99,12 @@ def read_speculation(
     return Speculation(drafter, count, ngram, tree)
 
 
-def _usual(tree: TreePlan | None) -> int:
-    if not isinstance(tree, TreePlan | None):
-        raise TypeError(f"tree: expected a TreePlan or None, got {type(tree).__name__}")
-    return DEFAULT_NUM_DRAFTS if tree is None else tree.depth
-
-
 def hook_speculation(
-    model: Any, drafter: Any, num_drafts: int | None, tree: TreePlan | None, config: GenerationConfig
+    model: Any,
+    drafter: Any,
+    num_drafts: int | None,
+    tree: TreePlan | Trees | None,
+    config: GenerationConfig,
 ) -> Speculation:
     """The same inside a `custom_generate` hook, where `config` no longer tells wishes from defaults."""
     lookup = config.prompt_lookup_num_tokens
@@ -114,7 +113,7 @@ def hook_speculation(
         ngram = config.max_matching_ngram_size or _DEFAULT_LOOKUP_NGRAM
         return Speculation("ngram", count, ngram, tree)
     check_drafter(model, drafter)
-    return Speculation(drafter, _usual(tree) if num_drafts is None else num_drafts, tree=tree)
+    return Speculation(drafter, settle_plan(tree, num_drafts, DEFAULT_NUM_DRAFTS)[1], tree=tree)
 
 
 def check_drafter(model: Any, drafter: Any, same_tokenizer: bool = False) -> None:

@@ -13,6 +13,8 @@ from foretoken import _core
 
 __all__ = ["merge", "tree_attention"]
 
+_COUNTER_BYTES = 8192  # kAttentionCounterBytes: what has to be zero of a workspace before its first use
+
 
 def tree_attention(
     q: Tensor,
@@ -76,8 +78,8 @@ def tree_attention(
     lse
         float32 ``[B, T, Hq]`` to write: the logarithm of the softmax's denominator, sinks included.
     workspace
-        uint8 scratch on a CUDA device, zeros before its first use, which calls that follow one another on
-        one stream may share. None, or too small: the call makes its own.
+        uint8 scratch on a CUDA device, its first 8192 bytes zeros before its first use, which calls of any
+        shapes that follow one another on one stream may share. None, or too small: the call makes its own.
 
     Returns
     -------

@@ -2,6 +2,6 @@
 
 from foretoken.tree.draft_tree import DraftTree
 from foretoken.tree.law import Law
-from foretoken.tree.plan import TreePlan
+from foretoken.tree.plan import TreePlan, Trees
 
-__all__ = ["DraftTree", "Law", "TreePlan"]
+__all__ = ["DraftTree", "Law", "TreePlan", "Trees"]

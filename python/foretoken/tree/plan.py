@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from foretoken.ops import MAX_CHILDREN, MAX_DRAFTS
+
+Trees = Literal["auto"]
+"""Trees where they win."""
+TreeDraw = Literal["deterministic", "iid", "without_replacement"]
+_DRAWS = ("deterministic", "iid", "without_replacement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,10 @@ class TreePlan:
         The most children of a node, 1 to 16.
     depth
         The most drafts one behind the other.
+    draw
+        How a draft model comes to the nodes. ``"deterministic"``: the likeliest are chosen. ``"iid"``,
+        ``"without_replacement"``: they are drawn, siblings with and without their elders among what may come.
+        n-grams are always chosen.
 
     Raises
     ------
@@ -28,12 +38,13 @@ class TreePlan:
     Examples
     --------
     >>> TreePlan(nodes=8, branches=2)
-    TreePlan(nodes=8, branches=2, depth=5)
+    TreePlan(nodes=8, branches=2, depth=5, draw='deterministic')
     """
 
     nodes: int = 16
     branches: int = 4
     depth: int = 5
+    draw: TreeDraw = "deterministic"
 
     def __post_init__(self) -> None:
         for name, most in (("nodes", MAX_DRAFTS), ("branches", MAX_CHILDREN), ("depth", MAX_DRAFTS)):
@@ -42,3 +53,31 @@ class TreePlan:
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if not 1 <= value <= most:
                 raise ValueError(f"{name}: expected 1 to {most}, got {value}")
+        if self.draw not in _DRAWS:
+            raise ValueError(f"draw: expected one of {', '.join(_DRAWS)}, got {self.draw!r}")
+
+
+def settle_plan(
+    tree: TreePlan | Trees | None, num_drafts: int | None, usual: int, *, chains_on: str | None = None
+) -> tuple[TreePlan | None, int]:
+    """The shape of trees, None for chains alone, and how many drafts may stand one behind the other.
+
+    Parameters
+    ----------
+    tree, num_drafts
+        As they were asked for; ``usual`` drafts of a chain where nothing was.
+    chains_on
+        The device, if its rounds take chains alone.
+    """
+    if isinstance(tree, TreePlan):
+        if chains_on is not None:
+            raise ValueError(f"tree: expected None on {chains_on}, whose rounds draft chains, got {tree}")
+        return tree, tree.depth if num_drafts is None else min(num_drafts, tree.depth)
+    if tree is None:
+        return None, usual if num_drafts is None else num_drafts
+    if tree != "auto":
+        raise TypeError(f'tree: expected a TreePlan, "auto" or None, got {tree!r}')
+    if chains_on is not None:
+        return None, usual if num_drafts is None else num_drafts
+    depth = TreePlan().depth if num_drafts is None else num_drafts
+    return (TreePlan(depth=depth) if depth > 0 else None), depth

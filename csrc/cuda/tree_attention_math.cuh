@@ -1,0 +1,293 @@
+// A warpgroup's 64 queries against a round of tiles: scores, weights, weighted values; and partial results
+// made one.
+//
+// Each warp has 16 of the rows; in a lane, register 4 j + e is element (lane / 4 + 8 (e / 2), 8 j + 2 (lane %
+// 4)
+// + e % 2) of the warp's rows. Warpgroup products have the same registers in the same places, so that only
+// the two products differ between architectures.
+#pragma once
+
+#include "cuda/tree_attention_load.cuh"
+
+namespace foretoken::cuda::attend {
+
+__device__ inline float minus_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
+
+// A lane's two rows of a partial result: maxima of scores times log2 e, sums of weights. Until finish(), the
+// sums are of the lane's own columns.
+struct Rows {
+  float max[2], sum[2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      max[i] = minus_infinity();
+      sum[i] = 0.0f;
+    }
+  }
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+    }
+  }
+};
+
+// A lane's part of the weighted values, as products leave it.
+template <int kD>
+struct Values {
+  static constexpr int kWide = kD == 64 ? 32 : 64;  // of one product
+  static constexpr int kBlocks = kD / 2 / kWide;
+  static constexpr int kQuads = kD / 8;  // groups of four: two columns of both rows
+
+  float blocks[kBlocks][kWide];
+
+  __device__ float* quad(int number) { return &blocks[4 * number / kWide][4 * number % kWide]; }
+};
+
+// How the left and the right of two partial results of a row are scaled to be added. A side that has seen
+// nothing leaves the other one as it is.
+struct Scales {
+  float left, right;
+
+  __device__ Scales(float left_max, float right_max, float& max) {
+    max = fmaxf(left_max, right_max);
+    const float reference = max == minus_infinity() ? 0.0f : max;
+    left = exp2_fast(left_max - reference);
+    right = exp2_fast(right_max - reference);
+  }
+  __device__ float sum(float a, float b) const { return __fmaf_rn(b, right, a * left); }
+};
+
+// Merges with the left of two partial results, which is at rest: groups of four values, each group of all
+// threads of a warpgroup side by side.
+template <int kD>
+__device__ void put_behind(Values<kD>& right, Rows& rows, const float4* left, const Rows& left_rows) {
+  const Scales first(left_rows.max[0], rows.max[0], rows.max[0]);
+  const Scales second(left_rows.max[1], rows.max[1], rows.max[1]);
+  rows.sum[0] = first.sum(left_rows.sum[0], rows.sum[0]);
+  rows.sum[1] = second.sum(left_rows.sum[1], rows.sum[1]);
+#pragma unroll
+  for (int i = 0; i < Values<kD>::kQuads; ++i) {
+    const float4 values = left[i * kTeam];
+    float* const quad = right.quad(i);
+    quad[0] = first.sum(values.x, quad[0]);
+    quad[1] = first.sum(values.y, quad[1]);
+    quad[2] = second.sum(values.z, quad[2]);
+    quad[3] = second.sum(values.w, quad[3]);
+  }
+}
+
+template <int kD>
+__device__ void put_down(Values<kD>& values, float4* to) {
+#pragma unroll
+  for (int i = 0; i < Values<kD>::kQuads; ++i) {
+    const float* const quad = values.quad(i);
+    to[i * kTeam] = {quad[0], quad[1], quad[2], quad[3]};
+  }
+}
+
+// The products of one warpgroup. Between begin() and commit() they are given to the matrix units, which may
+// be at work until wait().
+template <class Element, int kD>
+class Products {
+ public:
+  using Sums = Values<kD>;
+
+  // 64 queries by 64 keys.
+  static __device__ void add_scores(float (&scores)[32], uint32_t queries, uint32_t keys) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const Matrix a(queries, 16), b(keys, 16);
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      const auto at = static_cast<uint32_t>(k / 4 * kBlockBytes + k % 4 * 32);
+      multiply_rows<Element>(scores, a.at(at), b.at(at), k > 0);
+    }
+#else
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % kTeam / 32);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) scores[i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      uint32_t a[4], b[4];
+      load_matrices(a, queries + place_of(warp * 16 + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int n = 0; n < kTile; n += 16) {
+        load_matrices(b, keys + place_of(n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        multiply_16x8<Element>(scores + n / 2, a, b[0], b[1]);
+        multiply_16x8<Element>(scores + n / 2 + 4, a, b[2], b[3]);
+      }
+    }
+#endif
+  }
+
+  // Adds 64 x 64 weights by 64 values.
+  static __device__ void add_values(Sums& sums, const uint32_t (&weights)[16], uint32_t values, bool first) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const Matrix b(values, kBlockBytes);
+#pragma unroll
+    for (int block = 0; block < Sums::kBlocks; ++block) {
+#pragma unroll
+      for (int k = 0; k < kTile / 16; ++k) {
+        const auto at = static_cast<uint32_t>(2 * block * kBlockBytes + k * 16 * 128);
+        multiply_weights<Element>(sums.blocks[block], weights + 4 * k, b.at(at), k > 0 || !first);
+      }
+    }
+#else
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (first) {
+#pragma unroll
+      for (int quad = 0; quad < kD / 8; ++quad) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.quad(quad)[i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+#pragma unroll
+      for (int piece = 0; piece < kD / 8; piece += 2) {
+        uint32_t b[4];
+        load_transposed(b, values + place_of(16 * k + lane % 16, piece + lane / 16));
+        multiply_16x8<Element>(sums.quad(piece), weights + 4 * k, b[0], b[1]);
+        multiply_16x8<Element>(sums.quad(piece + 1), weights + 4 * k, b[2], b[3]);
+      }
+    }
+#endif
+  }
+
+  static __device__ void begin() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    products_begin();
+#endif
+  }
+  static __device__ void commit() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    products_commit();
+#endif
+  }
+
+  // Until all products but those of the latest `kPending` commits are done.
+  template <int kPending>
+  static __device__ void wait() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    products_wait<kPending>();
+#endif
+  }
+
+  static __device__ void settle(float (&scores)[32]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    keep_in_place(scores);
+#endif
+  }
+  static __device__ void settle(Sums& sums) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma unroll
+    for (int block = 0; block < Sums::kBlocks; ++block) keep_in_place(sums.blocks[block]);
+#endif
+  }
+
+ private:
+  static constexpr int kBlockBytes = kTile * 128;  // 64 columns of a tile
+};
+
+// What turns products into scores times log2 e.
+struct ScoreScale {
+  float factor;          // of the products
+  float cap, cap_scale;  // 0: none
+
+  __device__ ScoreScale(float scale, float softcap) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    cap = softcap * kLog2E;
+    cap_scale = softcap > 0.0f ? 2.0f * kLog2E * scale / softcap : 0.0f;
+    factor = softcap > 0.0f ? 1.0f : scale * kLog2E;
+  }
+
+  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+  __device__ float capped(float product) const {
+    return cap - 2.0f * cap * reciprocal_fast(exp2_fast(product * cap_scale) + 1.0f);
+  }
+};
+
+// Takes the slots of a tile that a lane's rows do not see, by bits, out of its scores' products.
+__device__ inline void hide(float (&scores)[32], uint64_t first_sees, uint64_t second_sees) {
+  const int shift = 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const uint64_t seen = (row == 0 ? first_sees : second_sees) >> shift;
+    const uint32_t halves[2] = {static_cast<uint32_t>(seen), static_cast<uint32_t>(seen >> 32)};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if ((halves[j / 4] >> (8 * (j % 4) + i) & 1u) == 0) scores[4 * j + 2 * row + i] = minus_infinity();
+      }
+    }
+  }
+}
+
+// Products become scores where that is more than a factor. What is hidden is hidden afterwards.
+template <int kTiles>
+__device__ inline float scores_of(float (&products)[kTiles][32], const ScoreScale& scale) {
+  if (__builtin_expect(scale.cap == 0.0f && scale.factor > 0.0f, 1)) return scale.factor;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      // The largest product is not the largest score if the factor is negative.
+      products[tile][i] =
+          scale.cap > 0.0f ? scale.capped(products[tile][i]) : products[tile][i] * scale.factor;
+    }
+  }
+  return 1.0f;
+}
+
+// Scores, but for a positive factor, become weights. What was summed before is to be scaled by `factors`.
+template <int kTiles>
+__device__ inline void weigh(float (&scores)[kTiles][32], float factor, Rows& rows, float (&factors)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float high = fmaxf(scores[0][2 * row], scores[0][2 * row + 1]);
+#pragma unroll
+    for (int j = 1; j < 8 * kTiles; ++j) {
+      const float* const pair = &scores[j / 8][4 * (j % 8) + 2 * row];
+      high = fmaxf(high, fmaxf(pair[0], pair[1]));
+    }
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+    const float max = fmaxf(rows.max[row], high * factor);
+    const float reference = max == minus_infinity() ? 0.0f : max;
+    factors[row] = exp2_fast(rows.max[row] - reference);
+    rows.max[row] = max;
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < 8 * kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = scores[j / 8][4 * (j % 8) + 2 * row + i];
+        score = exp2_fast(__fmaf_rn(score, factor, -reference));
+        sums[i] += score;
+      }
+    }
+    rows.sum[row] = __fmaf_rn(rows.sum[row], factors[row], sums[0] + sums[1]);
+  }
+}
+
+template <class Element>
+__device__ inline void pack_weights(const float (&scores)[32], uint32_t (&weights)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) weights[i] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+}
+
+// Factors are exactly 1 where no maximum has changed.
+template <int kD>
+__device__ inline void scale_values(Values<kD>& values, const float (&factors)[2]) {
+  if (!__any_sync(0xffffffffu, factors[0] != 1.0f || factors[1] != 1.0f)) return;
+#pragma unroll
+  for (int quad = 0; quad < Values<kD>::kQuads; ++quad) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values.quad(quad)[i] *= factors[i / 2];
+  }
+}
+
+}  // namespace foretoken::cuda::attend
