@@ -147,10 +147,10 @@ class ClusterFilter {
     });
     if (rank_ != 0) {
       __syncthreads();
-      uint32_t* first = of_block(scratch_.parts[0], 0);
+      uint32_t* first = of_block(scratch_.parts, 0);
       for (int i = threadIdx.x; i < kParts * kBins; i += kThreads) {
-        if (scratch_.parts[0][i] > 0) atomicAdd(&first[i], scratch_.parts[0][i]);
-        scratch_.parts[0][i] = 0;
+        if (scratch_.parts[i] > 0) atomicAdd(&first[i], scratch_.parts[i]);
+        scratch_.parts[i] = 0;
       }
     }
     cluster_sync();

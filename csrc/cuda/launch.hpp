@@ -118,8 +118,8 @@ inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles,
 // The same for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of a
 // request read, one of them then takes what is left of one row; the weights are times measured on an H200, in
 // us.
-inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                         bool may_share) {
+inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                              bool may_share) {
   constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
@@ -138,6 +138,26 @@ inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows
     }
   }
   return best;
+}
+
+// The same, unless it was asked for lately: the search takes a microsecond.
+inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                         bool may_share) {
+  struct Kept {
+    const ClusterRoom* room = nullptr;  // one for each kernel and device, as long as the process lives
+    int64_t requests = 0, rows = 0, tiles = 0;
+    bool may_share = false;
+    Shape shape;
+  };
+  constexpr size_t kMostKept = 32;
+  thread_local Kept kept[kMostKept];
+  Kept& entry = kept[static_cast<size_t>(requests + rows) % kMostKept];
+  if (entry.room != &room || entry.requests != requests || entry.rows != rows || entry.tiles != tiles ||
+      entry.may_share != may_share) {
+    entry = {&room, requests,  rows,
+             tiles, may_share, find_chain_shape(room, requests, rows, tiles, may_share)};
+  }
+  return entry.shape;
 }
 
 // `shared`: bytes of dynamic shared memory a block. room_for() has to have been asked before.

@@ -304,14 +304,15 @@ int64_t verify_workspace(const VerifyArgs& args, Device) {
 void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) {
   const int64_t batch = args.draft_tokens.shape[0];
   if (batch == 0) return;
+  Workspace scratch;
+  const int64_t room = room_before_preparation(args, scratch, memory);
+  if (takes_chains(args)) {
+    return verify_chains(args, {scratch.stats, scratch.lanes, scratch.arrivals}, device, stream);
+  }
   VerifyParams params;
   VerifyLaunch& launch = params.launch;
   launch.args = args;
-  const int64_t room = room_before_preparation(args, launch.workspace, memory);
-  if (takes_chains(args)) {
-    const Workspace& scratch = launch.workspace;
-    return verify_chains(args, {scratch.stats, scratch.lanes, scratch.arrivals}, device, stream);
-  }
+  launch.workspace = scratch;
   const Preparation what = preparation_of(args);
   if (what.any()) launch.prepared = prepare(args, what, static_cast<char*>(memory) + room, device, stream);
   launch.reads_all_rows = reads_all_rows(args);
