@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from foretoken.hf import LayerShape, SlotCache
+import foretoken as ft
+from foretoken.hf import LayerShape, SlotCache, attention
 from foretoken.hf.attention import register, slot_attention, slot_mask
 from foretoken.hf.masks import TailMasks
 from hf_models import one_thread, random_prompts, tiny_model
@@ -219,3 +220,57 @@ def test_a_model_can_be_loaded_with_the_name(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="foretoken")
     assert model.config._attn_implementation == "foretoken"
+
+
+# ------------------------------------------------------------------------------------ ops.tree_attention
+
+OURS = {
+    "soft cap": ({"softcap": 5.0}, {}),
+    "sinks": ({"s_aux": torch.ones(4)}, {}),
+    "many scores": ({}, {"length": 1700}),
+    "half precision": ({"softcap": 5.0}, {"dtype": torch.bfloat16}),
+}
+TORCHS = {
+    "few scores": ({}, {}),
+    "one token": ({}, {"length": 1700, "num_tokens": 1}),
+    "float64": ({"softcap": 5.0}, {"dtype": torch.float64}),
+    "values of another size": ({"softcap": 5.0}, {"value_size": 32}),
+    "a long chunk": ({"softcap": 5.0}, {"num_tokens": 257}),
+    "columns without a cache row": ({"softcap": 5.0}, {"length": 1998, "used": [2]}),
+    "gradients": ({"softcap": 5.0}, {"grad": True}),
+}
+
+
+@pytest.mark.parametrize("name", [*OURS, *TORCHS])
+def test_where_tree_attention_is_called(name, monkeypatch):
+    extra, shape = {**OURS, **TORCHS}[name]
+    found = {}
+    for native in (True, False):
+        calls = []
+
+        def counted(*args, calls=calls, **kwargs):
+            calls.append(args)
+            return ft.ops.tree_attention(*args, **kwargs)
+
+        monkeypatch.setattr(attention, "tree_attention", counted)
+        if not native:
+            monkeypatch.setattr(attention, "_is_native", lambda *_: False)
+        found[native] = attended(extra, **shape), len(calls)
+    assert [calls for _, calls in found.values()] == [int(name in OURS), 0]
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if "half" in name else {}
+    torch.testing.assert_close(found[True][0], found[False][0], **tolerance)
+
+
+def attended(
+    extra, *, length=300, num_tokens=5, dtype=torch.float32, value_size=64, used=None, grad=False
+) -> torch.Tensor:
+    torch.manual_seed(3)
+    cache = SlotCache([LayerShape(2, 64, value_size, dtype, CPU)], max_batch=1, max_length=2000)
+    cache.layers[0].keys.normal_()
+    cache.layers[0].values.normal_()
+    new = torch.randn(1, 2, num_tokens, 64, dtype=dtype)
+    query = torch.randn(1, 4, num_tokens, 64, dtype=dtype, requires_grad=grad)
+    plan = cache.plan(slots=[0], lengths=[length], num_tokens=num_tokens, used=used)
+    keys, values = cache.update(new, new[..., :value_size], 0)
+    output = slot_attention(nn.Module(), query, keys, values, None, scaling=0.1, foretoken=plan, **extra)[0]
+    return output.detach()[:, : used[0] if used else num_tokens]

@@ -22,6 +22,8 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kGroupRows = 256;  // rows that share one read of the cache
 constexpr int64_t kItemsPerThread = 4;
+// What parallel.hpp calls an element: packing costs two for each element of a slot, six rows' products one.
+constexpr int64_t kPackingCost = 2, kRowsPerElement = 6;
 
 char* element(const TensorView& view, int64_t i, int64_t j, int64_t k) {
   return static_cast<char*>(view.data) + offset_of(view, i, j, k) * bytes_of(view.dtype);
@@ -101,6 +103,7 @@ class Attention {
   std::vector<PartialRows> partials_;
   int64_t run_level_ = 0;  // chunks of a run, as a power of two
   int64_t top_level_ = 0;  // of the longest row
+  int64_t slots_ = 0;      // of all items
 };
 
 struct Attention::Work {
@@ -136,7 +139,8 @@ void Attention::run() {
     partials_.push_back(partial_at(next));
     next += partial_floats();
   }
-  const int64_t cost = kAttentionChunk * size_ * rows_at_once_;
+  const int64_t cost =
+      count == 0 ? 0 : slots_ / count * size_ * (kPackingCost + rows_at_once_ / kRowsPerElement);
   parallel_for(count, cost,
                [&](int64_t i) { attend(items_[static_cast<size_t>(i)], memory + thread_number() * each); });
   parallel_for(static_cast<int64_t>(split_.size()), rows_at_once_ * padded_,
@@ -176,6 +180,8 @@ void Attention::split_row(int64_t b) {
         items_.push_back({b, kv_head, node, std::min(nodes_at_once_, row.nodes - node),
                           std::max(begin, run << run_level_), std::min(end, (run + 1) << run_level_),
                           last_run - first_run + 1, 0});
+        slots_ += std::min((run + 1) * (kAttentionChunk << run_level_), row.end()) -
+                  std::max(run * (kAttentionChunk << run_level_), row.first);
       }
     }
   }

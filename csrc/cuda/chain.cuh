@@ -11,8 +11,8 @@
 
 namespace foretoken::cuda {
 
-template <DType kType, bool kAligned>
-class ChainVerifier : ChainRows<kType, kAligned> {
+template <DType kType>
+class ChainVerifier : ChainRows<kType> {
  public:
   __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
@@ -46,7 +46,7 @@ class ChainVerifier : ChainRows<kType, kAligned> {
   }
 
  private:
-  using Rows = ChainRows<kType, kAligned>;
+  using Rows = ChainRows<kType>;
   using Rows::args_;
   using Rows::b_;
   using Rows::dense_;
@@ -220,8 +220,8 @@ class ChainVerifier : ChainRows<kType, kAligned> {
 #pragma unroll 1
     for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
       RawTile<kType> target_tile, draft_tile;
-      TileOfRow<kType, kAligned>::load(target_tile, target_data, vocab_, index);
-      TileOfRow<kType, kAligned>::load(draft_tile, draft_data, vocab_, index);
+      TileOfRow<kType>::load(target_tile, target_data, vocab_, index, args_.aligned);
+      TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
       PinnedSum sum;
       LaneMass lane_mass;
 #pragma unroll 2

@@ -26,6 +26,7 @@ struct TileStats;
 struct ChainArgs {
   ChainRowsView target, draft;  // draft.data == nullptr: no law of the draft's is looked at
   int64_t vocab = 0;
+  bool aligned = false;     // all rows begin and end at multiples of 16 bytes
   int32_t most_drafts = 0;  // columns of draft_tokens
   Rule rule = Rule::automatic;
   Numbers draft_tokens, num_drafts, base, slots;

@@ -7,7 +7,7 @@
 
 namespace foretoken::cuda {
 
-template <DType kType, bool kAligned>
+template <DType kType>
 class ChainRows {
  protected:
   __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
@@ -42,7 +42,7 @@ class ChainRows {
     __device__ __forceinline__ uint32_t row() const { return row_; }
     __device__ __forceinline__ uint32_t index() const { return index_; }
     __device__ __forceinline__ void load(RawTile<kType>& raw) const {
-      TileOfRow<kType, kAligned>::load(raw, chain_.row_data(row_), chain_.vocab_, index_);
+      TileOfRow<kType>::load(raw, chain_.row_data(row_), chain_.vocab_, index_, chain_.args_.aligned);
     }
     __device__ __forceinline__ void move_on() {
       row_ += row_step_;
@@ -252,7 +252,7 @@ class ChainRows {
     first = __reduce_min_sync(kAllLanes, first);
     if (first == ~0u) return 0;
     RawTile<kType> raw;
-    TileOfRow<kType, kAligned>::load(raw, row_data(row), vocab_, first);
+    TileOfRow<kType>::load(raw, row_data(row), vocab_, first, args_.aligned);
     LaneTile tile;
     raw.unpack(tile);
     uint32_t place = ~0u;

@@ -6,29 +6,30 @@
 
 namespace foretoken::cuda {
 
-template <DType kType, bool kAligned>
+template <DType kType>
 struct TileOfRow {
   static constexpr int kBytes = RawTile<kType>::kBytes;
   static constexpr int kLoads = RawTile<kType>::kLoads;
   static constexpr int kEach = 16 / kBytes;  // elements of one load
 
-  // A tile; what lies behind the row's end is -infinity. kAligned: rows begin and end at multiples of 16
+  // A tile; what lies behind the row's end is -infinity. `aligned`: rows begin and end at multiples of 16
   // bytes.
   static __device__ __forceinline__ void load(RawTile<kType>& raw, const void* data, uint32_t size,
-                                              uint32_t index) {
-    if (kAligned && (index + 1) * kTile <= size) return raw.load(data, index);
+                                              uint32_t index, bool aligned) {
+    if (aligned && (index + 1) * kTile <= size) return raw.load(data, index);
 #pragma unroll
     for (int i = 0; i < 4 * kLoads; ++i) {
-      raw.words[i] =
-          load_words(data, size, index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * kEach);
+      raw.words[i] = load_words(
+          data, size, index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * kEach, aligned);
     }
   }
 
-  static __device__ __forceinline__ uint4 load_words(const void* data, uint32_t size, uint32_t at) {
+  static __device__ __forceinline__ uint4 load_words(const void* data, uint32_t size, uint32_t at,
+                                                     bool aligned) {
     constexpr uint32_t kPad = minus_infinity_bits<kType>();
     constexpr uint32_t kPads = kBytes == 4 ? kPad : kPad << 16 | kPad;
     uint4 words = make_uint4(kPads, kPads, kPads, kPads);
-    if constexpr (kAligned) {
+    if (aligned) {
       const char* base = static_cast<const char*>(data) + static_cast<uint64_t>(at) * kBytes;
       if (at < size) words = __ldg(reinterpret_cast<const uint4*>(base));
     } else if constexpr (kBytes == 4) {

@@ -9,10 +9,10 @@ namespace foretoken::cuda {
 
 namespace {
 
-template <DType kType, bool kAligned>
+template <DType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  ChainVerifier<kType, kAligned>(args, *reinterpret_cast<ChainShared*>(memory)).run();
+  ChainVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
 int64_t rows_in(const VerifyArgs& args) {
@@ -69,10 +69,10 @@ ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch) {
 }
 
 // `more`: bytes of shared memory a block behind ChainShared.
-void launch_chains(DType dtype, bool whole, ChainArgs& args, int64_t requests, int64_t rows, size_t more,
-                   Device device, Stream stream) {
-  const auto launch = [&](auto of_type, auto is_whole) {
-    constexpr auto kKernel = verify_chain_kernel<decltype(of_type)::value, decltype(is_whole)::value>;
+void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows, size_t more, Device device,
+                   Stream stream) {
+  const auto launch = [&](auto type) {
+    constexpr auto kKernel = verify_chain_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
     const Shape shape =
         chain_shape(room, requests, rows, (args.vocab + kTile - 1) / kTile, args.arrivals != nullptr);
@@ -80,13 +80,10 @@ void launch_chains(DType dtype, bool whole, ChainArgs& args, int64_t requests, i
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args);
   };
-  const auto with_type = [&](auto of_type) {
-    whole ? launch(of_type, std::true_type{}) : launch(of_type, std::false_type{});
-  };
   switch (dtype) {
-    case DType::float32: return with_type(std::integral_constant<DType, DType::float32>{});
-    case DType::bfloat16: return with_type(std::integral_constant<DType, DType::bfloat16>{});
-    default: return with_type(std::integral_constant<DType, DType::float16>{});
+    case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});
+    case DType::bfloat16: return launch(std::integral_constant<DType, DType::bfloat16>{});
+    default: return launch(std::integral_constant<DType, DType::float16>{});
   }
 }
 
@@ -109,10 +106,10 @@ bool takes_chains(const VerifyArgs& args) {
 }
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
-  const int64_t batch = args.draft_tokens.shape[0];
-  const bool whole = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   ChainArgs chain = chain_args_of(args, scratch);
-  launch_chains(args.target_logits.dtype, whole, chain, batch, rows_in(args), 0, device, stream);
+  chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
+  launch_chains(args.target_logits.dtype, chain, args.draft_tokens.shape[0], rows_in(args), 0, device,
+                stream);
 }
 
 bool takes_rows(const SampleArgs& args) {
@@ -136,8 +133,8 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.records = static_cast<int64_t*>(args.records.data);
   chain.record_strides[0] = args.records.strides[0];
   chain.record_strides[1] = args.records.strides[1];
-  launch_chains(args.logits.dtype, aligned(args.logits), chain, args.logits.shape[0], 1, sizeof(RowScratch),
-                device, stream);
+  chain.aligned = aligned(args.logits);
+  launch_chains(args.logits.dtype, chain, args.logits.shape[0], 1, sizeof(RowScratch), device, stream);
 }
 
 }  // namespace foretoken::cuda

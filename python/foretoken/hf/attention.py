@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows
+from foretoken.ops import tree_attention
 
 NAME = "foretoken"
 
@@ -22,6 +23,13 @@ FOLD_GROUP = 4
 FOLD_ROWS = 128
 # On a device several tokens always come with a mask, and fused kernels take either masks or shared heads.
 FOLD_GROUP_ON_DEVICE = 2
+
+# What `ops.tree_attention` takes; longer chunks, wider heads and other dtypes go to torch.
+NATIVE_TOKENS, NATIVE_SIZE, NATIVE_GROUP = 256, 256, 16
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# And where it is faster: with soft caps or sinks, which torch's fused attention lacks, and from this many
+# scores a head on; below that, what surrounds the calls decides.
+NATIVE_SCORES = 8192
 
 
 def register() -> None:
@@ -106,6 +114,22 @@ def _attend(
     batch, heads, num_tokens, size = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
+    worth = extra is not None or num_tokens * key.shape[2] >= NATIVE_SCORES
+    if worth and isinstance(plan, SlotPlan) and _is_native(query, key, value):
+        lengths = plan.lengths(index)
+        if lengths is not None:
+            softcap, sinks = extra or (None, None)
+            return tree_attention(
+                query.transpose(1, 2),
+                key,
+                value,
+                lengths=lengths,
+                layout="HND",
+                scale=scaling,
+                softcap=softcap,
+                window=window,
+                sinks=None if sinks is None else sinks.float(),
+            )
     least = FOLD_GROUP_ON_DEVICE if plan.on_device else FOLD_GROUP
     fold = num_tokens == 1 or (group >= least and num_tokens * group <= FOLD_ROWS) or extra is not None
     repeat = group if fold else 1
@@ -131,6 +155,21 @@ def _attend(
         return output.reshape(batch, 1, heads, -1)
     output = output.view(batch, kv_heads, num_tokens, group, -1).transpose(1, 2)
     return output.reshape(batch, num_tokens, heads, -1)
+
+
+def _is_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `ops.tree_attention` takes a span on the CPU, and nobody asks for gradients."""
+    size = query.shape[-1]
+    return (
+        query.device.type == "cpu"
+        and query.shape[2] <= NATIVE_TOKENS
+        and size == value.shape[-1] <= NATIVE_SIZE
+        and query.shape[1] <= NATIVE_GROUP * key.shape[1]
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in NATIVE_DTYPES
+        and query.stride(-1) == 1
+        and not (torch.is_grad_enabled() and query.requires_grad)
+    )
 
 
 def _scores_then_sum(

@@ -65,7 +65,7 @@ class SlotPlan:
     registered attention function in every layer.
     """
 
-    __slots__ = ("_masks", "_memo", "_trees", "num_tokens", "spans", "trace")
+    __slots__ = ("_lengths", "_masks", "_memo", "_trees", "num_tokens", "spans", "trace")
 
     on_device = False
 
@@ -83,6 +83,7 @@ class SlotPlan:
         self._masks = masks
         self._trees = trees
         self._memo: dict[tuple[Any, ...], tuple[int, Tensor | None, bool]] = {}
+        self._lengths: dict[int, Tensor] = {}
 
     def reach(
         self,
@@ -103,6 +104,20 @@ class SlotPlan:
         found = self._memo.get(key)
         if found is None:
             found = self._memo[key] = self._reach(self.spans[index], window, repeat, dtype, device, fused)
+        return found
+
+    def lengths(self, index: int) -> Tensor | None:
+        """int64 ``[b]``: what the rows of span `index` have committed, if each column sees all before it and
+        has its cache row; else None.
+        """
+        span = self.spans[index]
+        if self._trees is not None or max(span.lengths) + self.num_tokens > span.end:
+            return None
+        found = self._lengths.get(index)
+        if found is None:
+            count = span.rows.stop - span.rows.start
+            lengths = span.lengths if len(span.lengths) == count else span.lengths * count
+            found = self._lengths[index] = torch.tensor(lengths)
         return found
 
     def stacked_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
