@@ -23,12 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "model, chain of 4": {"drafter": "draft", "num_drafts": 4},
     "model, chain of 5": {"drafter": "draft", "num_drafts": 5},
+    "model, tree of 16, depth 4": {"drafter": "draft", "tree": ft.TreePlan(nodes=16, branches=4, depth=4)},
     "model, tree of 16": {"drafter": "draft", "tree": ft.TreePlan(nodes=16, branches=4, depth=5)},
     "model, tree of 16 drawn": {
         "drafter": "draft",
         "tree": ft.TreePlan(nodes=16, branches=4, depth=5, draw="without_replacement"),
     },
     "n-grams, chain of 4": {"drafter": "ngram", "num_drafts": 4},
+    "n-grams, tree of 16, depth 4": {"drafter": "ngram", "tree": ft.TreePlan(nodes=16, branches=4, depth=4)},
     "n-grams, tree of 16": {"drafter": "ngram", "tree": ft.TreePlan(nodes=16, branches=4, depth=5)},
 }
 
