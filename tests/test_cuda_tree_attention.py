@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import foretoken as ft
+from attention_cases import make
 from reference_attention import Case, attend
-from test_tree_attention import FLOAT8, REAL, largest_error, make
+from test_tree_attention import largest_error
 
 pytestmark = pytest.mark.cuda
+
+REAL = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 BFLOAT = {"dtype": torch.bfloat16, "size": 128}
 
@@ -52,14 +56,16 @@ def test_head_sizes(size, dtype):
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
 def test_groups(group):
     for nodes in (1, 5, 64, 70, 256):
-        check(make(heads=2 * group, nodes=nodes, tree=nodes > 1, length=130, **BFLOAT))
+        check(
+            make(heads=2 * group, nodes=nodes, words="tree" if nodes > 1 else "chain", length=130, **BFLOAT)
+        )
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("page", [0, 1, 7, 16, 64, 256])
 def test_layouts(page, layout):
-    for interleaved, tree in itertools.product([False, True], repeat=2):
-        check(make(page=page, layout=layout, interleaved=interleaved, tree=tree, length=300, **BFLOAT))
+    for interleaved, words in itertools.product([False, True], ["tree", "chain"]):
+        check(make(page=page, layout=layout, interleaved=interleaved, words=words, length=300, **BFLOAT))
 
 
 def test_rows_of_any_alignment():
@@ -80,7 +86,16 @@ def test_float8_caches(size, dtype):
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 505, 512, 4090, 4096, 9001])
 def test_chunks_and_segments(length):
     for nodes in (1, 20):
-        check(make(length=length, nodes=nodes, tree=nodes > 1, page=48, ragged=True, **BFLOAT))
+        check(
+            make(
+                length=length,
+                nodes=nodes,
+                words="tree" if nodes > 1 else "chain",
+                page=48,
+                ragged=True,
+                **BFLOAT,
+            )
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,7 +183,7 @@ def test_a_node_has_the_same_bits_alone_in_any_batch_and_with_any_number_of_node
 
 def test_a_node_has_the_same_bits_at_any_depth():
     nodes, length = 9, 4091
-    case = on_device(make(batch=1, nodes=nodes, length=length, tree=False, page=16, **BFLOAT))
+    case = on_device(make(batch=1, nodes=nodes, length=length, words="chain", page=16, **BFLOAT))
     chain, _ = run(case)
     for i in range(nodes):
         out, _ = run(case.with_(q=case.q[:, i : i + 1], lengths=case.lengths + i))
