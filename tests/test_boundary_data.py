@@ -23,6 +23,7 @@ KERNELS = [operation for operation in OPERATIONS if operation.name not in ("inta
 EXTREMES = [-(2**63), -(2**32) - 1, -(2**31), -2, -1, V - 1, V, 255, 2**31 - 1, 2**32, 2**32 + 1, 2**63 - 1]
 FLOATS = [torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45]
 TOKENS = ("draft_tokens", "tokens")  # whose dtype is that of an output
+MOVES = ("append", "compact")  # whose outputs are caches, of the dtype of what is written there
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reserves memory as Linux does")
 
 
@@ -55,6 +56,8 @@ def check_results(operation: Operation, results: dict[str, Tensor]) -> None:
     status = results["status"] if "status" in results else results.get("out.status")
     if status is not None:
         assert ((status >= 0) & (status <= 7)).all()
+    if operation.name in MOVES:
+        return
     emitted = results["out.tokens"] if "out.tokens" in results else results["out"]
     assert ((emitted >= -1) & (emitted < V)).all()
     if "out.num_emitted" in results:
@@ -123,7 +126,7 @@ def test_damage_all_over_the_place(operation: Operation) -> None:
         arguments = operation.arguments()
         for spec in pick.sample(inputs, pick.randint(1, min(4, len(inputs)))):
             spoiled = arguments[spec.name].to(pick.choice(spec.dtypes)).contiguous()
-            if spec.name in TOKENS:
+            if spec.name in TOKENS or (operation.name in MOVES and spoiled.is_floating_point()):
                 spoiled = arguments[spec.name]
             flat = spoiled.view(-1)
             values = fitting(spoiled.dtype) if not spoiled.is_floating_point() else FLOATS
@@ -170,7 +173,7 @@ def test_rows_may_lie_two_to_the_31_elements_apart(operation: Operation, spec: S
     assert far.stride(0) == FAR
     results = results_of(operation, arguments)
     assert_others_are_untouched(operation, results, set())
-    if spec.output:
+    if spec.output and operation.name != "compact":  # which moves what is there: one value, everywhere
         assert not torch.equal(far, torch.full_like(far, UNWRITTEN))
 
 
