@@ -178,14 +178,16 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 inline void append(const AppendArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::append(args);
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::append(args, device, stream);
+  const cuda::OnDevice current(device);
+  cuda::append(args, stream);
 #endif
 }
 
 inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::compact(args);
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::compact(args, device, stream);
+  const cuda::OnDevice current(device);
+  cuda::compact(args, stream);
 #endif
 }
 
@@ -212,6 +214,7 @@ inline void tree_attention(const TreeAttentionArgs& args, [[maybe_unused]] void*
                            [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::tree_attention(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::tree_attention(args, workspace, device, stream);
 #endif
 }
@@ -219,13 +222,15 @@ inline void tree_attention(const TreeAttentionArgs& args, [[maybe_unused]] void*
 inline void merge(const MergeArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::merge(args);
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::merge(args, device, stream);
+  const cuda::OnDevice current(device);
+  cuda::merge(args, stream);
 #endif
 }
 
 inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::draft_topk(args);
 #ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
   cuda::draft_topk(args, device, stream);
 #endif
 }
@@ -233,7 +238,8 @@ inline void draft_topk(const DraftTopkArgs& args, Device device, [[maybe_unused]
 inline void finalize_tree(const FinalizeTreeArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::finalize_tree(args);
 #ifdef FORETOKEN_HAS_CUDA
-  cuda::finalize_tree(args, device, stream);
+  const cuda::OnDevice current(device);
+  cuda::finalize_tree(args, stream);
 #endif
 }
 

@@ -2,7 +2,6 @@
 #include <cmath>
 
 #include "cuda/errors.hpp"
-#include "cuda/on_device.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/tree_attention_real.cuh"
 #include "cuda/views.cuh"
@@ -40,10 +39,9 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
 
 }  // namespace
 
-void merge(const MergeArgs& args, Device device, Stream stream) {
+void merge(const MergeArgs& args, Stream stream) {
   const int64_t rows = args.out.shape[0] * args.out.shape[1] * args.out.shape[2];
   if (rows == 0) return;
-  const OnDevice current(device);
   const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
   merge_kernel<<<blocks, kLanes * kRowsPerBlock, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
   throw_if_failed(cudaGetLastError(), "launch");

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cuda/errors.hpp"
-#include "cuda/on_device.hpp"
 #include "cuda/views.cuh"
 #include "math/float8.hpp"
 #include "ops/sampling.hpp"
@@ -260,20 +259,18 @@ unsigned across(int64_t blocks) {
 
 }  // namespace
 
-void append(const AppendArgs& args, Device device, Stream stream) {
+void append(const AppendArgs& args, Stream stream) {
   const TensorView& keys = args.halves[0].rows;
   if (keys.shape[0] == 0) return;
   const AppendLaunch launch{args, {share_of(args.halves[0]), share_of(args.halves[1])}};
-  const OnDevice current(device);
   const dim3 grid(static_cast<unsigned>(keys.shape[0]), across(keys.shape[1]));
   append_kernel<<<grid, kAppendThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(launch);
   throw_if_failed(cudaGetLastError(), "append");
 }
 
-void compact(const CompactArgs& args, Device device, Stream stream) {
+void compact(const CompactArgs& args, Stream stream) {
   const int64_t batch = args.path.shape[0];
   if (batch == 0) return;
-  const OnDevice current(device);
   const dim3 grid(static_cast<unsigned>(batch),
                   across((args.num_units + kUnitsPerBlock - 1) / kUnitsPerBlock));
   compact_kernel<<<grid, kLanes * kUnitsPerBlock, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);

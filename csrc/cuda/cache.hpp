@@ -4,7 +4,7 @@
 
 namespace foretoken::cuda {
 
-void append(const AppendArgs& args, Device device, Stream stream);
-void compact(const CompactArgs& args, Device device, Stream stream);
+void append(const AppendArgs& args, Stream stream);
+void compact(const CompactArgs& args, Stream stream);
 
 }  // namespace foretoken::cuda

@@ -316,12 +316,7 @@ class ChainVerifier : ChainRows<kType> {
     const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
     uint64_t reach = 0;
     if (!exact) {
-      // How far the statistics may be from exact masses, see cpu/residual.cpp.
-      constexpr double kErrorOfLaws = 3.0e-6;
-      constexpr uint64_t kUnitsOfLaws = 256 * kTile;
-      reach =
-          2 * (static_cast<uint64_t>(static_cast<double>(law.mass) * kErrorOfLaws) + kUnitsOfLaws * tiles_) +
-          2;
+      reach = reach_of_estimate(law.mass, tiles_, false);
       if (of_tiles.total / 4 < reach) return kUndecided;
     }
     const uint64_t left_of_all = multiply_high(step.bits, of_tiles.total);

@@ -57,7 +57,7 @@ struct ChainShared {
   Filters filters[2];
   ChainStep step;
   int64_t drawn;
-  uint64_t left, tile_mass;  // of a draw: what is left of its number in the tile that it fell into
+  uint64_t left;  // of a draw: what is left of its number in the tile that it fell into
   int32_t tile;
   int32_t is_last;
   int32_t unsolved[kMostChainRows];  // rows whose filters take a cluster; of the first block

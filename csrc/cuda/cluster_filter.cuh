@@ -188,13 +188,7 @@ class ClusterFilter {
 
   // The sums of the first pass contain what the filters have removed since.
   __device__ void count_anew(const RowLaw& law) {
-    for_own_tiles(tiles_, [&](int64_t index) {
-      const float anchor = read_stats(task_.stats + index).max;
-      if (anchor < law.cut) return;
-      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
-      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
-      if (lane_id() == 0) task_.stats[index].sum = sum;
-    });
+    for_own_tiles(tiles_, [&](int64_t index) { recount_tile(task_, law, index); });
   }
 
   const RowTask& task_;

@@ -4,7 +4,6 @@
 #include "cuda/cluster.cuh"
 #include "cuda/draft_tree.hpp"
 #include "cuda/launch.hpp"
-#include "cuda/on_device.hpp"
 #include "cuda/tile_stats.cuh"
 #include "cuda/views.cuh"
 #include "math/draft_tree.hpp"
@@ -291,7 +290,6 @@ template <DType kType>
 void launch_topk(const DraftTopkArgs& args, Device device, Stream stream) {
   const int64_t rows = args.logits.shape[0] * args.logits.shape[1];
   const int blocks = blocks_for(device, rows, (args.logits.shape[2] + kTile - 1) / kTile);
-  const OnDevice current(device);
   if (blocks > 8) {
     throw_if_failed(
         cudaFuncSetAttribute(draft_topk_kernel<kType>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),

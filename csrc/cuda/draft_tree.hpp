@@ -5,6 +5,6 @@
 namespace foretoken::cuda {
 
 void draft_topk(const DraftTopkArgs& args, Device device, Stream stream);
-void finalize_tree(const FinalizeTreeArgs& args, Device device, Stream stream);
+void finalize_tree(const FinalizeTreeArgs& args, Stream stream);
 
 }  // namespace foretoken::cuda

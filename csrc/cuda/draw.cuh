@@ -165,6 +165,14 @@ __device__ inline Interval pick_in_tile(const Residual& residual, int64_t index,
 
 constexpr int64_t kUndecided = -2;
 
+// How near to an interval's end a number may fall for masses of tiles that are estimates to decide, see
+// cpu/residual.cpp: the sums of a residual's weights, or those that a law was made from.
+__device__ inline uint64_t reach_of_estimate(uint64_t total, int64_t tiles, bool of_residual) {
+  const double error = static_cast<double>(total) * (of_residual ? 6.5e-7 : 3.0e-6);
+  const uint64_t units = (of_residual ? 2 : 256) * static_cast<uint64_t>(kTile);
+  return 2 * (static_cast<uint64_t>(error) + units * static_cast<uint64_t>(tiles)) + 2;
+}
+
 // Finds the token of 64 random bits among the masses of the tiles, which are in shared memory. By one warp.
 class TokenDraw {
  public:
@@ -183,17 +191,12 @@ class TokenDraw {
   // cpu/residual.cpp. kUndecided if it does not.
   __device__ int64_t by_estimate(uint64_t bits) {
     const bool with_draft = residual_.draft.data != nullptr;
-    constexpr double kErrorOfSums = 6.5e-7, kErrorOfLaws = 3.0e-6;
-    constexpr uint64_t kUnitsOfSums = 2 * kTile, kUnitsOfLaws = 256 * kTile;
     uint64_t total = total_mass();
-    const double of_sums = static_cast<double>(total) * (with_draft ? kErrorOfSums : kErrorOfLaws);
-    const uint64_t slack = static_cast<uint64_t>(of_sums) +
-                           (with_draft ? kUnitsOfSums : kUnitsOfLaws) * static_cast<uint64_t>(tiles_);
+    const uint64_t reach = reach_of_estimate(total, tiles_, with_draft);
     if (residual_.num_edits > 0) {
       apply_edits(true);
       total = total_mass();
     }
-    const uint64_t reach = 2 * slack + 2;
     if (total / 4 < reach) return kUndecided;
     uint64_t left = multiply_high(bits, total);
     const int64_t index = tile_holding(left);

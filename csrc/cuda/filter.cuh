@@ -233,11 +233,7 @@ class BlockFilter {
     }
     __syncthreads();
     for (int i = threadIdx.x / kWarpSize; i < scratch_.grouped; i += kWarps) {
-      const int64_t index = scratch_.ids[i];
-      const float anchor = read_stats(task_.stats + index).max;
-      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
-      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
-      if (lane_id() == 0) task_.stats[index].sum = sum;
+      recount_tile(task_, law, scratch_.ids[i]);
     }
     __syncthreads();
   }

@@ -106,13 +106,21 @@ __device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64
 }
 
 __device__ inline uint64_t sum_of_block(FilterScratch& scratch, uint64_t mine) {
-  mine = sum_of_warp(mine);
+  mine = sum_of_masses(mine);
   if (lane_id() == 0) scratch.warp_words[threadIdx.x / kWarpSize] = mine;
   __syncthreads();
-  uint64_t sum = 0;
-  for (int warp = 0; warp < kWarps; ++warp) sum += scratch.warp_words[warp];
+  const uint64_t sum = sum_of_masses(lane_id() < kWarps ? scratch.warp_words[lane_id()] : 0);
   __syncthreads();
   return sum;
+}
+
+// The sum of the first pass contains what a filter has removed since. By a warp.
+__device__ inline void recount_tile(const RowTask& task, const RowLaw& law, int64_t index) {
+  const float anchor = read_stats(task.stats + index).max;
+  if (anchor < law.cut) return;
+  const float cut = fmaxf(law.cut, task.reading.floor_below(anchor));
+  const float sum = sum_of_weights_at(task.row, index, anchor, law.scale, cut);
+  if (lane_id() == 0) task.stats[index].sum = sum;
 }
 
 // Bins of equal width in key space, of 2^shift keys each, from the top down.

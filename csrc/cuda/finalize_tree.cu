@@ -4,7 +4,6 @@
 
 #include "cuda/draft_tree.hpp"
 #include "cuda/errors.hpp"
-#include "cuda/on_device.hpp"
 #include "cuda/views.cuh"
 #include "math/draft_tree.hpp"
 #include "math/tree_index.hpp"
@@ -252,12 +251,11 @@ __global__ void __launch_bounds__(kMaxCandidates)
 
 }  // namespace
 
-void finalize_tree(const FinalizeTreeArgs& args, Device device, Stream stream) {
+void finalize_tree(const FinalizeTreeArgs& args, Stream stream) {
   const int64_t rows = args.candidates.shape[0];
   if (rows == 0) return;
   unsigned threads = kLeastThreads;
   while (threads < args.candidates.shape[1]) threads *= 2;
-  const OnDevice current(device);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(rows));
   config.blockDim = dim3(threads);

@@ -76,6 +76,25 @@ __device__ inline bool reads_whole(const DeviceRow& row, int64_t index) {
   return (index + 1) * kTile <= row.size && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
 }
 
+// The elements of one load of 16 bytes.
+template <DType kType>
+__device__ __forceinline__ void unpack_words(const uint4& words, float* out) {
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (kType == DType::float32) {
+      out[w] = __uint_as_float(word[w]);
+    } else if constexpr (kType == DType::bfloat16) {
+      out[2 * w] = __uint_as_float(word[w] << 16);
+      out[2 * w + 1] = __uint_as_float(word[w] & 0xFFFF0000u);
+    } else {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[w]));
+      out[2 * w] = pair.x;
+      out[2 * w + 1] = pair.y;
+    }
+  }
+}
+
 // A tile as it lies in memory.
 template <DType kType>
 struct RawTile {
@@ -116,21 +135,7 @@ struct RawTile {
   __device__ void unpack(LaneTile& tile) const {
 #pragma unroll
     for (int i = 0; i < 4 * kLoads; ++i) {
-      const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-      float* out = tile.x + i * (16 / kBytes);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (kType == DType::float32) {
-          out[w] = __uint_as_float(word[w]);
-        } else if constexpr (kType == DType::bfloat16) {
-          out[2 * w] = __uint_as_float(word[w] << 16);
-          out[2 * w + 1] = __uint_as_float(word[w] & 0xFFFF0000u);
-        } else {
-          const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[w]));
-          out[2 * w] = pair.x;
-          out[2 * w + 1] = pair.y;
-        }
-      }
+      unpack_words<kType>(words[i], tile.x + i * (16 / kBytes));
     }
   }
 

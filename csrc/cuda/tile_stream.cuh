@@ -52,24 +52,6 @@ struct TileOfRow {
   }
 };
 
-template <DType kType>
-__device__ __forceinline__ void unpack_words(const uint4& words, float* out) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if constexpr (kType == DType::float32) {
-      out[w] = __uint_as_float(word[w]);
-    } else if constexpr (kType == DType::bfloat16) {
-      out[2 * w] = __uint_as_float(word[w] << 16);
-      out[2 * w + 1] = __uint_as_float(word[w] & 0xFFFF0000u);
-    } else {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[w]));
-      out[2 * w] = pair.x;
-      out[2 * w + 1] = pair.y;
-    }
-  }
-}
-
 // The first quarter of a tile; the others move up.
 template <DType kType>
 __device__ __forceinline__ Eight next_quarter(RawTile<kType>& raw) {

@@ -1,7 +1,6 @@
 // Tree attention: which kernel serves a call, and how it is cut.
 #include "cuda/tree_attention.hpp"
 
-#include "cuda/on_device.hpp"
 #include "cuda/tree_attention_launch.cuh"
 #include "cuda/tree_attention_maps.hpp"
 #include "cuda/tree_attention_plain.cuh"
@@ -261,7 +260,6 @@ int64_t tree_attention_workspace(const TreeAttentionArgs& args, Device device) {
 
 void tree_attention(const TreeAttentionArgs& args, void* workspace, Device device, Stream stream) {
   if (args.q.shape[0] * args.q.shape[1] == 0) return;
-  const OnDevice current(device);
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   if (!for_matrix_units(args)) return launch_plain(args, handle);
   launch_matrix(args, static_cast<char*>(workspace), limits_on(device.index), device.index, handle);

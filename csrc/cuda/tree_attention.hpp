@@ -9,6 +9,6 @@ namespace foretoken::cuda {
 // kAttentionCounterBytes of them zero before the first use. From shapes alone.
 int64_t tree_attention_workspace(const TreeAttentionArgs& args, Device device);
 void tree_attention(const TreeAttentionArgs& args, void* workspace, Device device, Stream stream);
-void merge(const MergeArgs& args, Device device, Stream stream);
+void merge(const MergeArgs& args, Stream stream);
 
 }  // namespace foretoken::cuda

@@ -60,14 +60,6 @@ class WindowFilter {
     return sum_of_warp(lane_id() < kWarps ? words[lane_id()] : 0.0f);
   }
 
-  __device__ uint64_t sum_of_words(uint64_t mine) {
-    mine = sum_of_masses(mine);
-    __syncthreads();
-    if (lane_id() == 0) scratch_.warp_words[threadIdx.x / kWarpSize] = mine;
-    __syncthreads();
-    return sum_of_masses(lane_id() < kWarps ? scratch_.warp_words[lane_id()] : 0);
-  }
-
   // Where the elements below weigh about `rest`, in weights of the row.
   __device__ Window guess(const RowLaw& law, double rest) {
     constexpr float kLess = 0.92f, kMore = 1.08f;  // of it; some three times the sample's own error
@@ -111,7 +103,7 @@ class WindowFilter {
       above += reads_whole(task_.row, index) ? look_through_tile<true>(law, window, index)
                                              : look_through_tile<false>(law, window, index);
     }
-    return sum_of_words(above);
+    return sum_of_block(scratch_, above);
   }
 
   template <bool kWhole>
@@ -151,7 +143,7 @@ class WindowFilter {
       uint64_t mine = 0;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) mine += keys[i] >= key ? masses[i] : 0;
-      return sum_of_words(mine) >= need;
+      return sum_of_block(scratch_, mine) >= need;
     };
     uint32_t low = key_of(window.low), high = key_of(window.high);  // reaches(low), not reaches(high)
     if (!reaches(low)) return -infinity();
@@ -168,11 +160,7 @@ class WindowFilter {
     __syncthreads();
 #pragma unroll 1
     for (int64_t index = threadIdx.x / kWarpSize; index < tiles_; index += kWarps) {
-      const float anchor = read_stats(task_.stats + index).max;
-      if (anchor < law.cut) continue;
-      const float cut = fmaxf(law.cut, task_.reading.floor_below(anchor));
-      const float sum = sum_of_weights_at(task_.row, index, anchor, law.scale, cut);
-      if (lane_id() == 0) task_.stats[index].sum = sum;
+      recount_tile(task_, law, index);
     }
     __syncthreads();
   }
