@@ -134,7 +134,8 @@ def tree_attention(
 def run_tree_attention(*arguments: Any) -> None:
     missing = _core.tree_attention(*arguments)
     if missing:
-        workspace = torch.zeros(missing, dtype=torch.uint8, device=arguments[0].device)
+        workspace = torch.empty(missing, dtype=torch.uint8, device=arguments[0].device)
+        workspace[:_COUNTER_BYTES].zero_()
         given = [*arguments]
         given[-1] = workspace
         _core.tree_attention(*given)
