@@ -4,6 +4,7 @@ csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
          drafters -> tree -> step -> ops -> sampling -> _core
+         {hf, session} -> cache -> ops
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
     "ops": {"_core", "sampling"},
+    "cache": BASE,
     "metrics": BASE,
     "request": BASE | {"metrics"},
     "step": BASE,
@@ -58,7 +60,7 @@ PYTHON = {
     "device": BASE | {"step", "metrics", "request", "drafters"},
     "session": LOOP,
     "generate": LOOP,
-    "hf": LOOP | {"generate"},
+    "hf": LOOP | {"generate", "cache"},
     "pair": LOOP | {"generate", "hf"},
     "demo": LOOP | {"generate", "hf", "pair", "info", "foretoken"},
     "info": {"_core", "foretoken"},
