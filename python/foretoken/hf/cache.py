@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken import ops
+from foretoken.device import numbers
 from foretoken.hf.masks import TailMasks, TreeMasks
 from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
 from foretoken.ops import CachePlan
@@ -110,13 +111,13 @@ class _Store:
         first_head = torch.tensor(rows, device=self.shape.device)
         self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
 
-    def aim_on_device(self, slots: Tensor, positions: Tensor) -> None:
-        """The same for ``slots`` ``[B]`` and ``positions`` ``[B, T]`` that only the device knows."""
+    def aim_on_device(self, slots: Tensor, rows: Tensor) -> None:
+        """The same for ``slots`` ``[B]`` and cache rows ``[B, T]`` that only the device knows."""
         known, firsts = self._firsts
         if known is not slots:  # the same object as long as the rows of a session stay the same
             firsts = (slots.long()[:, None] * self.shape.heads + self._heads) * self.rows
             self._firsts = slots, firsts
-        self._targets = (positions.clamp_max(self.rows - 1)[:, :, None] + firsts[:, None]).view(-1)
+        self._targets = (rows.clamp_max(self.rows - 1)[:, :, None] + firsts[:, None]).view(-1)
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
@@ -243,12 +244,15 @@ class SlotCache(Cache):
         self._reads = self._slices(slice(first, last), slice(0, end))
         self._picked = step.slots if step.slot_range is None else None
         self._scattered = True
+        rows = step.positions
+        if step.tree is not None:  # positions count depth there
+            rows = step.lengths[:, None] + numbers(num_tokens, rows.device)
         for store, _ in self._stores:
-            store.aim_on_device(step.slots, step.positions)
+            store.aim_on_device(step.slots, rows)
         self._rows = end - num_tokens
         self._trace = None
         span = Span(slice(0, len(step.slots)), slice(first, last), (), end)
-        return DevicePlan(span, step.positions)
+        return DevicePlan(span, step.positions, step.tree)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

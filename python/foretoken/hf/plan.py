@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foretoken.device import numbers
-from foretoken.hf.masks import TailMasks, TreeMasks
+from foretoken.hf.masks import TailMasks, TreeMasks, hidden_beside
+from foretoken.step import StepTree
 
 MASK_ALIGNMENT = 16
 
@@ -189,18 +190,21 @@ class DevicePlan:
         Every row of the step; ``end`` bounds what they reach.
     positions
         int64 ``[B, T]``.
+    tree
+        What the columns see, where they are nodes of trees; None: all before them.
     """
 
-    __slots__ = ("_fresh", "_memo", "_positions", "num_tokens", "spans", "trace")
+    __slots__ = ("_fresh", "_memo", "_positions", "num_tokens", "spans", "trace", "tree")
 
     on_device = True
 
-    def __init__(self, span: Span, positions: Tensor) -> None:
+    def __init__(self, span: Span, positions: Tensor, tree: StepTree | None = None) -> None:
         self.spans = (span,)
         self.num_tokens = positions.shape[1]
         self.trace: Trace | None = None
+        self.tree = tree
         # No row reaches past the step's own tokens: then all lengths are 0.
-        self._fresh = span.end == self.num_tokens
+        self._fresh = tree is None and span.end == self.num_tokens
         self._positions = positions
         self._memo: dict[tuple[Any, ...], Tensor] = {}
 
@@ -232,9 +236,12 @@ class DevicePlan:
         positions = positions[:, None, :, None]
         # Kernels of a device load masks in aligned vectors.
         columns = numbers(end + -end % MASK_ALIGNMENT, positions.device)
-        hidden = columns > positions
+        if self.tree is not None:
+            hidden, places = hidden_beside(self.tree, columns, repeat)
+        else:
+            hidden, places = columns > positions, columns
         if window is not None:
-            hidden |= columns <= positions - window
+            hidden |= places <= positions - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return mask.masked_fill_(hidden, float("-inf"))[..., :end]
 

@@ -86,6 +86,7 @@ def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
 
 def moved(step: Step, device: torch.device) -> Step:
     """The step as a session on `device` would hand it out."""
+    tree = step.tree
     return replace(
         step,
         tokens=step.tokens.to(device),
@@ -94,6 +95,7 @@ def moved(step: Step, device: torch.device) -> Step:
         lengths=step.lengths.to(device),
         slots=step.slots.to(device),
         on_device=True,
+        tree=tree if tree is None else StepTree(tree.visible.to(device), tree.ancestors.to(device)),
     )
 
 

@@ -268,15 +268,17 @@ class ModuleRunner:
         if places != {self._device}:
             return f"it is spread over {', '.join(sorted(map(str, places | {self._device})))}"
 
-        def run(step: Step, trace: Trace | None) -> Tensor:
-            return self._run_on_device(moved(step, self._device))
-
         self.cache.reset()
         try:
-            fault = disagreement(run, tokens, logits, self.max_batch, 0)
+            fault = disagreement(
+                lambda step, _: self._run_moved(step), tokens, logits, self.max_batch, layers=0
+            )
         except Exception as error:  # as in _find_mode
             return f"{type(error).__name__}: {error}"
         return None if fault is None else f"with lengths on the device its {fault[1]}"
+
+    def _run_moved(self, step: Step) -> Tensor:
+        return self._run_on_device(moved(step, self._device))
 
     def _find_why_no_trees(self) -> str | None:
         if self.mode == "rows":
@@ -286,7 +288,10 @@ class ModuleRunner:
         # Requests may be under way in the other one.
         cache, self.cache = self.cache, SlotCache(self._shapes, max_batch=1, max_length=2 * PROBE_TOKENS)
         try:
-            return tree_disagreement(lambda step: self._run(step, None), self.compact, *self._probe)
+            reason = tree_disagreement(lambda step: self._run(step, None), self.compact, *self._probe)
+            if reason is None and self.why_on_host is None:
+                reason = tree_disagreement(self._run_moved, self.compact, *self._probe)
+            return reason
         finally:
             self.cache = cache
 
