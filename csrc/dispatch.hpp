@@ -12,6 +12,7 @@
 #include "cpu/draft_tree.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
+#include "cpu/state_ring.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -21,6 +22,7 @@
 #include "ops/draft_tree.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
+#include "ops/state_ring.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -32,6 +34,7 @@
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/state_ring.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -172,6 +175,22 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void reserve_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::reserve_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::reserve_states(args, stream);
+#endif
+}
+
+inline void commit_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::commit_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::commit_states(args, stream);
 #endif
 }
 

@@ -464,6 +464,10 @@ def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any
     """
     See foretoken.ops.commit.
     """
+def commit_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, path: typing.Any, num_accepted: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.commit.
+    """
 def compact(plan: CachePlan, lengths: typing.Any, path: typing.Any, num_accepted: typing.Any, block_table: typing.Any, status: typing.Any) -> None:
     """
     See foretoken.ops.compact.
@@ -499,6 +503,10 @@ def num_threads() -> int:
 def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> int:
     """
     See foretoken.ops.record_width.
+    """
+def reserve_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, parents: typing.Any, num_nodes: typing.Any, read: typing.Any, write: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.reserve.
     """
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """
