@@ -3,6 +3,7 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
+         cache -> device
          drafters -> tree -> step -> ops -> sampling -> _core
 """
 
@@ -56,6 +57,7 @@ PYTHON = {
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
     "device": BASE | {"step", "metrics", "request", "drafters"},
+    "cache": BASE | {"device"},
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate"},
@@ -64,7 +66,7 @@ PYTHON = {
     "info": {"_core", "foretoken"},
     "cli": {"hf", "pair", "info", "demo", "foretoken"},
     "__main__": {"cli"},
-    "__init__": LOOP | {"generate", "hf", "pair"},
+    "__init__": LOOP | {"cache", "generate", "hf", "pair"},
 }
 MAY_IMPORT_TRANSFORMERS = {"hf"}
 
