@@ -11,11 +11,15 @@ from torch import Tensor
 from foretoken.ops._commit import upload
 
 
-@functools.lru_cache(maxsize=64)
-def numbers(count: int, device: torch.device) -> Tensor:
-    """int64 ``[count]``: 0, 1, 2 and so on, made once."""
+@functools.cache
+def _numbers(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(count, device=device)
+
+
+def numbers(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]``: 0, 1, 2 and so on, made once and kept: captured graphs read them there."""
+    return _numbers(1 << max(count - 1, 0).bit_length(), device)[:count]
 
 
 class Rows:

@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foretoken.device import numbers
 from foretoken.hf.masks import TailMasks, TreeMasks
-
-MASK_ALIGNMENT = 16
 
 
 class Span(NamedTuple):
@@ -178,65 +175,6 @@ class SlotPlan:
             device=device,
         )
         return first, mask, False
-
-
-class DevicePlan:
-    """A step whose lengths are on the device: one span, whose mask is made there.
-
-    Parameters
-    ----------
-    span
-        Every row of the step; ``end`` bounds what they reach.
-    positions
-        int64 ``[B, T]``.
-    """
-
-    __slots__ = ("_fresh", "_memo", "_positions", "num_tokens", "spans", "trace")
-
-    on_device = True
-
-    def __init__(self, span: Span, positions: Tensor) -> None:
-        self.spans = (span,)
-        self.num_tokens = positions.shape[1]
-        self.trace: Trace | None = None
-        # No row reaches past the step's own tokens: then all lengths are 0.
-        self._fresh = span.end == self.num_tokens
-        self._positions = positions
-        self._memo: dict[tuple[Any, ...], Tensor] = {}
-
-    def reach(
-        self,
-        index: int,
-        window: int | None,
-        repeat: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        fused: bool,
-    ) -> tuple[int, Tensor | None, bool]:
-        """As `SlotPlan.reach`; the first cache row is 0, as nobody knows how short the shortest row is."""
-        if fused and window is None and repeat == 1 and self._fresh:
-            return 0, None, True
-        end = self.spans[0].end
-        if window is not None and end <= window:
-            window = None
-        key = (window, repeat, dtype)
-        mask = self._memo.get(key)
-        if mask is None:
-            mask = self._memo[key] = self._mask(window, repeat, dtype)
-        return 0, mask, False
-
-    def _mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
-        positions, end = self._positions, self.spans[0].end
-        if repeat > 1:
-            positions = positions.repeat_interleave(repeat, 1, output_size=repeat * self.num_tokens)
-        positions = positions[:, None, :, None]
-        # Kernels of a device load masks in aligned vectors.
-        columns = numbers(end + -end % MASK_ALIGNMENT, positions.device)
-        hidden = columns > positions
-        if window is not None:
-            hidden |= columns <= positions - window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-        return mask.masked_fill_(hidden, float("-inf"))[..., :end]
 
 
 class SlotRows(int):

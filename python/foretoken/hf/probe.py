@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -85,13 +86,18 @@ def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
 
 
 def moved(step: Step, device: torch.device) -> Step:
-    """The step as a session on `device` would hand it out."""
+    """The step, its tensors on the host, as a session on `device` would hand it out."""
+    lengths, tree = step.lengths.to(device), step.tree
+    if tree is not None:
+        rooted = torch.equal(tree.visible, step.lengths)
+        tree = StepTree(lengths if rooted else tree.visible.to(device), tree.ancestors.to(device))
     return replace(
         step,
+        tree=tree,
         tokens=step.tokens.to(device),
         positions=step.positions.to(device),
         num_tokens=step.num_tokens.to(device),
-        lengths=step.lengths.to(device),
+        lengths=lengths,
         slots=step.slots.to(device),
         on_device=True,
     )
@@ -124,6 +130,21 @@ def disagreement(
                 f"logits differ from the plain module's by {error:.2g} of their norm, allowed {allowed:g}"
             )
     return None
+
+
+def waits(run: Callable[[Step], Tensor], tokens: Tensor, max_batch: int, device: torch.device) -> bool:
+    """Whether a forward makes the host wait for the CUDA device, in any of the probe's steps."""
+    ready = [moved(step, device) for step, _ in steps(tokens, max_batch)]
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for step in ready:
+                run(step)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return any("called a synchronizing CUDA operation" in str(warning.message) for warning in heard)
 
 
 def tree_disagreement(
