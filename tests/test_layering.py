@@ -3,7 +3,7 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
-         cache -> device
+         {hf, session} -> cache -> device
          drafters -> tree -> step -> ops -> sampling -> _core
 """
 
@@ -60,7 +60,7 @@ PYTHON = {
     "cache": BASE | {"device"},
     "session": LOOP,
     "generate": LOOP,
-    "hf": LOOP | {"generate"},
+    "hf": LOOP | {"generate", "cache"},
     "pair": LOOP | {"generate", "hf"},
     "demo": LOOP | {"generate", "hf", "pair", "info", "foretoken"},
     "info": {"_core", "foretoken"},

@@ -75,6 +75,10 @@ class Step:
     """
     tree: StepTree | None = None
     """None: columns see everything before them."""
+    provisional: bool = False
+    """A later step may begin before this one's ``lengths``: of a draft model, all steps of a proposal but the
+    first, as what they feed are drafts. What cannot go back that far has to keep where it stood before.
+    """
 
 
 class StepViews:

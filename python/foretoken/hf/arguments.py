@@ -49,6 +49,7 @@ _HANDLED_BY_THE_LOOP = {
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",  # its name in models without attention
     "use_cache",
     "logits_to_keep",
     "output_attentions",

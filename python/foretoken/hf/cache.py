@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class LayerShape(NamedTuple):
     device: torch.device
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's view of the buffers, for code that looks into ``cache.layers``."""
 
     is_sliding = False
@@ -225,7 +226,7 @@ class SlotCache(Cache):
         self._plans: dict[torch.device, CachePlan] | None = None
         self._no = [False] * len(shapes)
         pairs = enumerate(zip(*self._whole, strict=True))
-        super().__init__(layers=[_SlotLayer(self, layer, *pair) for layer, pair in pairs])
+        super().__init__(layers=[SlotLayer(self, layer, *pair) for layer, pair in pairs])
 
     def plan(
         self,
@@ -237,6 +238,8 @@ class SlotCache(Cache):
         stacked: bool = False,
         trace: Trace | None = None,
         trees: TreeMasks | None = None,
+        final: bool = False,
+        provisional: bool = False,
     ) -> SlotPlan:
         """Point the cache at the rows of the next forward.
 
@@ -255,6 +258,8 @@ class SlotCache(Cache):
             Filled with what the forward does, for a probe.
         trees
             What the columns see, where they are nodes of trees; None: all before them.
+        final, provisional
+            No later step begins inside this one; a later step may begin before it. Keys do not care.
 
         Raises
         ------
@@ -302,6 +307,10 @@ class SlotCache(Cache):
         self._trace = None
         self._appended = plan
         return plan
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around the one forward that was planned."""
+        return nullcontext()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -39,14 +39,16 @@ class Trace:
             self.other_laws[value] = law
         return torch.full((1, 1, 1, 1), value)
 
-    def fault(self, layers: int) -> tuple[int | None, str] | None:
-        """None if each layer called attention once, within the window of its mask; else what is wrong."""
+    def fault(self, layers: Sequence[int]) -> tuple[int | None, str] | None:
+        """None if each of `layers`, and no other, called attention once, within the window of its mask; else
+        what is wrong.
+        """
         called = [layer for layer, _, _ in self.calls]
-        for index in range(layers):
+        for index in layers:
             if None not in called and called.count(index) != 1:
                 return index, f"expected one call of the attention function, got {called.count(index)}"
-        if len(called) != layers:
-            return None, f"expected {layers} calls of the attention function, got {len(called)}"
+        if len(called) != len(layers):
+            return None, f"expected {len(layers)} calls of the attention function, got {len(called)}"
         for layer, window, marked in self.calls:
             if marked is not None and marked in self.other_laws:
                 return layer, f"asks for a mask of another law ({self.other_laws[marked]})"

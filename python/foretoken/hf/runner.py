@@ -19,6 +19,7 @@ from foretoken.hf.cache import SlotCache
 from foretoken.hf.captured import CapturedForwards, RunnerKind, check_kind
 from foretoken.hf.families import (
     UnsupportedModelError,
+    cache_argument,
     input_device,
     layer_shapes,
     looks_local,
@@ -27,6 +28,7 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.hybrid import HybridCache
 from foretoken.hf.masks import TreeMasks
 from foretoken.hf.plan import Trace
 from foretoken.hf.probe import (
@@ -34,9 +36,11 @@ from foretoken.hf.probe import (
     disagreement,
     moved,
     plain_forward,
+    tolerance,
     tree_disagreement,
     waits,
 )
+from foretoken.hf.recurrent import UnitFinder
 from foretoken.session import Step
 
 _SETTING = "_attn_implementation_internal"
@@ -113,14 +117,24 @@ class ModuleRunner:
         accepted = inspect.signature(type(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_keep = "logits_to_keep" in accepted
+        self._cache_argument = cache_argument(model)
         limit = max_length if self.max_positions is None else min(max_length, self.max_positions)
         self._last_position = limit
-        tokens, logits, plain_cache = plain_forward(model, limit)
+        finder = UnitFinder(model)
+        tokens, logits, plain_cache = plain_forward(model, limit, finder.watching)
         self.vocab_size = int(logits.shape[-1])
-        self._shapes = shapes = layer_shapes(model, plain_cache)
-        self.cache = SlotCache(shapes, max_batch=max_batch, max_length=max_length)
-        self._mask_dtype = shapes[0].dtype
-        self._layer_devices = {shape.device for shape in shapes}
+        shapes = layer_shapes(model, plain_cache)
+        self._attending, self._shapes = list(shapes), list(shapes.values())
+        units = finder.units(plain_cache)
+        self.cache = (
+            HybridCache(shapes, units, plain_cache, max_batch=max_batch, max_length=max_length)
+            if units
+            else SlotCache(self._shapes, max_batch=max_batch, max_length=max_length)
+        )
+        if isinstance(self.cache, HybridCache):
+            self.cache.states.check(model, self.cache, tolerance)
+        self._mask_dtype = self._shapes[0].dtype if shapes else model.dtype
+        self._layer_devices = {shape.device for shape in self._shapes}
         self.why_on_host: str | None = "its steps have not been tried on the device"
         self._captured: CapturedForwards | None = None
         self._bounded = True
@@ -215,7 +229,7 @@ class ModuleRunner:
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":
-                return self._run_rows(few, tokens, positions, slots, lengths, used)
+                return self._run_rows(step, tokens, positions, slots, lengths, used)
             plan = self.cache.plan(
                 slots=slots,
                 lengths=lengths,
@@ -224,6 +238,8 @@ class ModuleRunner:
                 stacked=self.mode == "masks",
                 trace=trace,
                 trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
+                final=few,
+                provisional=step.provisional,
             )
             if self.mode == "attention":
                 with self._switched():
@@ -254,7 +270,7 @@ class ModuleRunner:
 
     def _run_rows(
         self,
-        few: bool,
+        step: Step,
         tokens: Tensor,
         positions: Tensor,
         slots: Sequence[int],
@@ -262,10 +278,17 @@ class ModuleRunner:
         used: Sequence[int],
     ) -> Tensor:
         """Rows of equal length in neighbouring slots together, through the model's own masks."""
+        few = step.kind == "prefill"
         outputs = []
         for first, last in _alike(slots, lengths, used):
             width = used[first]
-            self.cache.plan(slots=slots[first:last], lengths=lengths[first:last], num_tokens=width)
+            self.cache.plan(
+                slots=slots[first:last],
+                lengths=lengths[first:last],
+                num_tokens=width,
+                final=few,
+                provisional=step.provisional,
+            )
             part = self._forward(few, tokens[first:last, :width], positions[first:last, :width])
             missing = 0 if few else tokens.shape[1] - width
             outputs.append(pad(part, (0, 0, 0, missing)) if missing else part)
@@ -278,13 +301,11 @@ class ModuleRunner:
             arguments["position_ids"] = positions.to(self._device)
         if few and self._takes_keep:
             arguments["logits_to_keep"] = 1
-        logits: Tensor = (self.model if module is None else module)(
-            input_ids=tokens.to(self._device),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **arguments,
-        ).logits
+        arguments[self._cache_argument] = self.cache
+        with self.cache.running():
+            logits: Tensor = (self.model if module is None else module)(
+                input_ids=tokens.to(self._device), use_cache=True, return_dict=True, **arguments
+            ).logits
         return logits.to(tokens.device)
 
     @contextmanager
@@ -316,6 +337,8 @@ class ModuleRunner:
             return f"rounds do not run ahead on {self._device.type}"
         if self.mode != "attention":
             return f"it is run through its own attention ({self.mode})"
+        if isinstance(self.cache, HybridCache):
+            return "its recurrent states go back to lengths that the host knows"
         if not self._takes_positions:
             return "its forward takes no position_ids"
         places = self._layer_devices | {logits.device}
@@ -325,7 +348,7 @@ class ModuleRunner:
         self.cache.reset()
         try:
             fault = disagreement(
-                lambda step, _: self._run_moved(step), tokens, logits, self.max_batch, layers=0
+                lambda step, _: self._run_moved(step), tokens, logits, self.max_batch, layers=None
             )
         except Exception as error:  # as in _find_mode
             return f"{type(error).__name__}: {error}"
@@ -369,6 +392,8 @@ class ModuleRunner:
         return self._call_on_device(moved(step, self._device), self.model).to(step.tokens.device)
 
     def _find_why_no_trees(self) -> str | None:
+        if isinstance(self.cache, HybridCache):
+            return "its recurrent layers follow one line of tokens"
         if self.mode == "rows":
             return "it is run through its own masks, which know no trees"
         if not self._takes_positions:
@@ -390,17 +415,15 @@ class ModuleRunner:
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""
         faults: list[tuple[str, int | None, str]] = []
-        layers = len(self.cache.layers)
         for mode in ("attention", "masks", "rows"):
             if mode == "masks" and looks_local(text_config(self.model)):
                 faults.append((mode, None, "a 4-D mask would hide its local layers"))
                 continue
             self.mode = mode
             self.cache.reset()
+            attending = self._attending if mode == "attention" else None
             try:
-                fault = disagreement(
-                    self._run, tokens, logits, self.max_batch, layers if mode == "attention" else 0
-                )
+                fault = disagreement(self._run, tokens, logits, self.max_batch, attending)
             except Exception as error:  # modelling code may fail in any way; the reason is kept and told
                 fault = None, f"{type(error).__name__}: {error}"
             if fault is None:
