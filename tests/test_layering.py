@@ -55,7 +55,7 @@ PYTHON = {
     "controller": set(),
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
-    "device": BASE | {"step", "metrics", "request", "drafters"},
+    "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate"},

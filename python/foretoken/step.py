@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +12,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Step", "StepTree", "StepViews"]
+__all__ = ["Step", "StepTree", "StepViews", "numbers"]
 
 Shape = tuple[int, int, int, bool, int, int, bool]
 _KINDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "prefill", "decode")
 _MOST_CACHED_COLUMNS = 64
 WORD_BITS = 64
+
+
+@functools.lru_cache(maxsize=64)
+def numbers(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]``: 0, 1, 2 and so on, made once."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
 
 
 @dataclass(slots=True, eq=False)
