@@ -369,6 +369,7 @@ class ModelDrafter:
                 shape = self._steps.drawn(self._draw(last, step, context, drafts, k), drafts, k)
                 if k + 1 < most:
                     step = self._step(shape, context)
+                    step.provisional = True
         return Proposal(drafts, num_drafts, draft_logits=law)
 
     def observe(self, context: Context, verdict: ops.Verdict) -> None:
