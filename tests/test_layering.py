@@ -3,8 +3,8 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
+         {hf, session} -> cache -> device
          drafters -> tree -> step -> ops -> sampling -> _core
-         {hf, session} -> cache -> ops
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ PYTHON = {
     "_core": set(),
     "sampling": {"_core"},
     "ops": {"_core", "sampling"},
-    "cache": BASE,
     "metrics": BASE,
     "request": BASE | {"metrics"},
     "step": BASE,
     "controller": set(),
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
-    "device": BASE | {"step", "metrics", "request", "drafters"},
+    "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
+    "cache": BASE | {"device"},
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate", "cache"},
@@ -66,7 +66,7 @@ PYTHON = {
     "info": {"_core", "foretoken"},
     "cli": {"hf", "pair", "info", "demo", "foretoken"},
     "__main__": {"cli"},
-    "__init__": LOOP | {"generate", "hf", "pair"},
+    "__init__": LOOP | {"cache", "generate", "hf", "pair"},
 }
 MAY_IMPORT_TRANSFORMERS = {"hf"}
 

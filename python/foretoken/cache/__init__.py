@@ -1,6 +1,19 @@
 """Stores of what models remember, whose lengths and branches roll back."""
 
+from __future__ import annotations
+
+from foretoken._core import OutOfPagesError
+from foretoken.cache.paged import PagedCache, Round
 from foretoken.cache.replay import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
 from foretoken.cache.state_ring import StateRing
 
-__all__ = ["ReplayLayer", "ReplayPlan", "StateReplay", "StateRing", "TensorSpec"]
+__all__ = [
+    "OutOfPagesError",
+    "PagedCache",
+    "ReplayLayer",
+    "ReplayPlan",
+    "Round",
+    "StateReplay",
+    "StateRing",
+    "TensorSpec",
+]
