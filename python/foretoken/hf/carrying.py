@@ -22,6 +22,8 @@ States = tuple[Tensor, ...]
 
 # Kernels have a least size of the chunks that tokens are padded to.
 _SMALLEST_CHUNK = 16
+# Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
+_FEW = 4
 # Elements that are read or written in the time that one operation takes beside them.
 _OPERATION = 1 << 13
 _OPERATION_ON_DEVICE = 1 << 22
@@ -42,15 +44,16 @@ class RecurrentStates:
         self, units: Sequence[RecurrentUnit], kept: Cache, layers: Mapping[int, StateLayer], *, slots: int
     ) -> None:
         self.units = tuple(units)
-        self.replay = StateReplay(
-            [ReplayLayer(_specs(unit, kept.layers[unit.layer]), unit.inputs) for unit in units], slots=slots
-        )
+        self.slots = slots
+        self._states = [_specs(unit, kept.layers[unit.layer]) for unit in units]
         self._layers = layers
+        self._windows = [False] * len(self.units)  # whether a unit's inputs are what goes into its windows
         self._single = [0.0] * len(self.units)  # tokens up to which a unit takes them one after the other
         self._plan: ReplayPlan | None = None
 
-    def check(self, model: nn.Module, cache: Cache, tolerance: Callable[[torch.dtype], float]) -> None:
+    def try_out(self, model: nn.Module, cache: Cache, tolerance: Callable[[torch.dtype], float]) -> None:
         """Find out how each unit goes on from a state: over several tokens at once, or one after the other.
+        Buffers are made then.
 
         Raises
         ------
@@ -75,6 +78,16 @@ class RecurrentStates:
                 self._single[index] = inf
             elif fault is not None:
                 raise UnsupportedModelError(model, f"{type(unit.module).__name__} {fault}", unit.layer)
+        carried = {unit.layer for unit in self.units if unit.recurrences}
+        kinds = []
+        for index, (unit, states) in enumerate(zip(self.units, self._states, strict=True)):
+            self._windows[index] = unit.layer not in carried and self._single[index] < 2
+            self._layers[unit.layer].record_past = self._windows[index]  # all that goes in is shown
+            columns = tuple(spec._replace(shape=spec.shape[:-1]) for spec in states)
+            kinds.append(ReplayLayer(states, columns if self._windows[index] else unit.inputs))
+        self.replay = StateReplay(kinds, slots=self.slots)
+        in_bulk = [single < _FEW for single in self._single]
+        self._join = _SMALLEST_CHUNK if all(in_bulk) and not all(self._windows) else 0
 
     @property
     def stepwise(self) -> bool:
@@ -93,7 +106,13 @@ class RecurrentStates:
     ) -> None:
         """Lay out the next forward, see `StateReplay.reserve`."""
         self._plan = self.replay.reserve(
-            slots, lengths, counts, num_tokens=num_tokens, final=final, provisional=provisional
+            slots,
+            lengths,
+            counts,
+            num_tokens=num_tokens,
+            final=final,
+            provisional=provisional,
+            join=self._join,
         )
 
     @contextmanager
@@ -107,7 +126,7 @@ class RecurrentStates:
         for index, unit in enumerate(self.units):
             carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
             carriers.append(carrier)
-            hooks = _Hooks(self.replay, plan, index, carrier, cache)
+            hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
             handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
             handles.append(unit.module.register_forward_hook(hooks.after))
         try:
@@ -125,8 +144,7 @@ class RecurrentStates:
             self.replay.free(slot)
 
     def _zeros(self, index: int) -> States:
-        specs = self.replay.layers[index].states
-        return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in specs)
+        return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in self._states[index])
 
 
 class _Carrier:
@@ -195,6 +213,10 @@ class _Carrier:
         self._layer.conv_states.update(zip(self.unit.convolutions, states[:convolutions], strict=True))
         self._layer.recurrent_states.update(zip(self.unit.recurrences, states[convolutions:], strict=True))
 
+    def columns(self) -> States:
+        """What the last call put into the unit's windows: ``[B, T, ...]``."""
+        return tuple(self._layer.seen.pop(i).movedim(-1, 1) for i in self.unit.convolutions)
+
     def take(self) -> States:
         """What the module left."""
         layer: Any = self._layer
@@ -259,10 +281,19 @@ class _Hooks:
     """Brings a unit's states before its forward, and takes them back after it."""
 
     def __init__(
-        self, replay: StateReplay, plan: ReplayPlan, index: int, carrier: _Carrier, cache: Cache
+        self,
+        replay: StateReplay,
+        plan: ReplayPlan,
+        index: int,
+        carrier: _Carrier,
+        cache: Cache,
+        *,
+        windows: bool,
     ) -> None:
         self._replay, self._plan, self._index = replay, plan, index
         self._carrier, self._cache = carrier, cache
+        self._windows = windows
+        self._run = _slide if windows else carrier.run
         self._inputs: States | None = None
         self._front: list[Tensor] = []
 
@@ -271,10 +302,16 @@ class _Hooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not any(value is self._cache for value in (*args, *kwargs.values())):
             return None  # somebody else's forward
-        carrier = self._carrier
+        carrier, plan = self._carrier, self._plan
         inputs = self._inputs = carrier.bind(args, kwargs)
-        states = self._replay.append(self._plan, self._index, inputs, carrier.run)
-        if self._plan.empty and carrier.single == inf:
+        states = self._replay.append(plan, self._index, None if self._windows else inputs, self._run)
+        if plan.lead:
+            lead = self._replay.lead(plan, self._index)
+            if self._windows:
+                states = _slide(lead, states)
+            else:
+                inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
+        if plan.empty and carrier.single == inf:
             carrier.single = 0.0  # from the first token on all modules take several
         self._front = []
         tokens = inputs[0].shape[1]
@@ -290,8 +327,20 @@ class _Hooks:
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             return None
-        self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._carrier.run)
-        return torch.cat([*self._front, output], 1) if self._front else None
+        if self._windows:
+            inputs = self._carrier.columns()
+        self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._run)
+        if self._front:
+            output = torch.cat([*self._front, output], 1)
+        return output[:, -self._plan.num_tokens :]
+
+
+def _slide(inputs: States, states: States) -> States:
+    """What windows hold when columns ``[B, T, ...]`` have gone in; the module need not run for it."""
+    return tuple(
+        torch.cat([window, columns.movedim(1, -1)], -1)[..., columns.shape[1] :]
+        for columns, window in zip(inputs, states, strict=True)
+    )
 
 
 def _over(cache: Cache, values: Iterable[Any]) -> tuple[Any, ...]:

@@ -44,6 +44,7 @@ class StateLayer(LinearAttentionLayer):
         self.is_recurrent_states_initialized = dict(like.is_recurrent_states_initialized)
         self.has_previous_state = dict.fromkeys(like.has_previous_state, True)
         self.dtype, self.device = like.dtype, like.device
+        self.seen: dict[int, Tensor] = {}  # columns that went into each window in the last call
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -52,6 +53,7 @@ class StateLayer(LinearAttentionLayer):
         window: Any = self.conv_states[state_idx]
         full = torch.cat([window, conv_states], dim=-1)
         self.conv_states[state_idx] = full[..., full.shape[-1] - window.shape[-1] :]
+        self.seen[state_idx] = conv_states
         return full
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:

@@ -132,7 +132,7 @@ class ModuleRunner:
             else SlotCache(self._shapes, max_batch=max_batch, max_length=max_length)
         )
         if isinstance(self.cache, HybridCache):
-            self.cache.states.check(model, self.cache, tolerance)
+            self.cache.states.try_out(model, self.cache, tolerance)
         self._mask_dtype = self._shapes[0].dtype if shapes else model.dtype
         self._layer_devices = {shape.device for shape in self._shapes}
         self.why_on_host: str | None = "its steps have not been tried on the device"
