@@ -10,6 +10,7 @@
 #include "cpu/cache.hpp"
 #include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
+#include "cpu/pages.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/tree.hpp"
@@ -19,6 +20,7 @@
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
+#include "ops/pages.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/tree.hpp"
@@ -29,6 +31,7 @@
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
 #include "cuda/on_device.hpp"
+#include "cuda/pages.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
@@ -188,6 +191,30 @@ inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Str
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::compact(args, stream);
+#endif
+}
+
+inline void edit_pages(const EditPagesArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::edit_pages(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::edit_pages(args, stream);
+#endif
+}
+
+inline void keep_rows(const KeepRowsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::keep_rows(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::keep_rows(args, stream);
+#endif
+}
+
+inline void copy_pages(const CopyPagesArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::copy_pages(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::copy_pages(args, stream);
 #endif
 }
 

@@ -1,0 +1,17 @@
+"""Stores of what models remember, whose lengths and branches roll back."""
+
+from __future__ import annotations
+
+from foretoken._core import OutOfPagesError
+from foretoken.cache.paged import PagedCache, Round
+from foretoken.cache.replay import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
+
+__all__ = [
+    "OutOfPagesError",
+    "PagedCache",
+    "ReplayLayer",
+    "ReplayPlan",
+    "Round",
+    "StateReplay",
+    "TensorSpec",
+]
