@@ -56,7 +56,7 @@ PYTHON = {
     "controller": set(),
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
-    "device": BASE | {"step", "metrics", "request", "drafters"},
+    "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
     "cache": BASE | {"device"},
     "session": LOOP,
     "generate": LOOP,

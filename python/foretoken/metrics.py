@@ -33,7 +33,17 @@ class Counters:
     emitted_tokens: int
     """Accepted and closing tokens."""
     accepted_tokens_per_pos: tuple[int, ...]
-    """Entry i: rounds whose draft i was accepted."""
+    """Entry i: rounds whose draft i was accepted; of a tree, whose path is longer than i."""
+    rounds_by_drafts: tuple[int, ...] = ()
+    """Entry i: rounds that checked i drafts."""
+    rollbacks: int = 0
+    """Rounds that dropped at least one draft."""
+    moved_rows: int = 0
+    """Accepted nodes of trees whose cache rows had to move."""
+    bad_draft_rounds: int = 0
+    """Rounds whose proposal was unusable (``Status.BAD_DRAFT``)."""
+    law_lost_rounds: int = 0
+    """Rounds that were closed by a row without a law (``Status.LAW_LOST``)."""
 
     @property
     def acceptance_rate(self) -> float:
@@ -62,14 +72,11 @@ class Counters:
     @classmethod
     def read(cls, sums: dict[str, Any]) -> Counters:
         """From the native dict, which may hold more."""
-        return cls(
-            rounds=sums["rounds"],
-            drafts=sums["drafts"],
-            draft_tokens=sums["draft_tokens"],
-            accepted_tokens=sums["accepted_tokens"],
-            emitted_tokens=sums["emitted_tokens"],
-            accepted_tokens_per_pos=tuple(sums["accepted_tokens_per_pos"]),
-        )
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = sums[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from foretoken.hf.stopping import Replay, shared_criteria
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
 from foretoken.session import Event, Request, Session, Step
+from foretoken.tree import TreePlan
 from foretoken.tree.plan import settle_plan
 
 
@@ -250,7 +251,13 @@ class Decoding:
                 raise
             self._tree = None
         if self._tree is not None and self.why_on_host is None:
-            self.why_on_host = "tree: rounds on a device draft chains"
+            self.why_on_host = self._why_trees_on_host(self._tree)
+
+    def _why_trees_on_host(self, tree: TreePlan) -> str | None:
+        if self._draft_runner is None:
+            return "tree: n-gram drafts are chains on a device"
+        depth = min(self._num_drafts, tree.depth)
+        return None if tree.nodes > depth else f"tree: {tree.nodes} nodes are no more than a chain of {depth}"
 
     def _drafter(self) -> Any:
         spec = self._prepared.speculation
