@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from foretoken._core import OutOfPagesError
 from foretoken.cache.paged import PagedCache, Round
+from foretoken.cache.quantised import QuantisedCache
 from foretoken.cache.replay import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
 
 __all__ = [
     "OutOfPagesError",
     "PagedCache",
+    "QuantisedCache",
     "ReplayLayer",
     "ReplayPlan",
     "Round",
