@@ -12,6 +12,7 @@ import hf_toys
 from foretoken.drafters import ModelDrafter
 from foretoken.generate import settle
 from foretoken.hf.runner import ModuleRunner
+from foretoken.metrics import CounterReader
 from foretoken.session import Session
 from foretoken.tree import TreePlan
 from rounds_ahead import GatherModel, asks, no_waiting, pair, told
@@ -48,6 +49,11 @@ def test_texts_of_chosen_trees_are_those_of_the_cpu(plan: str, sampled: bool) ->
         assert told(*device, wanted) == told(*host, wanted)
         assert device[0].metrics.counters == host[0].metrics.counters
         assert device[0].metrics.counters.moved_rows > 0
+        torch.cuda.synchronize()
+        reader = CounterReader(device[0].metrics.device_counters)
+        reader.read()
+        torch.cuda.synchronize()
+        assert reader.read() == device[0].metrics.counters
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
@@ -69,6 +75,8 @@ def test_trees_shrink_where_slots_end() -> None:
 @pytest.mark.parametrize("plan", [CHOSEN["usual"], *DRAWN.values()], ids=lambda plan: plan.draw)
 def test_rounds_of_trees_wait_for_nothing(plan: TreePlan) -> None:
     _, (session, forward) = both(plan)
+    session.metrics.measure_device()
+    reader = CounterReader(session.metrics.device_counters)
     for seed in range(3):
         session.admit([3, 4, seed], ft.Sampling(seed=seed), max_new_tokens=60, eos_ids=[VOCAB - 1])
     number = 0
@@ -79,9 +87,13 @@ def test_rounds_of_trees_wait_for_nothing(plan: TreePlan) -> None:
             else:
                 settle(session, forward, step, forward(step))
             list(session.events())
+            reader.read()
             number += 1
             if number > 3:
                 session.plan()
+    spent = session.metrics.device_seconds
+    assert spent is not None
+    assert min(spent.draft, spent.target_forward, spent.verify_commit) > 0
 
 
 @pytest.mark.parametrize("draw", ["deterministic", "without_replacement"])

@@ -15,6 +15,7 @@ from foretoken.device import places
 from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.generate import settle
 from foretoken.hf.runner import ModuleRunner
+from foretoken.metrics import CounterReader
 from foretoken.sampling import Sampling
 from foretoken.session import Session
 from foretoken.tree import TreePlan
@@ -59,6 +60,7 @@ def test_texts_are_those_of_the_host(ahead, plan: str, sampled: bool, seed: int)
     assert told(*device, wanted) == told(*host, wanted)
     counters = device[0].metrics.counters
     assert counters == host[0].metrics.counters
+    assert CounterReader(device[0].metrics.device_counters).read() == counters
     assert counters.accepted_tokens > 10
     assert counters.moved_rows > 0
 
