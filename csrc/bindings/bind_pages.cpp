@@ -63,26 +63,29 @@ void apply_edits(PageTable& table, py::handle block_table, py::handle lengths, p
   table.edits().clear();
 }
 
-// How many pages were copied.
-int64_t apply_copies(PageTable& table, const CachePlan& plan) {
-  const auto count = static_cast<int64_t>(table.copies().size());
-  if (count == 0) return 0;
-  if (plan.needs_table()) throw py::value_error("caches: expected a plan with its table, got one without");
-  if (plan.pages() < table.config().pages || plan.page_size() != table.config().page_size) {
-    throw py::value_error("caches: expected the pages of the table, got others");
+// Of each plan the same pages, of as many rows as the table's or of one.
+void apply_copies(PageTable& table, const std::vector<const CachePlan*>& plans) {
+  if (table.copies().empty()) return;
+  for (const CachePlan* const plan : plans) {
+    if (plan->needs_table()) {
+      throw py::value_error("caches: expected a plan with its table, got one without");
+    }
+    const bool fits = plan->page_size() == table.config().page_size || plan->page_size() == 1;
+    if (plan->pages() != table.config().pages || !fits) {
+      throw py::value_error("caches: expected the pages of the table, got others");
+    }
   }
-  Intake intake("reserve", plan.device());
-  CopyPagesArgs args;
-  plan.describe(args);
-  args.copies = table.copies().data();
-  args.num_copies = count;
-  const Stream stream = intake.stream();
-  {
+  for (const CachePlan* const plan : plans) {
+    Intake intake("reserve", plan->device());
+    CopyPagesArgs args;
+    plan->describe(args);
+    args.copies = table.copies().data();
+    args.num_copies = static_cast<int64_t>(table.copies().size());
+    const Stream stream = intake.stream();
     py::gil_scoped_release unlocked;
-    dispatch::copy_pages(args, plan.device(), stream);
+    dispatch::copy_pages(args, plan->device(), stream);
   }
   table.copies().clear();
-  return count;
 }
 
 void keep_rows(const PageTable& table, py::handle block_table, py::handle lengths, py::handle counts,
@@ -119,7 +122,7 @@ void register_pages(py::module_& module) {
       .def("free", &PageTable::free, py::arg("slot"))
       .def("apply_edits", &apply_edits, py::arg("block_table"), py::arg("lengths"), py::arg("counts"),
            py::arg("row_slots"))
-      .def("apply_copies", &apply_copies, py::arg("plan"))
+      .def("apply_copies", &apply_copies, py::arg("plans"))
       .def("keep_rows", &keep_rows, py::arg("block_table"), py::arg("lengths"), py::arg("counts"),
            py::arg("row_slots"), py::arg("kept"), py::arg("blocked"), py::arg("record"), py::arg("status"))
       .def(

@@ -80,13 +80,16 @@ __device__ inline uint32_t halves_of_bfloats(uint32_t pair) {
 
 template <bool kAligned>
 __device__ inline uint4 load_piece(const uint16_t* from) {
-  if constexpr (kAligned) return *reinterpret_cast<const uint4*>(from);
-  uint32_t pairs[4];
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = static_cast<uint32_t>(from[2 * i + 1]) << 16 | static_cast<uint32_t>(from[2 * i]);
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = static_cast<uint32_t>(from[2 * i + 1]) << 16 | static_cast<uint32_t>(from[2 * i]);
+    }
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
-  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // What the query of this number among a warpgroup's sees.

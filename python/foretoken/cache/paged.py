@@ -84,6 +84,7 @@ class PagedCache:
         layout: Layout = "NHD",
     ) -> None:
         self._plan = CachePlan(caches, layout=layout)
+        self._plans = [self._plan]  # of what belongs to a page, and is copied with it
         first = self._plan.caches[0]
         self.page_size: int = first.shape[2 if layout == "HND" and first.dim() == 4 else 1]
         """Rows of a page."""
@@ -164,7 +165,7 @@ class PagedCache:
         try:
             self._reserve(rows, counts)
         finally:
-            self._table.apply_copies(self._plan)
+            self._table.apply_copies(self._plans)
             self._table.apply_edits(*self._state)
         batch = len(rows)
         if self._table.in_order:
@@ -240,14 +241,7 @@ class PagedCache:
         if isinstance(verdict, Verdict):
             kept = verdict.num_emitted
             if tree:
-                blocked = ops.compact(
-                    self._plan,
-                    lengths=current.lengths,
-                    path=verdict.path,
-                    num_accepted=verdict.num_accepted,
-                    block_table=current.block_table,
-                    status=self._moved[:batch],
-                )
+                blocked = self._compact(current, verdict)
         elif tree:
             raise ValueError("tree: expected False without a Verdict, which has the path, got True")
         record, status = self._record[:batch], self._status[:batch]
@@ -335,6 +329,16 @@ class PagedCache:
         if self._round is None:
             raise RuntimeError(f"{call}: no round is open; reserve first")
         return self._round
+
+    def _compact(self, current: Round, verdict: Verdict) -> Tensor:
+        return ops.compact(
+            self._plan,
+            lengths=current.lengths,
+            path=verdict.path,
+            num_accepted=verdict.num_accepted,
+            block_table=current.block_table,
+            status=self._moved[: len(current.slots)],
+        )
 
     def _reserve(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         try:
