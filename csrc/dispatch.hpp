@@ -10,8 +10,10 @@
 #include "cpu/cache.hpp"
 #include "cpu/commit.hpp"
 #include "cpu/draft_tree.hpp"
+#include "cpu/pages.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
+#include "cpu/state_ring.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -19,8 +21,10 @@
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
+#include "ops/pages.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
+#include "ops/state_ring.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -29,9 +33,11 @@
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
 #include "cuda/on_device.hpp"
+#include "cuda/pages.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/state_ring.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -175,6 +181,22 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #endif
 }
 
+inline void reserve_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::reserve_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::reserve_states(args, stream);
+#endif
+}
+
+inline void commit_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::commit_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::commit_states(args, stream);
+#endif
+}
+
 inline void append(const AppendArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::append(args);
 #ifdef FORETOKEN_HAS_CUDA
@@ -188,6 +210,30 @@ inline void compact(const CompactArgs& args, Device device, [[maybe_unused]] Str
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::compact(args, stream);
+#endif
+}
+
+inline void edit_pages(const EditPagesArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::edit_pages(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::edit_pages(args, stream);
+#endif
+}
+
+inline void keep_rows(const KeepRowsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::keep_rows(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::keep_rows(args, stream);
+#endif
+}
+
+inline void copy_pages(const CopyPagesArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::copy_pages(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::copy_pages(args, stream);
 #endif
 }
 

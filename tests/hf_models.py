@@ -158,10 +158,116 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_GATED_DELTA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2}
+
+RECURRENT: dict[str, Family] = {
+    "mamba2": Family(
+        "Mamba2Config",
+        "attention",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 16,
+            "state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "qwen3_next": _llama_like(
+        "Qwen3NextConfig", head_dim=8, shared_expert_intermediate_size=16, **_MOE, **_GATED_DELTA
+    ),
+    "lfm2": _llama_like("Lfm2Config", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]),
+    "bamba": _llama_like("BambaConfig", num_hidden_layers=3, attn_layer_indices=[1], **_MAMBA2),
+    "falcon_h1": _llama_like(
+        "FalconH1Config", head_dim=8, mamba_d_ssm=32, **(_MAMBA2 | {"mamba_d_head": 8, "mamba_n_groups": 1})
+    ),
+    "mamba": Family(
+        "MambaConfig",
+        "attention",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "falcon_mamba": Family(
+        "FalconMambaConfig",
+        "attention",
+        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "jamba": _llama_like(
+        "JambaConfig",
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "granitemoehybrid": _llama_like(
+        "GraniteMoeHybridConfig",
+        num_hidden_layers=3,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=16,
+        **_MAMBA2,
+    ),
+    "nemotron_h": _llama_like(
+        "NemotronHConfig",
+        head_dim=8,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "moe", "attention", "mamba"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    ),
+    "zamba2": _llama_like(
+        "Zamba2Config",
+        "rows",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        hybrid_layer_ids=[1, 3],
+        num_mem_blocks=1,
+        use_mem_rope=True,
+        use_shared_attention_adapter=False,
+        mamba_d_state=8,
+        n_mamba_heads=4,
+        mamba_headdim=16,
+        mamba_ngroups=1,
+        chunk_size=8,
+    ),
+    "qwen3_5": _llama_like("Qwen3_5TextConfig", head_dim=8, **_GATED_DELTA),
+    "olmo_hybrid": _llama_like("OlmoHybridConfig", pad_token_id=0, **_GATED_DELTA),
+    "lfm2_moe": _llama_like(
+        "Lfm2MoeConfig",
+        num_hidden_layers=3,
+        layer_types=["conv", "full_attention", "conv"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        num_dense_layers=1,
+    ),
+}
+
 
 def tiny_model(name: str, **changes: Any) -> Any:
     """A random float32 model of family `name` in eval mode, with weights wide enough to tell tokens apart."""
-    family = FAMILIES[name]
+    family = (FAMILIES | RECURRENT)[name]
     special = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(tf, family.config)(**(special | family.options | changes))
     torch.manual_seed(0)
@@ -170,6 +276,11 @@ def tiny_model(name: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+        for name, parameter in model.named_parameters():  # states that last, and that tokens change
+            if name.endswith("A_log"):
+                parameter.fill_(-3.0)
+            elif name.endswith(("dt_bias", "dt_proj.bias")):
+                parameter.fill_(0.5)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -224,8 +335,26 @@ def poison(runner: Any, slot: int, length: int) -> None:
     """Overwrite what `slot` holds past `length`: rows of rejected drafts must never be seen again."""
     with torch.inference_mode():
         for layer in runner.cache.layers:
-            layer.keys[slot, :, length:] = 1e4
-            layer.values[slot, :, length:] = -1e4
+            if getattr(layer, "keys", None) is not None:
+                layer.keys[slot, :, length:] = 1e4
+                layer.values[slot, :, length:] = -1e4
+        states = getattr(runner.cache, "states", None)
+        if states is not None:
+            poison_states(states.replay, slot, length)
+
+
+def poison_states(replay: Any, slot: int, length: int) -> None:
+    """The same for states behind more than `length` tokens, for entries without one, and for inputs."""
+    first = slot * replay.entries
+    for entry, tokens in enumerate(replay._held[slot]):
+        if not 0 < tokens <= length:
+            for state in (state for layer in replay._states for state in layer):
+                state[first + entry] = 1e4
+    seen, end = replay._seen[slot]
+    known = {position % replay._history for position in range(seen, min(end, length))}
+    for place in set(range(replay._history)) - known:
+        for inputs in (inputs for layer in replay._inputs for inputs in layer):
+            inputs[slot * replay._history + place] = -1e4
 
 
 def speculate(

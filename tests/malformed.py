@@ -173,8 +173,9 @@ def call_commit(arguments: dict[str, Any]) -> None:
     if arguments["verdict.logprobs"] is None:
         arguments = {**arguments, "record": None}
     ops.commit(
-        ops.Verdict(**{"path": none, "next_token": none, "next_lengths": none, **part("verdict.")}),
+        ops.Verdict(**{"next_token": none, "next_lengths": none, **part("verdict.")}),
         ops.RequestState(**part("state.")),
+        counters=ops.RoundCounters(**part("counters.")),
         **{name: value for name, value in arguments.items() if "." not in name},
     )
 
@@ -314,7 +315,9 @@ OPERATIONS = (
             Spec("verdict.num_accepted", whole(N, B), (torch.int32,), fixed=(0,)),
             Spec("verdict.status", whole(0, B), (torch.int32,), fixed=(0,)),
             Spec("verdict.logprobs", reals(B, N + 1), (torch.float32,), fixed=(0, 1), optional=True),
+            Spec("verdict.path", whole(1, B, N), (torch.int32,), fixed=(0,)),
             Spec("num_drafts", whole(N, B), (torch.int32,), fixed=(0,)),
+            Spec("parents", whole(0, B, N, dtype=torch.int64), INDEX, fixed=(0,), optional=True),
             Spec(
                 "slots", lambda: torch.arange(B, dtype=torch.int32), (torch.int32,), fixed=(0,), optional=True
             ),
@@ -327,6 +330,9 @@ OPERATIONS = (
             output("state.next_drafts", B, dtype=torch.int32),
             output("state.ends", B, dtype=torch.int32),
             output("record", B, ops.record_width(N + 1, True), dtype=torch.int32, optional=True),
+            output("counters.sums", B, 10, dtype=torch.int64),
+            output("counters.accepted_per_pos", B, N, dtype=torch.int64, free=(1,)),
+            output("counters.rounds_by_drafts", B, N + 1, dtype=torch.int64, free=(1,)),
         ),
         call_commit,
     ),

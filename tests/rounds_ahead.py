@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Session, Step
+from foretoken.step import StepTree
 from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, alike, rounds, table
 
 LENGTH = 96
@@ -30,8 +33,11 @@ class BlindModel(TableModel):
         assert step.slot_range in (None, (slots[0], slots[-1] + 1))
         assert (step.slot_range is not None) == (slots == list(range(slots[0], slots[0] + rows)))
         assert int(step.num_tokens.max()) <= columns
-        assert int(step.num_tokens.min()) >= 1
-        assert torch.equal(step.positions, step.lengths[:, None] + torch.arange(columns))
+        if step.tree is None:
+            assert int(step.num_tokens.min()) >= 1
+            assert torch.equal(step.positions, step.lengths[:, None] + torch.arange(columns))
+        else:  # a level of a tree in which a row has no nodes
+            assert int(step.num_tokens.min()) >= 0
         for b in range(rows):
             assert not step.tokens[b, int(step.num_tokens[b]) :].any()
 
@@ -50,11 +56,41 @@ class GatherModel:
         slots = step.slots.long()
         places = step.lengths[:, None] + torch.arange(step.tokens.shape[1], device=step.tokens.device)
         self.cache[slots[:, None], places.clamp_max(last)] = step.tokens
-        seen = places[:, :, None] - torch.arange(3, device=places.device)
+        behind = torch.arange(3, device=places.device)
+        seen = places[:, :, None] - behind if step.tree is None else self._seen(step.tree, behind)
         tokens = self.cache[slots[:, None, None], seen.clamp(0, last)]
         weights = self.weights
         contexts = (weights * torch.where(seen < 0, 0, tokens + 1)).sum(2) % CONTEXTS
         return self.logits[contexts]
+
+    def _seen(self, tree: StepTree, behind: Tensor) -> Tensor:
+        """Cache rows ``[B, T, 3]``: a node's own, and those of the two tokens before it."""
+        bits = tree.ancestors.unsqueeze(-1) >> torch.arange(64, device=behind.device) & 1
+        before = bits.flatten(2).cumsum(2)
+        rank = before[:, :, -1:] - behind  # among the rows that the words name; from 0 down: in front
+        found = (before.unsqueeze(2) < rank.unsqueeze(-1)).sum(3)
+        return tree.visible[:, None, None] + torch.where(rank > 0, found, rank - 1)
+
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        ahead = torch.arange(path.shape[1], device=path.device)
+        last = self.cache.shape[1] - 1
+        to = (lengths[:, None] + 1 + ahead).clamp_max(last)
+        come = torch.where(ahead < num_accepted[:, None], lengths[:, None] + path, to).clamp_max(last)
+        rows = slots.long()[:, None]
+        self.cache[rows, to] = self.cache[rows, come]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls itself a prototype, having switched already
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def drafter_of(kind: str, logits: Tensor, model: Callable[..., Any], max_batch: int, **options: Any) -> Any:
@@ -63,7 +99,9 @@ def drafter_of(kind: str, logits: Tensor, model: Callable[..., Any], max_batch: 
     if kind == "ngram":
         return NgramDrafter()
     length = options.pop("max_length", LENGTH)
-    forward = model(alike(logits, 7, 0.8), max_batch, length)
+    # A blurred model's second choices are often right, as trees want them.
+    theirs = logits + table(VOCAB, 7, 2.0) if kind == "blurred" else alike(logits, 7, 0.8)
+    forward = model(theirs, max_batch, length)
     return ModelDrafter(forward, max_batch=max_batch, vocab_size=VOCAB, max_length=length, **options)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import foretoken as ft
-from foretoken.ops import RequestState, Status, Verdict, commit, record_width
+from foretoken.ops import RequestState, RoundCounters, Status, Verdict, commit, record_width
 
-FIELDS = 6
+FIELDS = 8
 REASONS = {"eos": 1, "stop": 2, "length": 3}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -115,7 +116,7 @@ def verdict_of(
     return verdict
 
 
-def int32(values: list[int], device: str) -> Tensor:
+def int32(values: Any, device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
@@ -154,6 +155,8 @@ def test_rounds_are_those_of_plain_lists(seed: int, device: str) -> None:
                 kept,
                 2 * (b % 2),
                 0 if text is None else text.end,
+                int(not idle and len(emitted[b]) - 1 == checked[b]),
+                0,
             ]
             assert line[:FIELDS] == head
             assert line[FIELDS : FIELDS + columns] == emitted[b][:count] + [-1] * (columns - count)
@@ -228,6 +231,97 @@ def test_damaged_numbers_stay_in_their_row(name: str, device: str) -> None:
             results.append([part[[0, 2]].tolist() for part in (state.text, state.base, state.ends, record)])
             assert 1 <= int(state.base[1]) <= 8 or name == "base"
         assert len(results) < 2 or results[0] == results[1]
+
+
+@dataclass
+class Sums:
+    """What `RoundCounters` say of one slot, added up in plain Python."""
+
+    sums: list[int] = field(default_factory=lambda: [0] * 10)
+    positions: list[int] = field(default_factory=lambda: [0] * 3)
+    drafts: list[int] = field(default_factory=lambda: [0] * 12)
+
+    def add(self, drafted: int, accepted: int, kept: int, moved: int, status: int) -> None:
+        for bit in range(3):
+            self.sums[7 + bit] += status >> bit & 1
+        accepted = min(accepted, kept)
+        for place, value in enumerate((1, drafted > 0, drafted, accepted, kept, drafted > accepted, moved)):
+            self.sums[place] += value
+        for place in range(min(accepted, len(self.positions))):
+            self.positions[place] += 1
+        if drafted < len(self.drafts):
+            self.drafts[drafted] += 1
+
+
+def a_tree(dice: random.Random, nodes: int, accepted: int) -> tuple[list[int], list[int]]:
+    """Parents of a tree, and a path of at most so many of its nodes."""
+    parents = [dice.randint(max(0, node - 3), node) for node in range(nodes)]
+    path: list[int] = []
+    while len(path) < accepted:
+        last = path[-1] if path else 0
+        children = [node + 1 for node, parent in enumerate(parents) if parent == last]
+        if not children:
+            break
+        path.append(dice.choice(children))
+    return parents, path
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(12))
+def test_trees_and_counters_are_those_of_plain_lists(seed: int, device: str) -> None:
+    """Ragged trees, padded rows, ends inside a path; wider than a warp; columns that no array has."""
+    dice = random.Random(seed)
+    nodes, slots = dice.choice([5, 11, 40, 90]), 6
+    state = RequestState.empty(slots, 600, num_eos=1, device=device)
+    for slot in range(slots):
+        state.seat(slot, [4] * (slot + 1), max_new_tokens=500, num_drafts=nodes, eos_ids=[1])
+    counters = RoundCounters.empty(slots, 3, 11, device=device)
+    wanted = [Sums() for _ in range(slots)]
+    ended: set[int] = set()
+    for _ in range(5):
+        rows = dice.sample(range(slots), dice.randint(1, slots))
+        trees, drafted, emitted, paths = [], [], [], []
+        for _slot in rows:
+            count = dice.choice([-1, 0, dice.randint(1, nodes), nodes])
+            parents, path = a_tree(dice, max(count, 0), dice.randint(0, nodes))
+            trees.append(parents + [7] * (nodes - len(parents)))
+            drafted.append(count)
+            paths.append(path + [-1] * (nodes - len(path)))
+            emitted.append(
+                [] if count < 0 else [dice.choice([1, *range(2, 40)]) for _ in range(len(path) + 1)]
+            )
+        verdict = verdict_of(emitted, nodes + 1, device, torch.int64, False)
+        verdict.path = int32(paths, device)
+        verdict.status = int32([dice.randrange(8) for _ in rows], device)
+        record = torch.empty(len(rows), record_width(nodes + 1), dtype=torch.int32, device=device)
+        commit(
+            verdict,
+            state,
+            num_drafts=int32(drafted, device),
+            parents=torch.tensor(trees, device=device, dtype=dice.choice([torch.int32, torch.int64])),
+            slots=int32(rows, device),
+            record=record,
+            counters=counters,
+        )
+        for b, slot in enumerate(rows):
+            status = int(verdict.status[b])
+            path = paths[b][: max(len(emitted[b]) - 1, 0)]
+            if slot in ended or not emitted[b]:
+                for bit in range(3):
+                    wanted[slot].sums[7 + bit] += status >> bit & 1
+                assert record[b, 6:8].tolist() == [0, 0]
+                continue
+            kept = emitted[b].index(1) + 1 if 1 in emitted[b] else len(emitted[b])
+            if 1 in emitted[b]:
+                ended.add(slot)
+            moved = sum(node != at + 1 for at, node in enumerate(path))
+            leaf = (path[-1] if path else 0) not in trees[b][: drafted[b]]
+            assert record[b, 6:8].tolist() == [leaf, moved]
+            wanted[slot].add(drafted[b], len(path), kept, moved, status)
+    for slot, sums in enumerate(wanted):
+        assert counters.sums[slot].tolist() == sums.sums
+        assert counters.accepted_per_pos[slot].tolist() == sums.positions
+        assert counters.rounds_by_drafts[slot].tolist() == sums.drafts
 
 
 def test_a_full_text_takes_nothing() -> None:

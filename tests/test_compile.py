@@ -438,7 +438,7 @@ WRITTEN = {
     "verify": [field.name for field in dataclasses.fields(Verdict)],
     "sample": ["out", "logprobs", "status", "records"],
     "tree_index": INDEX,
-    "commit": ["text", "base", "next_drafts", "ends", "record"],
+    "commit": ["text", "base", "next_drafts", "ends", "record", "sums", "by_position", "by_drafts"],
     "append": ["k_cache", "v_cache", "status"],
     "compact": ["caches", "status"],
     "draft_topk": ["out_tokens", "out_scores", "out_parents", "status"],
@@ -452,8 +452,10 @@ def test_opcheck_of_commit():
     counts = torch.full((3,), 4, dtype=torch.int32)
     record = torch.empty(3, ft.ops.record_width(5, True), dtype=torch.int32)
 
+    counters = ft.ops.RoundCounters.empty(3, 4)
+
     def step(verdict, state):
-        ft.ops.commit(verdict, state, num_drafts=counts, record=record)
+        ft.ops.commit(verdict, state, num_drafts=counts, record=record, counters=counters)
 
     calls = registered_calls(lambda backend: compiled(step, backend)(verdict, state))
     assert torch.library.opcheck(calls[0][0].default, calls[0][1]).keys() >= {
@@ -461,7 +463,7 @@ def test_opcheck_of_commit():
         "test_faketensor",
     }
     written = [a.name for a in calls[0][0].default._schema.arguments if a.alias_info is not None]
-    assert written == ["text", "base", "next_drafts", "ends", "record"]
+    assert written == ["text", "base", "next_drafts", "ends", "record", "sums", "by_position", "by_drafts"]
 
 
 def check(calls: list[tuple[Any, tuple[Any, ...]]], *names: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,7 +16,7 @@ from foretoken.drafters import ModelDrafter
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
 from hf_toys import EOS, PAD
-from rounds_ahead import GatherModel, asks, pair, told
+from rounds_ahead import GatherModel, asks, no_waiting, pair, told
 from toys import GREEDY, VOCAB
 
 pytestmark = pytest.mark.cuda
@@ -35,19 +32,6 @@ def on_gpu_model(*arguments: Any) -> GatherModel:
 
 def both(kind: str, **options: Any) -> list[tuple[Session, Any]]:
     return pair(on_gpu, kind, models=(GatherModel, on_gpu_model), **options)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """What makes the host wait for the device raises."""
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it calls itself a prototype, having switched already
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 # ---- tables: the same logits to the last bit, so the same ids, drawn ones too ----

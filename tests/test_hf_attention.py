@@ -254,7 +254,7 @@ def test_where_tree_attention_is_called(name, monkeypatch):
 
         monkeypatch.setattr(attention, "tree_attention", counted)
         if not native:
-            monkeypatch.setattr(attention, "_is_native", lambda *_: False)
+            monkeypatch.setattr(attention, "is_native", lambda *_: False)
         found[native] = attended(extra, **shape), len(calls)
     assert [calls for _, calls in found.values()] == [int(name in OURS), 0]
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if "half" in name else {}

@@ -14,7 +14,9 @@ pytest.importorskip("transformers")
 import foretoken as ft
 import hf_toys
 from foretoken import ops
+from foretoken.device import places
 from foretoken.hf import ModuleRunner, UnsupportedModelError, generate
+from foretoken.hf.probe import moved
 from foretoken.session import Step
 from foretoken.step import StepTree
 from foretoken.tree import TreePlan
@@ -96,12 +98,25 @@ def move(runner: ModuleRunner, step: Step, trees: Sequence[Grown], accepted: Seq
     runner.compact(step.slots, step.lengths, paths, torch.tensor(accepted, dtype=torch.int32))
 
 
+@pytest.fixture
+def as_on(monkeypatch):
+    """Runs steps as on the host, or as on a device: with lengths and trees that nobody reads."""
+
+    def run(place: str, runner: ModuleRunner) -> Any:
+        return (lambda step: runner(moved(step, torch.device("cpu")))) if place == "device" else runner
+
+    monkeypatch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+    return run
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("name", RANDOM_WEIGHTS)
-def test_nodes_have_the_logits_of_their_path(name):
+def test_nodes_have_the_logits_of_their_path(as_on, name, place):
     """Teacher-forced: ragged trees in holes of the batch, compacted, poisoned behind, and gone on from."""
     model = tiny_model(name)
     texts = random_prompts(34, 31, 28)
     runner = ModuleRunner(model, max_batch=4, max_length=60)
+    forward = as_on(place, runner)
     slots, lengths, pick = [0, 1, 3], [9, 0, 14], random.Random(0)
     runner(make_step([texts[0][:9], texts[2][:14]], [0, 0], [0, 3], kind="prefill"))
     for _ in range(3):
@@ -110,7 +125,7 @@ def test_nodes_have_the_logits_of_their_path(name):
             for text, length in zip(texts, lengths, strict=True)
         ]
         step = tree_step([t[n] for t, n in zip(texts, lengths, strict=True)], trees, lengths, slots)
-        logits = runner(step)
+        logits = forward(step)
         for row, (text, length, tree) in enumerate(zip(texts, lengths, trees, strict=True)):
             for node in range(len(tree.tokens) + 1):
                 plain = plain_logits(model, text[: length + 1] + tree.text_to(node))[-1]
@@ -181,8 +196,9 @@ def test_bug_52_windows_that_fill_up_while_trees_are_rejected_at_every_depth(nam
             torch.testing.assert_close(again, plain[left : left + 2], **CLOSE)
 
 
+@pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("name", ["mistral_window", "gemma3_window"])
-def test_windows_count_positions_along_a_path_and_not_slots(name):
+def test_windows_count_positions_along_a_path_and_not_slots(as_on, name, place):
     """Trees deeper than the window: nodes between those of a path take no room in it."""
     model = tiny_model(name)
     text = random_prompts(WINDOW + 8)[0]
@@ -191,7 +207,7 @@ def test_windows_count_positions_along_a_path_and_not_slots(name):
         runner = ModuleRunner(model, max_batch=1, max_length=60)
         runner(make_step([text[:2]], [0], [0], kind="prefill"))
         tree = Grown(random.Random(1), text[length + 1 : length + 5 + WINDOW], 2 * WINDOW + 4)
-        logits = runner(tree_step([text[length]], [tree], [length], [0]))[0]
+        logits = as_on(place, runner)(tree_step([text[length]], [tree], [length], [0]))[0]
         for at, node in enumerate([0, *tree.path]):
             torch.testing.assert_close(logits[node], plain[length + at], **CLOSE)
 

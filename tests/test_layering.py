@@ -3,6 +3,7 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
+         {hf, session} -> cache -> device
          drafters -> tree -> step -> ops -> sampling -> _core
 """
 
@@ -55,16 +56,18 @@ PYTHON = {
     "controller": set(),
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
-    "device": BASE | {"step", "metrics", "request", "drafters"},
+    "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
+    "cache": BASE | {"device"},
     "session": LOOP,
     "generate": LOOP,
-    "hf": LOOP | {"generate"},
+    "hf": LOOP | {"generate", "cache"},
     "pair": LOOP | {"generate", "hf"},
     "demo": LOOP | {"generate", "hf", "pair", "info", "foretoken"},
     "info": {"_core", "foretoken"},
-    "cli": {"hf", "pair", "info", "demo", "foretoken"},
+    "plot": set(),
+    "cli": {"hf", "pair", "info", "demo", "plot", "foretoken"},
     "__main__": {"cli"},
-    "__init__": LOOP | {"generate", "hf", "pair"},
+    "__init__": LOOP | {"cache", "generate", "hf", "pair"},
 }
 MAY_IMPORT_TRANSFORMERS = {"hf"}
 

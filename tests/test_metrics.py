@@ -26,9 +26,9 @@ def test_session_counters_are_the_sums_of_its_requests():
     total = made.session.metrics.counters
     parts = [request.metrics for request in requests]
     for field in fields(Counters):
-        if field.name == "accepted_tokens_per_pos":
-            columns = zip(*(part.accepted_tokens_per_pos for part in parts), strict=True)
-            assert total.accepted_tokens_per_pos == tuple(map(sum, columns))
+        if field.name in ("accepted_tokens_per_pos", "rounds_by_drafts"):
+            columns = zip(*(getattr(part, field.name) for part in parts), strict=True)
+            assert getattr(total, field.name) == tuple(map(sum, columns))
         else:
             assert getattr(total, field.name) == sum(getattr(part, field.name) for part in parts)
     assert total.accepted_tokens == kinds.count("accepted") == sum(total.accepted_tokens_per_pos)
@@ -84,6 +84,11 @@ def test_published_names():
         "foretoken_accepted_tokens",
         "foretoken_emitted_tokens",
         "foretoken_accepted_tokens_per_pos",
+        "foretoken_rounds_by_drafts",
+        "foretoken_rollbacks",
+        "foretoken_moved_rows",
+        "foretoken_bad_draft_rounds",
+        "foretoken_law_lost_rounds",
         "foretoken_steps",
         "foretoken_bad_drafts",
         "foretoken_seconds_draft",

@@ -527,15 +527,6 @@ def test_trees_that_break_the_contract_are_refused(tokens, parents, message):
         session.plan()
 
 
-def test_rounds_that_run_ahead_refuse_a_plan_and_chain_by_themselves(monkeypatch):
-    monkeypatch.setattr("foretoken.device.places.AHEAD_ON", {"cuda", "cpu"})
-    with pytest.raises(
-        ValueError, match="tree: expected None on cpu, whose rounds draft chains, got TreePlan"
-    ):
-        session_with(NgramDrafter())
-    assert session_with(NgramDrafter(), plan="auto")[0]._context.tree is None
-
-
 def test_a_session_of_chains_refuses_trees():
     session, _ = session_with(Saying([1, 2], [0, 0]), plan=None)
     session.admit([1], GREEDY, max_new_tokens=20)

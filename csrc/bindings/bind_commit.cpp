@@ -35,10 +35,22 @@ void read_state(Intake& intake, const State& state, CommitArgs& args) {
       intake.read(state.stop_ids, "state.stop_ids", DType::int32, {slots, Dim::bind(stops, "m")}, kAny);
 }
 
+void read_counters(Intake& intake, py::handle sums, py::handle by_position, py::handle by_drafts,
+                   CommitArgs& args) {
+  const int64_t slots = args.base.shape[0];
+  int64_t positions = 0, drafts = 0;
+  args.sums = intake.write(sums, "counters.sums", DType::int64, {slots, kCommitCounters}, kAny);
+  args.by_position = intake.write(by_position, "counters.accepted_per_pos", DType::int64,
+                                  {slots, Dim::bind(positions, "D")}, kAny);
+  args.by_drafts = intake.write(by_drafts, "counters.rounds_by_drafts", DType::int64,
+                                {slots, Dim::bind(drafts, "N + 1")}, kAny);
+}
+
 void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle status,
-            py::handle logprobs, py::handle num_drafts, py::handle slots, py::handle text, py::handle base,
-            py::handle next_drafts, py::handle ends, py::handle limits, py::handle budgets,
-            py::handle eos_ids, py::handle stop_ids, py::handle record) {
+            py::handle logprobs, py::handle path, py::handle num_drafts, py::handle parents, py::handle slots,
+            py::handle text, py::handle base, py::handle next_drafts, py::handle ends, py::handle limits,
+            py::handle budgets, py::handle eos_ids, py::handle stop_ids, py::handle record, py::handle sums,
+            py::handle by_position, py::handle by_drafts) {
   Intake intake("commit");
   CommitArgs args;
   int64_t batch = 0, columns = 0;
@@ -49,6 +61,11 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
   args.status = intake.read(status, "verdict.status", DType::int32, {batch}, kAny);
   args.logprobs = intake.read_or_null(logprobs, "verdict.logprobs", DType::float32, {batch, columns}, kAny);
   args.num_drafts = intake.read(num_drafts, "num_drafts", DType::int32, {batch}, kAny);
+  if (!parents.is_none()) {
+    int64_t depth = 0, nodes = 0;
+    args.path = intake.read(path, "verdict.path", DType::int32, {batch, Dim::bind(depth, "D")}, kAny);
+    args.parents = intake.read(parents, "parents", kIndexDTypes, {batch, Dim::bind(nodes, "N")}, kAny);
+  }
   args.slots = intake.read_or_null(slots, "slots", DType::int32, {batch}, kAny);
   read_state(intake, {text, base, next_drafts, ends, limits, budgets, eos_ids, stop_ids}, args);
   if (!args.slots && args.base.shape[0] < batch) {
@@ -58,6 +75,9 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
   }
   args.record = intake.write_or_null(record, "record", DType::int32,
                                      {batch, record_width(columns, bool(args.logprobs))}, kAny);
+  if (!sums.is_none() || !by_position.is_none() || !by_drafts.is_none()) {
+    read_counters(intake, sums, by_position, by_drafts, args);
+  }
   const Device device = intake.device();
   const Stream stream = intake.stream();
   py::gil_scoped_release unlocked;
@@ -68,9 +88,11 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
 
 void register_commit(py::module_& module) {
   module.def("commit", &commit, py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
-             py::arg("status"), py::arg("logprobs"), py::arg("num_drafts"), py::arg("slots"), py::arg("text"),
-             py::arg("base"), py::arg("next_drafts"), py::arg("ends"), py::arg("limits"), py::arg("budgets"),
-             py::arg("eos_ids"), py::arg("stop_ids"), py::arg("record"), "See foretoken.ops.commit.");
+             py::arg("status"), py::arg("logprobs"), py::arg("path"), py::arg("num_drafts"),
+             py::arg("parents"), py::arg("slots"), py::arg("text"), py::arg("base"), py::arg("next_drafts"),
+             py::arg("ends"), py::arg("limits"), py::arg("budgets"), py::arg("eos_ids"), py::arg("stop_ids"),
+             py::arg("record"), py::arg("sums"), py::arg("by_position"), py::arg("by_drafts"),
+             "See foretoken.ops.commit.");
   module.def("record_width", &record_width, py::arg("columns"), py::arg("logprobs"),
              "See foretoken.ops.record_width.");
 }

@@ -53,7 +53,12 @@ py::dict dict_of(const loop::Counters& counters) {
   sums["draft_tokens"] = counters.draft_tokens;
   sums["accepted_tokens"] = counters.accepted_tokens;
   sums["emitted_tokens"] = counters.emitted_tokens;
+  sums["rollbacks"] = counters.rollbacks;
+  sums["moved_rows"] = counters.moved_rows;
+  sums["bad_draft_rounds"] = counters.bad_draft_rounds;
+  sums["law_lost_rounds"] = counters.law_lost_rounds;
   sums["accepted_tokens_per_pos"] = counters.accepted_per_pos;
+  sums["rounds_by_drafts"] = counters.rounds_by_drafts;
   return sums;
 }
 

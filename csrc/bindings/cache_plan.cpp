@@ -150,4 +150,12 @@ void CachePlan::describe(CompactArgs& args) const {
   args.num_units = static_cast<int64_t>(host_units_.size());
 }
 
+void CachePlan::describe(CopyPagesArgs& args) const {
+  args.tensors = tensors_.data();
+  args.num_tensors = static_cast<int64_t>(tensors_.size());
+  args.units = units_;
+  args.num_units = static_cast<int64_t>(host_units_.size());
+  args.page_size = page_size_;
+}
+
 }  // namespace foretoken

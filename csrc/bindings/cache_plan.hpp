@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings/boundary.hpp"
-#include "ops/cache.hpp"
+#include "ops/pages.hpp"
 
 namespace foretoken {
 
@@ -28,6 +28,7 @@ class CachePlan {
   // Refuses an argument of a call in the memory of one of the tensors.
   void check_apart(const TensorView& view, const char* name) const;
   void describe(CompactArgs& args) const;
+  void describe(CopyPagesArgs& args) const;
 
  private:
   struct Range {

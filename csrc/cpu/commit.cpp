@@ -12,7 +12,8 @@ namespace {
 
 struct Outcome {
   int64_t emitted = 0, kept = 0;
-  int32_t drafted = 0, accepted = 0, status = 0;
+  int32_t drafted = 0, accepted = 0, status = 0, moved = 0;
+  bool bonus = false;
   CommitEnd end = CommitEnd::none;
 };
 
@@ -27,6 +28,46 @@ CommitEnd end_with(const CommitArgs& args, int64_t slot, int64_t token, bool ful
   if (holds(args.eos_ids, slot, token)) return CommitEnd::eos;
   if (holds(args.stop_ids, slot, token)) return CommitEnd::stop;
   return full ? CommitEnd::length : CommitEnd::none;
+}
+
+// How the accepted path lies among its drafts. Numbers that make no sense are cut to what there is.
+void look_at_path(const CommitArgs& args, int64_t b, Outcome& outcome) {
+  if (!args.parents) {
+    outcome.bonus = outcome.accepted == outcome.drafted;
+    return;
+  }
+  const int64_t accepted = std::clamp<int64_t>(outcome.accepted, 0, args.path.shape[1]);
+  const int64_t drafted = std::clamp<int64_t>(outcome.drafted, 0, args.parents.shape[1]);
+  for (int64_t i = 0; i < accepted; ++i) outcome.moved += read_index(args.path, b, i) != i + 1;
+  const int64_t last = accepted == 0 ? 0 : read_index(args.path, b, accepted - 1);
+  outcome.bonus = true;
+  for (int64_t i = 0; i < drafted; ++i) outcome.bonus &= read_index(args.parents, b, i) != last;
+}
+
+void add(const TensorView& sums, int64_t value, int64_t slot, int64_t column) {
+  static_cast<int64_t*>(sums.data)[offset_of(sums, slot, column)] += value;
+}
+
+void count(const CommitArgs& args, int64_t slot, const Outcome& outcome) {
+  const int32_t flags[] = {kBadDraft, kLawLost, kBadRow};
+  for (int i = 0; i < 3; ++i) {
+    if (outcome.status & flags[i]) add(args.sums, 1, slot, kCountBadDrafts + i);
+  }
+  if (outcome.emitted == 0) return;
+  const int64_t accepted = std::clamp<int64_t>(outcome.accepted, 0, outcome.kept);
+  add(args.sums, 1, slot, kCountRounds);
+  add(args.sums, outcome.drafted > 0, slot, kCountDrafts);
+  add(args.sums, outcome.drafted, slot, kCountDraftTokens);
+  add(args.sums, accepted, slot, kCountAccepted);
+  add(args.sums, outcome.kept, slot, kCountEmitted);
+  add(args.sums, outcome.drafted > accepted, slot, kCountRollbacks);
+  add(args.sums, outcome.moved, slot, kCountMoved);
+  for (int64_t i = 0; i < std::min(accepted, args.by_position.shape[1]); ++i) {
+    add(args.by_position, 1, slot, i);
+  }
+  if (outcome.drafted >= 0 && outcome.drafted < args.by_drafts.shape[1]) {
+    add(args.by_drafts, 1, slot, outcome.drafted);
+  }
 }
 
 Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64_t base) {
@@ -52,6 +93,7 @@ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64_t base) {
   write_index(args.base, next, slot);
   write_index(args.ends, static_cast<int64_t>(outcome.end), slot);
   write_index(args.next_drafts, drafts, slot);
+  look_at_path(args, b, outcome);
   return outcome;
 }
 
@@ -64,10 +106,15 @@ Outcome settle(const CommitArgs& args, int64_t b) {
     return idle;
   }
   const bool ended = read_index(args.ends, slot) != 0 || read_index(args.next_drafts, slot) < 0;
-  if (!ended && read_index(args.num_emitted, b) > 0) return append(args, b, slot, base);
-  idle.status = static_cast<int32_t>(read_index(args.status, b));
-  idle.end = static_cast<CommitEnd>(read_index(args.ends, slot));
-  return idle;
+  Outcome outcome;
+  if (!ended && read_index(args.num_emitted, b) > 0) {
+    outcome = append(args, b, slot, base);
+  } else {
+    outcome.status = static_cast<int32_t>(read_index(args.status, b));
+    outcome.end = static_cast<CommitEnd>(read_index(args.ends, slot));
+  }
+  if (args.sums) count(args, slot, outcome);
+  return outcome;
 }
 
 void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome) {
@@ -78,6 +125,8 @@ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome) {
   field(kRecordKept, outcome.kept);
   field(kRecordStatus, outcome.status);
   field(kRecordEnd, static_cast<int64_t>(outcome.end));
+  field(kRecordBonus, outcome.bonus);
+  field(kRecordMoved, outcome.moved);
   const int64_t columns = args.tokens.shape[1];
   for (int64_t i = 0; i < columns; ++i) {
     const bool emitted = i < outcome.emitted;

@@ -15,6 +15,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 struct Outcome {
   int32_t emitted = 0, kept = 0;
   int32_t drafted = 0, accepted = 0, status = 0, end = 0;
+  int32_t bonus = 0, moved = 0;
 };
 
 __device__ bool holds(const TensorView& ids, int64_t slot, int64_t token) {
@@ -44,6 +45,62 @@ __device__ int32_t first_end(const CommitArgs& args, int64_t b, int64_t slot, in
     first = min(first, __shfl_xor_sync(kWholeWarp, first, reach));
   }
   return first;
+}
+
+__device__ int32_t within(int32_t value, int64_t most) {
+  return value < 0 ? 0 : value < most ? value : static_cast<int32_t>(most);
+}
+
+// How the accepted path lies among its drafts; the whole warp, which has the same arguments but `lane`.
+__device__ void look_at_path(const CommitArgs& args, int64_t b, int lane, Outcome& outcome) {
+  if (!args.parents) {
+    outcome.bonus = outcome.accepted == outcome.drafted;
+    return;
+  }
+  const int32_t accepted = within(outcome.accepted, args.path.shape[1]);
+  const int32_t drafted = within(outcome.drafted, args.parents.shape[1]);
+  const int64_t last = accepted == 0 ? 0 : read_index(args.path, b, accepted - 1);
+  int32_t moved = 0, children = 0;
+  for (int32_t i = lane; i < accepted; i += kLanes) moved += read_index(args.path, b, i) != i + 1;
+  for (int32_t i = lane; i < drafted; i += kLanes) children += read_index(args.parents, b, i) == last;
+  for (int reach = kLanes / 2; reach > 0; reach /= 2) {
+    moved += __shfl_xor_sync(kWholeWarp, moved, reach);
+    children += __shfl_xor_sync(kWholeWarp, children, reach);
+  }
+  outcome.moved = moved;
+  outcome.bonus = children == 0;
+}
+
+__device__ void add(const TensorView& sums, int64_t value, int64_t slot, int64_t column) {
+  static_cast<int64_t*>(sums.data)[offset_of(sums, slot, column)] += value;
+}
+
+__device__ void add_sums(const CommitArgs& args, int64_t slot, const Outcome& outcome, int32_t accepted) {
+  add(args.sums, 1, slot, kCountRounds);
+  add(args.sums, outcome.drafted > 0, slot, kCountDrafts);
+  add(args.sums, outcome.drafted, slot, kCountDraftTokens);
+  add(args.sums, accepted, slot, kCountAccepted);
+  add(args.sums, outcome.kept, slot, kCountEmitted);
+  add(args.sums, outcome.drafted > accepted, slot, kCountRollbacks);
+  add(args.sums, outcome.moved, slot, kCountMoved);
+  if (outcome.drafted >= 0 && outcome.drafted < args.by_drafts.shape[1]) {
+    add(args.by_drafts, 1, slot, outcome.drafted);
+  }
+}
+
+// No other warp has the slot, so its sums need no atomics.
+__device__ void count(const CommitArgs& args, int64_t slot, const Outcome& outcome, int lane) {
+  const int32_t accepted = within(outcome.accepted, outcome.kept);
+  if (lane == 0) {
+    if (outcome.status & kBadDraft) add(args.sums, 1, slot, kCountBadDrafts);
+    if (outcome.status & kLawLost) add(args.sums, 1, slot, kCountLawLost);
+    if (outcome.status & kBadRow) add(args.sums, 1, slot, kCountBadRows);
+    if (outcome.emitted > 0) add_sums(args, slot, outcome, accepted);
+  }
+  if (outcome.emitted == 0) return;
+  for (int64_t i = lane; i < accepted && i < args.by_position.shape[1]; i += kLanes) {
+    add(args.by_position, 1, slot, i);
+  }
 }
 
 // As cpu/commit.cpp has it, a warp for the row; all lanes have the same arguments but `lane`.
@@ -80,6 +137,7 @@ __device__ Outcome append(const CommitArgs& args, int64_t b, int64_t slot, int64
     write_index(args.ends, outcome.end, slot);
     write_index(args.next_drafts, drafts, slot);
   }
+  look_at_path(args, b, lane, outcome);
   return outcome;
 }
 
@@ -94,10 +152,15 @@ __device__ Outcome settle(const CommitArgs& args, int64_t b, int lane) {
   const int64_t end = read_index(args.ends, slot);
   const bool ended = end != 0 || read_index(args.next_drafts, slot) < 0;
   __syncwarp();  // every lane has read what lane 0 is going to write
-  if (!ended && read_index(args.num_emitted, b) > 0) return append(args, b, slot, base, lane);
-  idle.status = static_cast<int32_t>(read_index(args.status, b));
-  idle.end = static_cast<int32_t>(end);
-  return idle;
+  Outcome outcome;
+  if (!ended && read_index(args.num_emitted, b) > 0) {
+    outcome = append(args, b, slot, base, lane);
+  } else {
+    outcome.status = static_cast<int32_t>(read_index(args.status, b));
+    outcome.end = static_cast<int32_t>(end);
+  }
+  if (args.sums) count(args, slot, outcome, lane);
+  return outcome;
 }
 
 __device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome, int lane) {
@@ -108,6 +171,8 @@ __device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& o
     write_index(args.record, outcome.kept, b, kRecordKept);
     write_index(args.record, outcome.status, b, kRecordStatus);
     write_index(args.record, outcome.end, b, kRecordEnd);
+    write_index(args.record, outcome.bonus, b, kRecordBonus);
+    write_index(args.record, outcome.moved, b, kRecordMoved);
   }
   const int64_t columns = args.tokens.shape[1];
   for (int64_t i = lane; i < columns; i += kLanes) {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ops/sampling.hpp"
+
 namespace foretoken::loop {
 namespace {
 
@@ -11,6 +13,11 @@ void add_round(Counters& sum, const Round& round, int64_t emitted, int64_t sign)
   sum.draft_tokens += sign * round.drafted;
   sum.accepted_tokens += sign * round.accepted;
   sum.emitted_tokens += sign * emitted;
+  sum.rollbacks += round.drafted > round.accepted ? sign : 0;
+  sum.moved_rows += sign * round.moved;
+  sum.bad_draft_rounds += (round.status & kBadDraft) != 0 ? sign : 0;
+  sum.law_lost_rounds += (round.status & kLawLost) != 0 ? sign : 0;
+  sum.rounds_by_drafts[round.drafted] += sign;
   for (int32_t i = 0; i < round.accepted; ++i) sum.accepted_per_pos[i] += sign;
 }
 
@@ -53,7 +60,7 @@ Finish Record::emit(const Emission& emission, Counters& total) {
     end = end_with(token);
   }
   const int64_t kept = std::min<int64_t>(emission.accepted, emitted);
-  const Round round{first, emission.drafted, static_cast<int32_t>(kept)};
+  const Round round{first, emission.drafted, static_cast<int32_t>(kept), emission.moved, emission.status};
   rounds.push_back(round);
   add_round(counters, round, emitted, 1);
   add_round(total, round, emitted, 1);

@@ -1,6 +1,7 @@
 // One request: what was asked, what has been emitted, and how each token came about.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -20,20 +21,28 @@ struct Limits {
 
 // Sums over rounds; a round is one verdict of one request.
 struct Counters {
-  explicit Counters(int64_t num_drafts = 0) : accepted_per_pos(num_drafts) {}
+  explicit Counters(int64_t num_drafts = 0, int64_t num_nodes = 0)
+      : accepted_per_pos(num_drafts), rounds_by_drafts(std::max(num_drafts, num_nodes) + 1) {}
 
   int64_t rounds = 0;
   int64_t drafts = 0;  // rounds that checked at least one draft
   int64_t draft_tokens = 0;
   int64_t accepted_tokens = 0;
   int64_t emitted_tokens = 0;  // accepted and closing ones
+  int64_t rollbacks = 0;       // rounds that dropped at least one draft
+  int64_t moved_rows = 0;      // accepted nodes whose cache rows had to move
+  int64_t bad_draft_rounds = 0;
+  int64_t law_lost_rounds = 0;
   std::vector<int64_t> accepted_per_pos;
+  std::vector<int64_t> rounds_by_drafts;  // entry i: rounds that checked i drafts
 };
 
 struct Round {
   int64_t first;  // index of its first generated token
   int32_t drafted;
   int32_t accepted;  // how many of the accepted drafts were emitted (an end may cut the run)
+  int32_t moved;     // accepted nodes whose cache rows had to move
+  int32_t status;    // StatusBit
 };
 
 // What one verdict found for one request.
@@ -44,6 +53,7 @@ struct Emission {
   int32_t drafted;
   int32_t accepted;
   int32_t status;
+  int32_t moved;
   bool bonus;  // the closing token came behind a draft that had no children
 };
 

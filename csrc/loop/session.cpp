@@ -46,7 +46,7 @@ Session::Session(const SessionConfig& config)
     : config_(checked(config)),
       from_limit_(std::max(config.prefill_chunk, config.num_drafts + 2)),
       slots_(config.max_batch),
-      counters_(config.num_drafts),
+      counters_(config.num_drafts, config.num_nodes),
       step_(config.max_batch, std::max(config.prefill_chunk, most_drafts(config) + 1),
             config.num_nodes > 0 ? most_drafts(config) + 1 : 0),
       base_(config.max_batch),
@@ -109,7 +109,7 @@ int64_t Session::admit(const int64_t* prompt, int64_t count, Limits limits) {
   record->prompt_length = count;
   record->tokens.reserve(count + std::min<int64_t>(limits.max_new_tokens, 4096));
   record->tokens.assign(prompt, prompt + count);
-  record->counters = Counters(limits.num_drafts);
+  record->counters = Counters(limits.num_drafts, limits.num_drafts > 0 ? config_.num_nodes : 0);
   record->limits = std::move(limits);
   waiting_.push_back(next_id_);
   try {
@@ -479,6 +479,7 @@ void Session::commit_decode(const Verdict& verdict) {
                             num_drafts_[b],
                             verdict.num_accepted[b],
                             verdict.status[b],
+                            moved_rows(verdict, static_cast<int64_t>(b)),
                             closes_with_bonus(verdict, static_cast<int64_t>(b))};
     const Finish end = record->emit(emission, counters_);
     write_history(*record, lengths_[record->slot] + 1);

@@ -143,7 +143,7 @@ class Session {
   };
   struct Launched {
     std::vector<int64_t> ids;
-    int64_t columns;
+    int64_t most_tokens;  // that a row can emit
   };
 
   Record& at(int64_t id);
@@ -158,6 +158,7 @@ class Session {
   bool are_chains(const Drafts& drafts) const;
   void see_trees();
   void check_path(const Verdict& verdict, int64_t b) const;
+  int32_t moved_rows(const Verdict& verdict, int64_t b) const;
   bool closes_with_bonus(const Verdict& verdict, int64_t b) const;
   bool plan_step(void (Session::*build_rows)(), bool drafting);
   void choose_budgets();

@@ -14,7 +14,10 @@ Record* Session::find(int64_t id) {
 }
 
 void Session::build_ahead() {
-  step_.begin(StepKind::decode, 1 + max_budget_);
+  // Drafts of a tree are as many in every round that has any: shapes do not depend on results.
+  const bool trees = config_.num_nodes > 0 && max_budget_ > 0;
+  step_.begin(StepKind::decode, 1 + (trees ? config_.num_nodes : max_budget_));
+  step_.tree = trees;
   step_.uniform = false;
   for (const Record* record : rows_) {
     step_.slots[step_.rows++] = record->slot;
@@ -31,11 +34,11 @@ void Session::launch() {
   if (!outstanding_ || step_.kind != StepKind::decode) {
     throw std::logic_error("commit: no decode step is outstanding");
   }
-  launched_.push_back({row_ids_, step_.columns});
+  launched_.push_back({row_ids_, 1 + max_budget_});
   for (Record* record : rows_) {
     if (record == nullptr) continue;
     ++record->in_flight;
-    record->ahead_tokens += step_.columns;
+    record->ahead_tokens += launched_.back().most_tokens;
   }
   ++steps_;
   outstanding_ = false;
@@ -45,7 +48,10 @@ void Session::check_record(const int32_t* line, int64_t columns, const Record& r
   const int32_t drafted = line[kRecordDrafted], emitted = line[kRecordEmitted],
                 accepted = line[kRecordAccepted];
   const std::string name = "verdict: request " + std::to_string(record.id);
-  if (drafted < 0 || accepted < 0 || accepted > drafted || emitted != accepted + 1 || emitted > columns) {
+  // Of a tree fewer may be accepted than are drafted: no path is longer than the request's budget.
+  const bool fits = drafted >= 0 && drafted < static_cast<int64_t>(record.counters.rounds_by_drafts.size()) &&
+                    accepted >= 0 && accepted <= std::min<int64_t>(drafted, record.limits.num_drafts);
+  if (!fits || emitted != accepted + 1 || emitted > columns) {
     throw std::runtime_error(name + " with " + std::to_string(drafted) + " drafts accepts " +
                              std::to_string(accepted) + " and emits " + std::to_string(emitted) +
                              " (status " + std::to_string(line[kRecordStatus]) + ")");
@@ -66,13 +72,10 @@ void Session::settle_row(const int32_t* line, int64_t columns, Record& record) {
     const float* const bits = reinterpret_cast<const float*>(first + columns);
     logprobs.assign(bits, bits + tokens.size());
   }
-  const Emission emission{tokens.data(),
-                          config_.logprobs ? logprobs.data() : nullptr,
-                          line[kRecordEmitted],
-                          line[kRecordDrafted],
-                          line[kRecordAccepted],
-                          line[kRecordStatus],
-                          line[kRecordAccepted] == line[kRecordDrafted]};
+  const Emission emission{tokens.data(),         config_.logprobs ? logprobs.data() : nullptr,
+                          line[kRecordEmitted],  line[kRecordDrafted],
+                          line[kRecordAccepted], line[kRecordStatus],
+                          line[kRecordMoved],    line[kRecordBonus] != 0};
   const int64_t before = record.generated();
   const Finish end = record.emit(emission, counters_);
   lengths_[record.slot] = static_cast<int64_t>(record.tokens.size()) - 1;
@@ -94,7 +97,7 @@ void Session::settle(const int32_t* record, int64_t stride, int64_t columns) {
     rows.push_back(row);
     if (row == nullptr) continue;
     --row->in_flight;
-    row->ahead_tokens -= round.columns;
+    row->ahead_tokens -= round.most_tokens;
   }
   for (size_t b = 0; b < rows.size(); ++b) {
     const int32_t* const line = record + static_cast<int64_t>(b) * stride;

@@ -95,6 +95,15 @@ void Session::check_path(const Verdict& verdict, int64_t b) const {
   }
 }
 
+// Accepted nodes that do not stand where a chain would have put them.
+int32_t Session::moved_rows(const Verdict& verdict, int64_t b) const {
+  if (!trees_) return 0;
+  const int32_t* const path = verdict.path + b * (step_.columns - 1);
+  int32_t moved = 0;
+  for (int32_t i = 0; i < verdict.num_accepted[b]; ++i) moved += path[i] != i + 1;
+  return moved;
+}
+
 // Nothing was rejected: the path ends where the drafts do.
 bool Session::closes_with_bonus(const Verdict& verdict, int64_t b) const {
   const int32_t accepted = verdict.num_accepted[b];

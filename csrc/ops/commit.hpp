@@ -15,20 +15,39 @@ enum CommitField : int32_t {
   kRecordKept,      // of the emitted tokens, those up to the first that ended the request
   kRecordStatus,    // StatusBit
   kRecordEnd,       // CommitEnd
+  kRecordBonus,     // 1: the closing token came behind a draft that had no children
+  kRecordMoved,     // accepted nodes whose cache rows have to move
   kRecordFields,
+};
+
+// Columns of the sums over rounds. A round is one verdict of one request that emitted something.
+enum CommitCounter : int32_t {
+  kCountRounds,
+  kCountDrafts,       // rounds that checked at least one draft
+  kCountDraftTokens,  // drafts checked
+  kCountAccepted,     // of them, accepted and kept
+  kCountEmitted,      // tokens kept
+  kCountRollbacks,    // rounds that dropped at least one draft
+  kCountMoved,
+  kCountBadDrafts,  // rows with this bit in their status, and so on
+  kCountLawLost,
+  kCountBadRows,
+  kCommitCounters,
 };
 
 constexpr int64_t record_width(int64_t columns, bool logprobs) {
   return kRecordFields + (logprobs ? 2 : 1) * columns;
 }
 
-struct CommitArgs {         // B rows of C = D + 1 tokens, S slots, L tokens of text
+struct CommitArgs {         // B rows of C = D + 1 tokens, N drafts, S slots, L tokens of text
   TensorView tokens;        // [B, C] int32 | int64, as verification emitted them
   TensorView num_emitted;   // [B] int32; 0: a padded row, nothing of its slot is touched
   TensorView num_accepted;  // [B] int32
   TensorView status;        // [B] int32
   TensorView logprobs;      // [B, C] float32, may be null
   TensorView num_drafts;    // [B] int32: drafts that the round checked
+  TensorView path;          // [B, D] int32, accepted nodes; read beside parents alone
+  TensorView parents;       // [B, N] int32 | int64, of node i + 1; null: chains
   TensorView slots;         // [B] int32, no slot twice; null: row b is slot b
   TensorView limits;        // [S] int64: the text's length when max_new_tokens are there
   TensorView budgets;       // [S] int32: the most drafts of a round
@@ -39,6 +58,9 @@ struct CommitArgs {         // B rows of C = D + 1 tokens, S slots, L tokens of 
   TensorView next_drafts;   // [S] int32 in, out: drafts that the next round may check; -1: nobody is decoding
   TensorView ends;          // [S] int32 in, out: CommitEnd
   TensorView record;        // [B, F + C] int32 out, [B, F + 2 C] with logprobs (their bits); may be null
+  TensorView sums;          // [S, kCommitCounters] int64 in, out; null: nothing is counted
+  TensorView by_position;   // [S, P] int64 in, out: rounds that kept draft i of a path; beside sums
+  TensorView by_drafts;     // [S, M] int64 in, out: rounds that checked so many drafts; beside sums
 };
 
 }  // namespace foretoken

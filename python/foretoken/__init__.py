@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretoken import generate as _loop
 from foretoken import ops
+from foretoken.cache import OutOfPagesError, PagedCache
 from foretoken.drafters import Context, Drafter, ModelDrafter, NgramDrafter, Proposal
 from foretoken.ops import Status, Verdict
 from foretoken.sampling import Sampling
@@ -60,6 +61,8 @@ __all__ = [
     "Event",
     "ModelDrafter",
     "NgramDrafter",
+    "OutOfPagesError",
+    "PagedCache",
     "Proposal",
     "Request",
     "Sampling",

@@ -183,6 +183,54 @@ class DraftSteps:
         ...
     def truncate(self, slot: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+class OutOfPagesError(RuntimeError):
+    pass
+class PageTable:
+    """
+    The host's side of foretoken.cache.PagedCache.
+    """
+    def __init__(self, *, pages: typing.SupportsInt | typing.SupportsIndex, page_size: typing.SupportsInt | typing.SupportsIndex, max_slots: typing.SupportsInt | typing.SupportsIndex, max_length: typing.SupportsInt | typing.SupportsIndex, window: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def apply_copies(self, plans: collections.abc.Sequence[CachePlan]) -> None:
+        ...
+    def apply_edits(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any) -> None:
+        ...
+    def bounds(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
+        ...
+    def cancel(self) -> None:
+        ...
+    def close(self) -> None:
+        ...
+    def fork(self, source: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def free(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def keep_rows(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, kept: typing.Any, blocked: typing.Any, record: typing.Any, status: typing.Any) -> None:
+        ...
+    def pages(self, slot: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        ...
+    def reserve(self, slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], counts: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+    def settle(self, record: typing.Any) -> None:
+        ...
+    @property
+    def columns(self) -> int:
+        ...
+    @property
+    def free_pages(self) -> int:
+        ...
+    @property
+    def in_order(self) -> bool:
+        ...
+    @property
+    def open(self) -> bool:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def unsettled(self) -> int:
+        ...
 class Purpose:
     """
     What a random number is drawn for; purposes never share one.
@@ -460,9 +508,13 @@ def build_info() -> dict[str, typing.Any]:
     """
     How this binary was built.
     """
-def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, num_drafts: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any) -> None:
+def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, path: typing.Any, num_drafts: typing.Any, parents: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any, sums: typing.Any, by_position: typing.Any, by_drafts: typing.Any) -> None:
     """
     See foretoken.ops.commit.
+    """
+def commit_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, path: typing.Any, num_accepted: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.commit.
     """
 def compact(plan: CachePlan, lengths: typing.Any, path: typing.Any, num_accepted: typing.Any, block_table: typing.Any, status: typing.Any) -> None:
     """
@@ -499,6 +551,10 @@ def num_threads() -> int:
 def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> int:
     """
     See foretoken.ops.record_width.
+    """
+def reserve_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, parents: typing.Any, num_nodes: typing.Any, read: typing.Any, write: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.reserve.
     """
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """

@@ -15,8 +15,8 @@ from foretoken import _core, ops
 from foretoken.sampling import Sampling, SamplingTable
 from foretoken.step import Shape, Step, StepViews
 from foretoken.tree import TreePlan
-from foretoken.tree.draws import SampledGrowth
-from foretoken.tree.growth import ConfidenceGrowth, GrownTrees, Rows
+from foretoken.tree.draws import Growth, growth_of
+from foretoken.tree.growth import GrownTrees, Rows
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
 
@@ -343,7 +343,7 @@ class ModelDrafter:
         self._draws = torch.empty(max_batch, dtype=torch.int64)
         self._rows = _Rows()
         self._law: Tensor | None = None
-        self._growth: tuple[TreePlan, ConfidenceGrowth | SampledGrowth] | None = None
+        self._growth: tuple[TreePlan, Growth] | None = None
         self._grown: GrownTrees | None = None
         self.forward_seconds = 0.0
 
@@ -369,13 +369,14 @@ class ModelDrafter:
                 shape = self._steps.drawn(self._draw(last, step, context, drafts, k), drafts, k)
                 if k + 1 < most:
                     step = self._step(shape, context)
+                    step.provisional = True
         return Proposal(drafts, num_drafts, draft_logits=law)
 
     def observe(self, context: Context, verdict: ops.Verdict) -> None:
         self._steps.observe(context.slots, verdict.next_lengths)
         if self._grown is not None:
             slots, lengths, path, kept = self._grown.settle(context.slots, verdict.path, verdict.num_accepted)
-            self._mover()(slots, lengths, path, kept)
+            compact_of(self.forward)(slots, lengths, path, kept)
             self._steps.keep(slots, lengths + 1 + kept)
             self._grown = None
 
@@ -387,9 +388,8 @@ class ModelDrafter:
 
     def _propose_trees(self, context: Context, plan: TreePlan, budget: Tensor) -> Proposal:
         if self._growth is None or self._growth[0] != plan:
-            self._mover()
-            kind = ConfidenceGrowth if plan.draw == "deterministic" else SampledGrowth
-            self._growth = plan, kind(plan, lambda step: self._fit(self._run(step)))
+            compact_of(self.forward)
+            self._growth = plan, growth_of(plan, lambda step: self._fit(self._run(step)))
         growth = self._growth[1]
         depth = growth.depth_in(self.max_length - context.lengths).minimum(budget).to(torch.int32)
         most = self._steps.begin(context.slots, context.lengths, depth)
@@ -413,15 +413,6 @@ class ModelDrafter:
             grown = growth.grow(last, drafting, context.base[active], context.sampling)
         self._grown = grown
         return Proposal(**grown.spread(active, rows), draw=plan.draw)
-
-    def _mover(self) -> Compact:
-        compact: Compact | None = getattr(self.forward, "compact", None)
-        if compact is None:
-            raise TypeError(
-                "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form "
-                f"trees, got {type(self.forward).__name__}"
-            )
-        return compact
 
     def _catch_up(self, context: Context) -> tuple[Step, Tensor]:
         """Take in what was committed since; the step whose last logits give the first draft, and all of
@@ -497,6 +488,23 @@ class ModelDrafter:
         if self._law is None or self._law.shape[1] < most or self._law.dtype != dtype:
             self._law = torch.zeros(self._max_batch, most, self.vocab_size, dtype=dtype)
         return self._law
+
+
+def compact_of(forward: Forward) -> Compact:
+    """The method of a forward that moves cache rows.
+
+    Raises
+    ------
+    TypeError
+        It has none.
+    """
+    compact: Compact | None = getattr(forward, "compact", None)
+    if compact is None:
+        raise TypeError(
+            "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form trees, "
+            f"got {type(forward).__name__}"
+        )
+    return compact
 
 
 def _last_rows(logits: Tensor, step: Step) -> Tensor:

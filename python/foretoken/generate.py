@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foretoken.drafters import Forward
+from foretoken.drafters import Forward, compact_of
 from foretoken.session import Event, Request, Session, Step
 
 __all__ = ["Decodes", "StopStrings", "TextTail", "decode", "stream"]
@@ -142,14 +142,9 @@ def stream(session: Session, forward: Forward, *, stop_strings: StopStrings | No
 
 def settle(session: Session, forward: Forward, step: Step, logits: Tensor) -> None:
     """Commit a decode step; of trees, also move the cache rows of what was accepted."""
-    compact = getattr(forward, "compact", None)
-    if step.tree is not None and compact is None:
-        raise TypeError(
-            "forward: expected a method compact(slots, lengths, path, num_accepted), as drafts form trees, "
-            f"got {type(forward).__name__}"
-        )
+    compact = None if step.tree is None else compact_of(forward)
     verdict = session.commit(logits)
-    if step.tree is not None and verdict is not None and compact is not None:
+    if verdict is not None and compact is not None:
         compact(step.slots, step.lengths, verdict.path, verdict.num_accepted)
 
 

@@ -57,9 +57,9 @@ class Session:
     drafter
         None: plain decoding, one token a round.
     tree
-        Let drafts form trees of this size (not on a CUDA device). After the commit of a step of trees the
-        caller moves the cache rows of the accepted path, see :class:`~foretoken.step.Step`. None: chains.
-        ``"auto"``: trees of 16 drafts for requests to which they have given more tokens a second than chains.
+        Let drafts form trees of this size. After the commit of a step of trees the caller moves the cache
+        rows of the accepted path, see :class:`~foretoken.step.Step`. None: chains. ``"auto"``: trees for
+        requests to which they have given more tokens a second than chains; on a CUDA device chains.
     rule
         How drafts are accepted, see :func:`foretoken.ops.verify`; a request may have its own.
     tolerance
@@ -116,9 +116,8 @@ class Session:
     ) -> None:
         place = place_of(device)
         ahead = self._may_run_ahead and runs_ahead(place)
-        chains_on = str(device) if ahead else None
-        plan, num_drafts = settle_plan(tree, num_drafts, _NUM_DRAFTS, chains_on=chains_on)
-        device_drafter = drafter_on(drafter, max_batch, place) if ahead else None
+        plan, num_drafts = settle_plan(tree, num_drafts, _NUM_DRAFTS, str(device) if ahead else None)
+        device_drafter = drafter_on(drafter, max_batch, place, plan) if ahead else None
         self._native = _core.Session(
             max_batch=max_batch,
             vocab_size=vocab_size,
@@ -169,7 +168,7 @@ class Session:
                 self._table,
                 self._requests,
                 device_drafter,
-                self.metrics.seconds,
+                self.metrics,
                 vocab_size=vocab_size,
                 max_length=max_length,
                 num_drafts=num_drafts,
@@ -177,6 +176,7 @@ class Session:
                 tolerance=tolerance,
                 logprobs=logprobs,
                 device=place,
+                tree=plan,
             )
 
     # ---- requests ----
@@ -343,6 +343,8 @@ class Session:
         """Of the planned step of trees, int32 ``[B, T - 1]``: the parent of node i + 1; None: chains."""
         if step.tree is None:
             return None
+        if self._ahead is not None:
+            return self._ahead.parents()
         rows, columns = step.tokens.shape
         return self._views.flat("parents")[: rows * (columns - 1)].view(rows, columns - 1)
 
@@ -358,8 +360,7 @@ class Session:
         -------
         Verdict or None
             What verification found, in buffers that the next commit reuses; None for a prefill step. Events
-            and
-            :meth:`generated` tell what of it was emitted.
+            and :meth:`generated` tell what of it was emitted.
 
         Raises
         ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +12,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Step", "StepTree", "StepViews"]
+__all__ = ["Step", "StepTree", "StepViews", "numbers"]
 
 Shape = tuple[int, int, int, bool, int, int, bool]
 _KINDS: tuple[Literal["prefill", "decode"], ...] = ("prefill", "prefill", "decode")
 _MOST_CACHED_COLUMNS = 64
 WORD_BITS = 64
+
+
+@functools.cache
+def _numbers(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
+
+
+def numbers(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]``: 0, 1, 2 and so on, made once and kept: captured graphs read them there."""
+    return _numbers(1 << max(count - 1, 0).bit_length(), device)[:count]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +87,10 @@ class Step:
     """
     tree: StepTree | None = None
     """None: columns see everything before them."""
+    provisional: bool = False
+    """A later step may begin before this one's ``lengths``: of a draft model, all steps of a proposal but the
+    first, as what they feed are drafts. What cannot go back that far has to keep where it stood before.
+    """
 
 
 class StepViews:

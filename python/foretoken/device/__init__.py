@@ -5,7 +5,7 @@ from __future__ import annotations
 from foretoken.device.drafting import DeviceDrafter, drafter_on
 from foretoken.device.places import place_of, runs_ahead, why_no_edits_on, why_not_on
 from foretoken.device.rounds import DeviceRounds
-from foretoken.device.rows import numbers
+from foretoken.step import numbers
 
 __all__ = [
     "DeviceDrafter",

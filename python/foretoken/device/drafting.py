@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import ops
-from foretoken.device.rows import Rows, numbers
-from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal
+from foretoken.device.rows import Rows
+from foretoken.device.trees import DeviceTreeRows
+from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal, compact_of
 from foretoken.ops import RequestState
 from foretoken.ops._commit import upload
 from foretoken.sampling import SamplingTable
-from foretoken.step import Step
+from foretoken.step import Step, numbers
+from foretoken.tree import TreePlan
+from foretoken.tree.draws import Growth, growth_of
+from foretoken.tree.growth import fed_of
 
 BLOCK = 64
 
@@ -39,6 +43,10 @@ class DeviceContext:
     """What no ``base`` exceeds, known on the host."""
     greedy: bool
     coupled: bool | Tensor
+    tree: TreePlan | None = None
+    """Not None: drafts form trees of this shape."""
+    nodes: Tensor | None = None
+    """int32 ``[B]``: the most drafts of each row's tree, 0 where its budget is, -1 where that is."""
 
 
 class DeviceDrafter(Protocol):
@@ -49,11 +57,29 @@ class DeviceDrafter(Protocol):
         ...
 
     def propose(self, context: DeviceContext, most: int) -> Proposal:
-        """``most`` tokens a row, of which ``num_drafts`` count: at most the budget, and -1 where that is."""
+        """``most`` tokens a row, of which ``num_drafts`` count: at most the budget, and -1 where that is. Of
+        trees as many as the plan has nodes, no path longer than ``most``.
+        """
+        ...
+
+    def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:
+        """What the round came to.
+
+        Parameters
+        ----------
+        rows
+            Those of the verdict.
+        kept
+            int64: which rows of the proposal these are; None: all.
+        lengths
+            int64 ``[B]``, before the round.
+        """
         ...
 
 
-def drafter_on(drafter: object, max_batch: int, device: torch.device) -> DeviceDrafter | None:
+def drafter_on(
+    drafter: object, max_batch: int, device: torch.device, tree: TreePlan | None
+) -> DeviceDrafter | None:
     """The counterpart of a session's drafter on a device.
 
     Raises
@@ -64,6 +90,11 @@ def drafter_on(drafter: object, max_batch: int, device: torch.device) -> DeviceD
     if drafter is None:
         return None
     if type(drafter) is NgramDrafter:
+        if tree is not None:
+            raise ValueError(
+                f"tree: expected None with an NgramDrafter on {device}, where its drafts are chains, "
+                f"got {tree}"
+            )
         return TextDrafter(drafter)
     if type(drafter) is ModelDrafter:
         return DeviceModel(drafter, max_batch, device)
@@ -102,6 +133,9 @@ class TextDrafter:
         found = torch.where(best[:, 0] >= 0, most, 0).to(torch.int32)
         return Proposal(drafts, torch.minimum(context.budget, found))
 
+    def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:
+        """Texts are looked at anew."""
+
 
 class DeviceModel:
     """`ModelDrafter` whose cache lengths are on the device.
@@ -117,6 +151,8 @@ class DeviceModel:
         self._reach = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._fresh: dict[int, int] = {}
         self._law: Tensor | None = None
+        self._growth: Growth | None = None
+        self._fed: Tensor | None = None  # of the trees of this round, as of `GrownTrees`
         self._ones = torch.ones(max_batch, dtype=torch.int32, device=device)
 
     def seat(self, slot: int, prompt_length: int) -> None:
@@ -124,6 +160,9 @@ class DeviceModel:
         self._reach[slot : slot + 1].fill_(prompt_length - 1)
 
     def propose(self, context: DeviceContext, most: int) -> Proposal:
+        self._fed = None
+        if context.tree is not None and context.nodes is not None:
+            return self._propose_trees(context, context.tree, context.nodes, most)
         room = self._drafter.max_length + 1 - context.base
         num_drafts = torch.minimum(context.budget, room.clamp(0, most).to(torch.int32))
         with torch.inference_mode():
@@ -137,6 +176,52 @@ class DeviceModel:
                 self._draw(last, context, drafts, k)
             context.rows.write(self._reach, context.base + (most - 1))
         return Proposal(drafts, num_drafts, draft_logits=law)
+
+    def _propose_trees(self, context: DeviceContext, plan: TreePlan, nodes: Tensor, most: int) -> Proposal:
+        growth = self._growth
+        if growth is None:
+            compact_of(self._drafter.forward)
+            growth = self._growth = growth_of(plan, lambda step: self._fit(self._forward(step)))
+        rows, lengths = context.rows, context.base - 1
+        room = self._drafter.max_length - lengths
+        depth = growth.depth_in(room).minimum(context.budget).minimum(room).clamp_min(0)
+        drafting = depth > 0
+        grown_rows = DeviceTreeRows(
+            slots=rows.slots,
+            lengths=lengths,
+            requests=context.requests,
+            depth=depth.to(torch.int64),
+            nodes=torch.where(drafting, nodes, nodes.clamp_max(0)),
+            chain=torch.zeros_like(drafting),
+            numbers_of_slots=rows.slot_numbers,
+            slot_range=rows.range,
+            longest=context.longest - 1,
+            max_length=self._drafter.max_length,
+            depth_bound=most,
+            node_bound=plan.nodes,
+        )
+        with torch.inference_mode():
+            self._take_in_prompts(context)
+            last = self._last_logits(context, depth, torch.empty(0), 0)
+            grown = growth.grow(last, grown_rows, context.base, context.sampling)
+        self._fed = grown.fed
+        return Proposal(
+            grown.tokens.to(torch.int64),
+            torch.where(context.budget < 0, -1, grown.num_drafts),
+            draft_topk=grown.law,
+            draft_row=grown.draft_row,
+            parents=grown.parents,
+            draw=plan.draw,
+        )
+
+    def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:
+        if self._fed is None:
+            return
+        fed = self._fed if kept is None else self._fed.index_select(0, kept)
+        self._fed = None
+        path, count = fed_of(fed, verdict.path, verdict.num_accepted)
+        compact_of(self._drafter.forward)(rows.slots, lengths, path, count)
+        rows.write(self._reach, lengths + 1 + count)
 
     def _take_in_prompts(self, context: DeviceContext) -> None:
         slot_of = {request.slot: request for request in context.requests}
@@ -209,6 +294,9 @@ class DeviceModel:
             rows.range,
             True,
         )
+        return self._forward(step)
+
+    def _forward(self, step: Step) -> Tensor:
         began = perf_counter()
         logits = self._drafter.forward(step)
         self._drafter.forward_seconds += perf_counter() - began
@@ -239,11 +327,11 @@ class DeviceModel:
             drafts[:, k] = torch.where(context.coupled, draw("gumbel", None), drafts[:, k])
 
     def _fit(self, last: Tensor) -> Tensor:
-        missing = self._drafter.vocab_size - last.shape[1]
+        missing = self._drafter.vocab_size - last.shape[-1]
         if missing == 0:
             return last
         if missing < 0:
-            return last[:, : self._drafter.vocab_size]
+            return last[..., : self._drafter.vocab_size]
         return pad(last, (0, missing), value=-torch.inf)
 
     def _keep(self, last: Tensor, law: Tensor | None, most: int, k: int) -> Tensor:

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from foretoken import ops
+from foretoken.device.clock import DeviceClock
 from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.results import Results
-from foretoken.device.rows import Rows, numbers
+from foretoken.device.rows import Rows
+from foretoken.device.trees import tree_of
 from foretoken.drafters import Proposal
-from foretoken.metrics import Seconds
+from foretoken.metrics import Metrics
 from foretoken.ops import RequestState
 from foretoken.ops._commit import upload
 from foretoken.request import Request
 from foretoken.sampling import SamplingTable
-from foretoken.step import Shape, Step, StepViews
+from foretoken.step import Shape, Step, StepViews, numbers
+from foretoken.tree import TreePlan
 
 # Rounds that may be unsettled when the next one is planned.
 AHEAD = 1
@@ -41,7 +44,7 @@ class DeviceRounds:
         table: SamplingTable,
         requests: Mapping[int, Request],
         drafter: DeviceDrafter | None,
-        seconds: Seconds,
+        metrics: Metrics,
         *,
         vocab_size: int,
         max_length: int,
@@ -50,12 +53,13 @@ class DeviceRounds:
         tolerance: ops.Tolerance | None,
         logprobs: bool,
         device: torch.device,
+        tree: TreePlan | None = None,
     ) -> None:
         slots = table.size
         self._native, self._views, self._table = native, views, table
         self._requests = requests
         self._drafter = drafter
-        self._seconds = seconds
+        self._metrics, self._seconds = metrics, metrics.seconds
         self._vocab_size = vocab_size
         self._rule: ops.Rule = rule
         self._rules: Tensor | None = None
@@ -65,7 +69,11 @@ class DeviceRounds:
         self._state = RequestState.empty(slots, max_length, device=device)
         self._prompt_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._held_until = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._results = Results(slots * ops.record_width(num_drafts + 1, logprobs), device)
+        self._tree = tree
+        most = num_drafts if tree is None else tree.nodes
+        metrics.device_counters = ops.RoundCounters.empty(slots, num_drafts, most, device=device)
+        self._clock = DeviceClock()
+        self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
         self._version = -1
         self._rows: Rows | None = None
@@ -73,6 +81,7 @@ class DeviceRounds:
         self._step: Step | None = None
         self._held_open = False
         self._whole: Proposal | None = None  # of the rows that were planned first
+        self._kept: Tensor | None = None  # which of them are left, None: all
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
         # Kernels are launched on the current device.
@@ -117,6 +126,10 @@ class DeviceRounds:
         with self._there:
             return self._commit(logits)
 
+    def parents(self) -> Tensor | None:
+        """Of the planned step, see `Session.parents`."""
+        return None if self._planned is None else self._planned[2].parents
+
     # ---- inside ----
 
     def _plan(self, seat_all: Any) -> Step | None:
@@ -130,7 +143,9 @@ class DeviceRounds:
             self._settle()  # nothing can be issued without knowing more
         if shape[0] == 0:
             self._step = self._mark = None
+            self._clock_mark(None)
             return None
+        self._clock_mark("rest")
         if self._mark is not None:
             self._seconds.rest += began - self._mark
         moved = version != self._version
@@ -142,6 +157,7 @@ class DeviceRounds:
             self._step = self._prefill(shape)
         elif not again or moved or self._step is None:
             began += self._decode(shape, most, again)
+            self._clock_mark("draft")
         self._mark = perf_counter()
         self._seconds.rest += self._mark - began
         return self._step
@@ -152,6 +168,7 @@ class DeviceRounds:
             raise RuntimeError("commit: no step is planned")
         began = perf_counter()
         waited = began - (began if self._mark is None else self._mark)
+        self._clock_mark("prefill_forward" if step.kind == "prefill" else "target_forward")
         verdict = None
         if step.kind == "prefill":
             self._native.commit_prefill()
@@ -160,11 +177,23 @@ class DeviceRounds:
             verdict = self._verify(step, logits)
             self._seconds.target_forward += waited
         self._step = None
+        self._clock_mark("verify_commit")
         while self._native.in_flight > AHEAD:
             self._settle()
         self._mark = perf_counter()
         self._seconds.verify_commit += self._mark - began
         return verdict
+
+    def _clock_mark(self, part: str | None) -> None:
+        """What was issued since the last mark belongs to this part; None: nothing is issued for a while."""
+        seconds = self._metrics.device_seconds
+        if seconds is None:
+            return
+        if part is None:
+            self._clock.stop()
+        else:
+            self._clock.mark(part)
+        self._clock.read(seconds)
 
     def _settle(self) -> None:
         record = self._results.receive()
@@ -203,11 +232,11 @@ class DeviceRounds:
         base = rows.of(self._state.base)
         drafted = 0.0
         if again and self._whole is not None:
-            kept = upload(self._native.kept_rows(), torch.int64, self._device)
-            proposal = self._whole.select(kept)
+            self._kept = upload(self._native.kept_rows(), torch.int64, self._device)
+            proposal = self._whole.select(self._kept)
         else:
             before = perf_counter()
-            self._whole = None
+            self._whole = self._kept = None
             self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1)
             drafted = perf_counter() - before
             self._seconds.draft += drafted
@@ -231,8 +260,15 @@ class DeviceRounds:
             longest,
             all(request._greedy for request in self._row_requests),
             self._coupled(),
+            self._tree,
+            None if self._tree is None else self._nodes(base, budget, self._tree.nodes),
         )
         return self._drafter.propose(context, most)
+
+    def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
+        """The most drafts of each row's tree: what its slot has room for."""
+        room = (self._state.text.shape[1] - base).clamp_max(most).to(torch.int32)
+        return torch.where(budget > 0, room.maximum(budget), budget)
 
     def _coupled(self) -> bool | Tensor:
         flags = [request._rule == "coupled" for request in self._row_requests]
@@ -244,10 +280,13 @@ class DeviceRounds:
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
         roots = rows.tokens_at(self._state.text, lengths[:, None])
         tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
+        positions, tree = lengths[:, None] + columns, None
+        if proposal.parents is not None:
+            positions, tree = tree_of(proposal.parents, proposal.num_drafts, lengths)
         return Step(
             "decode",
             tokens,
-            lengths[:, None] + columns,
+            positions,
             used,
             lengths,
             rows.slots,
@@ -256,6 +295,7 @@ class DeviceRounds:
             False,
             rows.range,
             True,
+            tree,
         )
 
     def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:
@@ -272,15 +312,20 @@ class DeviceRounds:
                 f"{logits.device}"
             )
         if self._held_open:
-            logits = self._hold_open(logits, rows, base)
+            depth = step.positions - step.lengths[:, None]
+            logits = self._hold_open(logits, rows, base, depth)
         history = prompt_lengths = None
         if self._table.needs_history:
             history, prompt_lengths = self._state.text, self._prompt_lengths
         verdict = ops.verify(
             logits,
             proposal.tokens,
+            parents=proposal.parents,
             num_drafts=proposal.num_drafts,
             draft_logits=proposal.draft_logits,
+            draft_topk=proposal.draft_topk,
+            draft_row=proposal.draft_row,
+            draw=proposal.draw,
             sampling=self._table,
             history=history,
             prompt_lengths=prompt_lengths,
@@ -292,9 +337,19 @@ class DeviceRounds:
             out=self._verdict(rows.count, columns),
         )
         record = self._results.record(rows.count, ops.record_width(columns, self._logprobs))
-        ops.commit(verdict, self._state, num_drafts=proposal.num_drafts, slots=rows.slots, record=record)
+        ops.commit(
+            verdict,
+            self._state,
+            num_drafts=proposal.num_drafts,
+            parents=proposal.parents,
+            slots=rows.slots,
+            record=record,
+            counters=self._metrics.device_counters,
+        )
         self._native.launch()
         self._results.send(record)
+        if self._drafter is not None:
+            self._drafter.observe(rows, self._kept, step.lengths, verdict)
         return verdict
 
     def _verdict(self, rows: int, columns: int) -> ops.Verdict:
@@ -304,12 +359,11 @@ class DeviceRounds:
             self._verdicts[rows, columns] = verdict
         return verdict
 
-    def _hold_open(self, logits: Tensor, rows: Rows, base: Tensor) -> Tensor:
+    def _hold_open(self, logits: Tensor, rows: Rows, base: Tensor, depth: Tensor) -> Tensor:
         """Rows below their ``min_new_tokens`` cannot end: their ends have no mass."""
         ends = torch.cat([rows.of(self._state.eos_ids), rows.of(self._state.stop_ids)], 1).long()
         # Of no id the mark goes one behind the vocabulary.
         marks = torch.zeros(len(ends), self._vocab_size + 1, dtype=torch.bool, device=self._device)
         marks.scatter_(1, torch.where(ends >= 0, ends, self._vocab_size), True)
-        places = base[:, None] + numbers(logits.shape[1], self._device)
-        held = places < rows.of(self._held_until)[:, None]
+        held = base[:, None] + depth < rows.of(self._held_until)[:, None]
         return logits.masked_fill(held[:, :, None] & marks[:, None, : self._vocab_size], -torch.inf)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foretoken.ops._commit import upload
-
-
-@functools.lru_cache(maxsize=64)
-def numbers(count: int, device: torch.device) -> Tensor:
-    """int64 ``[count]``: 0, 1, 2 and so on, made once."""
-    with torch.inference_mode(False):
-        return torch.arange(count, device=device)
+from foretoken.step import numbers
 
 
 class Rows:
@@ -23,6 +16,7 @@ class Rows:
 
     def __init__(self, slots: Sequence[int], text_length: int, device: torch.device) -> None:
         self.count = len(slots)
+        self.slot_numbers = tuple(slots)
         whole = slots[-1] - slots[0] == self.count - 1
         self.range = (slots[0], slots[-1] + 1) if whole else None
         self.slots = upload(slots, torch.int32, device)

@@ -26,6 +26,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GenerationMixin
 
+from foretoken.hf.captured import RunnerKind, check_kind
 from foretoken.hf.refusals import refuse_arguments, refuse_model, refuse_options
 from foretoken.hf.speculation import Speculation, read_speculation
 from foretoken.sampling import Sampling
@@ -48,6 +49,7 @@ _HANDLED_BY_THE_LOOP = {
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",  # its name in models without attention
     "use_cache",
     "logits_to_keep",
     "output_attentions",
@@ -78,6 +80,7 @@ class Prepared:
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    runner: RunnerKind = "auto"
 
     @property
     def batch(self) -> int:
@@ -101,6 +104,7 @@ def prepare(
     tokenizer: Any,
     streamer: Any,
     keywords: Mapping[str, Any],
+    runner: RunnerKind = "auto",
 ) -> Prepared:
     """Read the arguments of one call. No forward of any model has run when this returns or raises.
 
@@ -116,6 +120,7 @@ def prepare(
         refuses itself.
     """
     keywords = dict(keywords)
+    check_kind(runner)
     refuse_model(model)
     refuse_arguments(model, generation_config, tokenizer, keywords)
     speculation = read_speculation(model, drafter, num_drafts, tree, generation_config, keywords)
@@ -152,6 +157,7 @@ def prepare(
         sampling=sampling,
         user_processors=tuple(keywords.get("logits_processor") or ()),
         streamer=streamer,
+        runner=runner,
     )
 
 
@@ -167,6 +173,7 @@ def assemble(
     sampling: Sampling | None,
     user_processors: tuple[Any, ...],
     streamer: Any,
+    runner: RunnerKind = "auto",
 ) -> Prepared:
     """Put together what transformers hands a decoding loop; `custom_generate` enters here."""
     edits = [] if sampling is None else sampling.edits()
@@ -207,6 +214,7 @@ def assemble(
         max_new_tokens=max(1, min(lengths) - input_ids.shape[1]),
         eos_ids=tuple(sorted(eos_ids)),
         pad_id=int(pad) if pads and pad is not None else None,
+        runner=runner,
     )
 
 

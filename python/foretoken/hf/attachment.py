@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from foretoken.hf.arguments import prepare
+from foretoken.hf.captured import RunnerKind, check_kind
 from foretoken.hf.forwards import Runners
 from foretoken.hf.generation import Callback, finish
 from foretoken.hf.refusals import refuse_model
@@ -33,6 +34,7 @@ class Attachment:
         num_drafts: int | None,
         tree: TreePlan | Trees | None,
         callback: Callback | None,
+        runner: RunnerKind,
     ) -> None:
         self.model = model
         self._drafter = drafter
@@ -40,6 +42,7 @@ class Attachment:
         self._num_drafts = num_drafts
         self._tree = tree
         self._callback = callback
+        self._runner = runner
         self._runners = Runners()
         self._before = vars(model).get("generate")
         setattr(model, _ATTACHED, self)
@@ -107,6 +110,7 @@ class Attachment:
             tokenizer=tokenizer,
             streamer=streamer,
             keywords=keywords,
+            runner=self._runner,
         )
         return finish(prepared, self._callback, self._runners)
 
@@ -128,6 +132,7 @@ def attach(
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
     callback: Callback | None = None,
+    runner: RunnerKind = "auto",
 ) -> Attachment:
     """Make ``model.generate`` speculative, until ``detach``; also for ``with``.
 
@@ -137,7 +142,7 @@ def attach(
 
     Parameters
     ----------
-    drafter, sampling, num_drafts, tree, callback
+    drafter, sampling, num_drafts, tree, callback, runner
         As in `generate`, for every call that does not say otherwise. Without a drafter, calls decode
         plainly unless they name an assistant.
 
@@ -151,11 +156,12 @@ def attach(
     >>> with foretoken.hf.attach(model, drafter=draft):                     # doctest: +SKIP
     ...     print(pipeline("text-generation", model=model, tokenizer=tok)("Once upon a time"))
     """
+    check_kind(runner)
     refuse_model(model)
     check_drafter(model, drafter)
     if _ATTACHED in vars(model):
         raise ValueError("model: foretoken is attached to it already; detach first")
-    return Attachment(model, drafter, sampling, num_drafts, tree, callback)
+    return Attachment(model, drafter, sampling, num_drafts, tree, callback, runner)
 
 
 def detach(model: Any) -> None:

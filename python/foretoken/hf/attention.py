@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows
+from foretoken.hf.device_plan import DevicePlan, is_native
+from foretoken.hf.plan import SlotPlan, SlotRows
 from foretoken.ops import tree_attention
 
 NAME = "foretoken"
@@ -24,11 +25,8 @@ FOLD_ROWS = 128
 # On a device several tokens always come with a mask, and fused kernels take either masks or shared heads.
 FOLD_GROUP_ON_DEVICE = 2
 
-# What `ops.tree_attention` takes; longer chunks, wider heads and other dtypes go to torch.
-NATIVE_TOKENS, NATIVE_SIZE, NATIVE_GROUP = 256, 256, 16
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# And where it is faster: with soft caps or sinks, which torch's fused attention lacks, and from this many
-# scores a head on; below that, what surrounds the calls decides.
+# Where `ops.tree_attention` is faster on the CPU: with soft caps or sinks, which torch's fused attention
+# lacks, and from this many scores a head on; below that, what surrounds the calls decides.
 NATIVE_SCORES = 8192
 
 
@@ -88,8 +86,14 @@ def slot_attention(
         return _scored(query, key, value, attention_mask, scaling, softcap, s_aux)
     if foretoken.trace is not None:
         foretoken.trace.note_call(getattr(module, "layer_idx", None), sliding_window, attention_mask)
-    spans = foretoken.spans
     extra = None if softcap is None and s_aux is None else (softcap, s_aux)
+    if isinstance(foretoken, DevicePlan):
+        output = foretoken.native(query, key, value, scaling, sliding_window, softcap, s_aux)
+        if output is None:
+            key, value = foretoken.cut(key), foretoken.cut(value)
+            output = _attend(foretoken, 0, query, key, value, scaling, sliding_window, extra)
+        return output, None
+    spans = foretoken.spans
     if len(spans) == 1:
         return _attend(foretoken, 0, query, key, value, scaling, sliding_window, extra), None
     outputs = []
@@ -115,7 +119,7 @@ def _attend(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     worth = extra is not None or num_tokens * key.shape[2] >= NATIVE_SCORES
-    if worth and isinstance(plan, SlotPlan) and _is_native(query, key, value):
+    if worth and isinstance(plan, SlotPlan) and query.device.type == "cpu" and is_native(query, key, value):
         lengths = plan.lengths(index)
         if lengths is not None:
             softcap, sinks = extra or (None, None)
@@ -155,21 +159,6 @@ def _attend(
         return output.reshape(batch, 1, heads, -1)
     output = output.view(batch, kv_heads, num_tokens, group, -1).transpose(1, 2)
     return output.reshape(batch, num_tokens, heads, -1)
-
-
-def _is_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `ops.tree_attention` takes a span on the CPU, and nobody asks for gradients."""
-    size = query.shape[-1]
-    return (
-        query.device.type == "cpu"
-        and query.shape[2] <= NATIVE_TOKENS
-        and size == value.shape[-1] <= NATIVE_SIZE
-        and query.shape[1] <= NATIVE_GROUP * key.shape[1]
-        and query.dtype == key.dtype == value.dtype
-        and query.dtype in NATIVE_DTYPES
-        and query.stride(-1) == 1
-        and not (torch.is_grad_enabled() and query.requires_grad)
-    )
 
 
 def _scores_then_sum(

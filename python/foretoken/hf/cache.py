@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any, NamedTuple
 
@@ -11,16 +12,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken import ops
+from foretoken.device import numbers, runs_ahead
+from foretoken.hf.device_plan import PAGE_ROWS, DevicePlan, Scratch, page_table
 from foretoken.hf.masks import TailMasks, TreeMasks
-from foretoken.hf.plan import DevicePlan, SlotPlan, SlotRows, Span, Trace, cut_spans
+from foretoken.hf.plan import SlotPlan, SlotRows, Trace, cut_spans
 from foretoken.ops import CachePlan
 from foretoken.session import Step
 
 # What one more attention call costs, as bytes of cache read in the same time: about 20 us on a CPU core.
 CALL_BYTES = {"cpu": 1 << 20}
 CALL_BYTES_DEVICE = 1 << 26
-# Where the host only knows bounds of lengths, attention reads whole blocks of so many cache rows.
+# Where the host only knows bounds of lengths, torch's attention reads whole blocks of so many cache rows.
 END_STEP = 64
+# What `ops.append` writes.
+APPENDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LayerShape(NamedTuple):
@@ -33,7 +38,7 @@ class LayerShape(NamedTuple):
     device: torch.device
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's view of the buffers, for code that looks into ``cache.layers``."""
 
     is_sliding = False
@@ -66,15 +71,22 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class _Store:
-    """The buffers of all layers of one shape: one allocation, so that one slice serves all these layers."""
+    """The buffers of all layers of one shape: one allocation, so that one slice serves all these layers.
+
+    Where rounds run ahead of the host, the heads of a token lie together and slots are whole pages, so that
+    slots in any order are pages of `ops.tree_attention`; elsewhere, the tokens of a head do.
+    """
 
     def __init__(self, shape: LayerShape, layers: int, max_batch: int, rows: int) -> None:
         self.shape, self.rows = shape, rows
+        self.paged = runs_ahead(shape.device) and shape.dtype in APPENDED_DTYPES
+        if self.paged:
+            self.rows = rows = rows + -rows % PAGE_ROWS
 
         def zeros(count: int, size: int) -> Tensor:
-            place = (count, max_batch, shape.heads, rows, size)
+            place = (rows, shape.heads) if self.paged else (shape.heads, rows)
             with torch.inference_mode(False):  # else nobody could write to it outside inference mode
-                return torch.zeros(place, dtype=shape.dtype, device=shape.device)
+                return torch.zeros((count, max_batch, *place, size), dtype=shape.dtype, device=shape.device)
 
         self._blocks: tuple[Tensor, ...]
         if shape.key_size == shape.value_size:
@@ -82,17 +94,23 @@ class _Store:
         else:
             self._blocks = (zeros(layers, shape.key_size), zeros(layers, shape.value_size))
         self._layers = layers
-        whole = self.slices(slice(None), slice(None))
-        self.flat = [[part.view(-1, part.shape[-1]) for part in half] for half in whole]
-        self._heads = torch.arange(shape.heads, device=shape.device)
+        whole = [part for block in self._blocks for part in block.unbind(0)]
+        flat = [part.view(-1, part.shape[-1]) for part in whole]
+        self.flat = flat[:layers], flat[layers:]
+        if self.paged:
+            pages = [part.view(-1, PAGE_ROWS, *part.shape[2:]) for part in whole]
+            self.pages = pages[:layers], pages[layers:]
+        steps = (shape.heads, 1) if self.paged else (1, rows)
+        self._row_step, self._head_step = steps
+        self._heads = torch.arange(shape.heads, device=shape.device) * self._head_step
         self._targets = self._heads
-        self._firsts: tuple[Tensor | None, Tensor] = None, self._heads
 
     def slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of every layer, ``[slots, G, rows, D]`` each, without a copy."""
         parts: list[Tensor] = []
         for block in self._blocks:
-            parts.extend(block[:, slots, :, rows].unbind(0))
+            heads_first = block.transpose(2, 3) if self.paged else block
+            parts.extend(heads_first[:, slots, :, rows].unbind(0))
         return parts[: self._layers], parts[self._layers :]
 
     def clear(self) -> None:
@@ -102,26 +120,50 @@ class _Store:
 
     def aim(self, slots: Sequence[int], lengths: Sequence[int], num_tokens: int) -> None:
         """Set where `scatter` writes; columns past the end of a slot are padding, for the spare last row."""
-        last = self.rows - 1
+        last, step = self.rows - 1, self._row_step
         rows = [
-            [slot * self.shape.heads * self.rows + min(length + i, last) for i in range(num_tokens)]
+            [slot * self.shape.heads * self.rows + min(length + i, last) * step for i in range(num_tokens)]
             for slot, length in zip(slots, lengths, strict=True)
         ]
         first_head = torch.tensor(rows, device=self.shape.device)
-        self._targets = (first_head.unsqueeze(-1) + self._heads * self.rows).view(-1)
+        self._targets = (first_head.unsqueeze(-1) + self._heads).view(-1)
 
-    def aim_on_device(self, slots: Tensor, positions: Tensor) -> None:
-        """The same for ``slots`` ``[B]`` and ``positions`` ``[B, T]`` that only the device knows."""
-        known, firsts = self._firsts
-        if known is not slots:  # the same object as long as the rows of a session stay the same
-            firsts = (slots.long()[:, None] * self.shape.heads + self._heads) * self.rows
-            self._firsts = slots, firsts
-        self._targets = (positions.clamp_max(self.rows - 1)[:, :, None] + firsts[:, None]).view(-1)
+    def aim_on_device(self, slots: Tensor, lengths: Tensor, num_tokens: int) -> None:
+        """The same for ``slots`` ``[B]`` and ``lengths`` ``[B]`` that only the device knows."""
+        rows = lengths[:, None] + numbers(num_tokens, lengths.device)
+        rows = rows.clamp_max(self.rows - 1) * self._row_step
+        first_head = slots.long()[:, None] * (self.shape.heads * self.rows) + rows
+        self._targets = (first_head.unsqueeze(-1) + self._heads).view(-1)
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
         for flat, states in zip(self.flat, (keys, values), strict=True):
             flat[index].index_copy_(0, self._targets, states.transpose(1, 2).reshape(-1, states.shape[-1]))
+
+    def append(
+        self, index: int, keys: Tensor, values: Tensor, plan: DevicePlan, status: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Write what counts of ``[B, G, T, D]`` to the rows that `plan` says, on the device.
+
+        Returns
+        -------
+        tuple of Tensor
+            The layer's buffers ``[S, G, rows, D]``.
+        """
+        key_pages, value_pages = self.pages[0][index], self.pages[1][index]
+        ops.append(
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            key_pages,
+            value_pages,
+            lengths=plan.lengths,
+            num_nodes=plan.used,
+            block_table=plan.block_table,
+            status=status[: len(plan.lengths)],
+        )
+        # Made of the pages and not kept beside them: a compiler would have to see to what shares memory.
+        whole = [pages.view(-1, self.rows, *pages.shape[2:]) for pages in (key_pages, value_pages)]
+        return whole[0].transpose(1, 2), whole[1].transpose(1, 2)
 
 
 class SlotCache(Cache):
@@ -172,10 +214,19 @@ class SlotCache(Cache):
         self._rows = 0
         self._trace: Trace | None = None
         self._slack = _slack(shapes)
+        self._appended: DevicePlan | None = None
+        self._scratch: dict[torch.device, Scratch] = {}
+        self._status: dict[torch.device, Tensor] = {}
+        for store, _ in self._stores:
+            if store.paged and store.shape.device not in self._scratch:
+                self._scratch[store.shape.device] = Scratch()
+                self._status[store.shape.device] = torch.zeros(
+                    max_batch, dtype=torch.int32, device=store.shape.device
+                )
         self._plans: dict[torch.device, CachePlan] | None = None
         self._no = [False] * len(shapes)
         pairs = enumerate(zip(*self._whole, strict=True))
-        super().__init__(layers=[_SlotLayer(self, layer, *pair) for layer, pair in pairs])
+        super().__init__(layers=[SlotLayer(self, layer, *pair) for layer, pair in pairs])
 
     def plan(
         self,
@@ -187,6 +238,8 @@ class SlotCache(Cache):
         stacked: bool = False,
         trace: Trace | None = None,
         trees: TreeMasks | None = None,
+        final: bool = False,
+        provisional: bool = False,
     ) -> SlotPlan:
         """Point the cache at the rows of the next forward.
 
@@ -205,6 +258,8 @@ class SlotCache(Cache):
             Filled with what the forward does, for a probe.
         trees
             What the columns see, where they are nodes of trees; None: all before them.
+        final, provisional
+            No later step begins inside this one; a later step may begin before it. Keys do not care.
 
         Raises
         ------
@@ -213,7 +268,7 @@ class SlotCache(Cache):
         """
         fits = max(lengths) + num_tokens <= self.max_length
         if not fits:
-            self._check_room(slots, lengths, used if used is not None else [num_tokens] * len(slots))
+            self.check_room(slots, lengths, used if used is not None else [num_tokens] * len(slots))
         spans = cut_spans(slots, lengths, num_tokens, self.max_length, inf if stacked else self._slack)
         whole = len(spans) == 1
         if whole:
@@ -230,6 +285,7 @@ class SlotCache(Cache):
             self._writes = self._slices(spans[0].slots, slice(lengths[0], lengths[0] + num_tokens))
         self._rows = end - num_tokens
         self._trace = trace
+        self._appended = None
         return SlotPlan(spans, num_tokens, self._masks, trace, trees)
 
     def plan_on_device(self, step: Step) -> DevicePlan:
@@ -239,16 +295,22 @@ class SlotCache(Cache):
         if end > num_tokens:
             end += -end % END_STEP
         end = min(end, self.max_length)
-        first, last = (0, self.max_batch) if step.slot_range is None else step.slot_range
-        self._reads = self._slices(slice(first, last), slice(0, end))
-        self._picked = step.slots if step.slot_range is None else None
+        store = self._stores[0][0]
+        pages = page_table(step.slots, store.rows) if store.paged else None
+        plan = DevicePlan(step, end, pages, self._scratch.get(step.tokens.device))
+        for each, _ in self._stores:
+            if not each.paged:
+                each.aim_on_device(step.slots, step.lengths, num_tokens)
+        self._reads, self._picked = self._whole, None
         self._scattered = True
-        for store, _ in self._stores:
-            store.aim_on_device(step.slots, step.positions)
         self._rows = end - num_tokens
         self._trace = None
-        span = Span(slice(0, len(step.slots)), slice(first, last), (), end)
-        return DevicePlan(span, step.positions)
+        self._appended = plan
+        return plan
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around the one forward that was planned."""
+        return nullcontext()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -256,10 +318,13 @@ class SlotCache(Cache):
         """Write the step's keys and values ``[B, G, T, D]`` in place; return what attention reads.
 
         That is slices ``[B, G, end, D]`` where the step's rows sit in neighbouring slots, else the layer's
-        whole buffers, in which the plan's spans say where to look.
+        whole buffers, in which the plan says where to look.
         """
         if self._scattered:
             store, index = self._home[layer_idx]
+            if self._appended is not None and store.paged:
+                status = self._status[store.shape.device]
+                return store.append(index, key_states, value_states, self._appended, status)
             store.scatter(index, key_states, value_states)
         else:
             self._writes[0][layer_idx].copy_(key_states)
@@ -292,6 +357,11 @@ class SlotCache(Cache):
                 num_accepted=num_accepted.to(device, torch.int32),
                 block_table=slots.to(device)[:, None],  # a slot is a page
             )
+
+    @property
+    def workspaces(self) -> list[Tensor]:
+        """What attention writes to beside its results, at present."""
+        return [scratch.buffer for scratch in self._scratch.values() if scratch.buffer is not None]
 
     def reset(self) -> None:
         """Zero all rows."""
@@ -347,7 +417,8 @@ class SlotCache(Cache):
                 keys[layer], values[layer] = key, value
         return keys, values
 
-    def _check_room(self, slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> None:
+    def check_room(self, slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> None:
+        """Refuse tokens that do not fit their slot."""
         for slot, length, tokens in zip(slots, lengths, used, strict=True):
             if length + tokens > self.max_length:
                 raise ValueError(

@@ -23,6 +23,7 @@ from foretoken.hf.stopping import Replay, shared_criteria
 from foretoken.metrics import Counters, Metrics
 from foretoken.sampling import Sampling, derive_seed, fresh_seed
 from foretoken.session import Event, Request, Session, Step
+from foretoken.tree import TreePlan
 from foretoken.tree.plan import settle_plan
 
 
@@ -67,6 +68,8 @@ class Figures:
     """None: rounds stayed on the model's device, each issued before the last was known. Else what kept them
     on the host, where only the forward passes ran on the device.
     """
+    runners: dict[str, str]
+    """Of "target" and "draft": "graph", "compiled", or "module" with why its steps were no graphs."""
 
 
 class _HostSession(Session):
@@ -105,6 +108,8 @@ class Decoding:
         self._draft_runner = self._take_runner("draft", draft_model) if wanted else None
         self.why_on_host = self._find_why_on_host(recorded)
         self._settle_trees(spec.tree == "auto")
+        self._runner.expect(1 if self._tree is not None else self._num_drafts + 1)
+        self._ran = dict(self._taken)
         place = torch.device("cpu") if self.why_on_host is not None else prepared.model.device
         self._replay = Replay(
             prepared.input_ids if self.why_on_host is not None else prepared.input_ids.cpu(),
@@ -197,16 +202,18 @@ class Decoding:
                 "rest": spent.rest,
             },
             why_on_host=self.why_on_host,
+            runners={role: _told(runner) for role, runner in self._ran.items()},
             seeds=tuple(int(s.seed) for s in self._samplings if isinstance(s.seed, int)),
         )
 
     def release(self) -> None:
         """Hand the caches on to a later call; this one is over."""
         while self._taken:
-            self._runners.put_back(*self._taken.popitem())
+            self._runners.put_back(*self._taken.popitem(), self._prepared.runner)
 
     def _take_runner(self, role: str, model: Any) -> ModuleRunner:
-        runner = self._runners.take(role, model, self._prepared.batch, self._max_length)
+        sizes = self._prepared.batch, self._max_length
+        runner = self._runners.take(role, model, *sizes, self._prepared.runner)
         self._taken[role] = runner
         return runner
 
@@ -244,7 +251,13 @@ class Decoding:
                 raise
             self._tree = None
         if self._tree is not None and self.why_on_host is None:
-            self.why_on_host = "tree: rounds on a device draft chains"
+            self.why_on_host = self._why_trees_on_host(self._tree)
+
+    def _why_trees_on_host(self, tree: TreePlan) -> str | None:
+        if self._draft_runner is None:
+            return "tree: n-gram drafts are chains on a device"
+        depth = min(self._num_drafts, tree.depth)
+        return None if tree.nodes > depth else f"tree: {tree.nodes} nodes are no more than a chain of {depth}"
 
     def _drafter(self) -> Any:
         spec = self._prepared.speculation
@@ -364,6 +377,10 @@ class Decoding:
                 tuple(self._kinds[row][told:certain]),
                 self._replay.reason(row) if ended else None,
             )
+
+
+def _told(runner: ModuleRunner) -> str:
+    return runner.runner if runner.why_module is None else f"module: {runner.why_module}"
 
 
 def _names(things: Sequence[Any]) -> str:

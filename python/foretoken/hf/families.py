@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -9,11 +10,25 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from foretoken.hf.cache import LayerShape
 
 TESTED_VERSION = "5.23"
+_WITH_KEYS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -86,15 +101,13 @@ def refuse_by_design(model: nn.Module, max_length: int) -> None:
     Raises
     ------
     UnsupportedModelError
-        Not a transformers model, an encoder-decoder, recurrent, or rotations that change with the length.
+        Not a transformers model, an encoder-decoder, or rotations that change with the length.
     """
     if not isinstance(model, PreTrainedModel):
         hint = ", of an adapted model get_base_model()" if hasattr(model, "get_base_model") else ""
         raise UnsupportedModelError(model, f"expected a transformers PreTrainedModel{hint}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(model, "encoder-decoder models are not supported")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(model, "recurrent state cannot be rolled back by a length")
     rotations = getattr(text_config(model), "rope_parameters", None) or {}
     for rope in [rotations, *(part for part in rotations.values() if isinstance(part, dict))]:
         if "dynamic" not in rope.get("rope_type", "") and rope.get("rope_type") != "longrope":
@@ -108,36 +121,71 @@ def refuse_by_design(model: nn.Module, max_length: int) -> None:
             )
 
 
-def layer_shapes(model: nn.Module, cache: Cache) -> list[LayerShape]:
-    """What each layer stored in `cache`, a dynamic cache that has seen one forward of `model`.
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which the model's forward takes its cache."""
+    accepted = inspect.signature(type(model).forward).parameters
+    return "cache_params" if "cache_params" in accepted else "past_key_values"
+
+
+def layer_shapes(model: PreTrainedModel, cache: Cache) -> dict[int, LayerShape]:
+    """Of each layer that attends, what it stored in `cache`, which has seen one forward of `model`.
+
+    Layers that only keep a recurrent state, or nothing, are left out.
 
     Raises
     ------
     UnsupportedModelError
-        A layer whose state is not one key and one value per token.
+        A layer that keeps something else than one key and one value per token, or a recurrent state; or
+        nobody keeps anything.
     """
-    shapes = []
+    shapes = {}
+    recurrent = False
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer) or type(layer) not in (
-            DynamicLayer,
-            DynamicSlidingWindowLayer,
-        ):
+        if _keeps_nothing(model, layer, index):
+            continue
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            if not _filled(layer):
+                raise UnsupportedModelError(model, "stored no recurrent state in its cache", index)
+            recurrent = True
+        if type(layer) is LinearAttentionLayer:
+            continue
+        if type(layer) not in _WITH_KEYS:
             raise UnsupportedModelError(model, _kind_reason(layer), index)
-        keys, values = layer.keys, layer.values
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
             raise UnsupportedModelError(model, "stored no keys and values in its cache", index)
-        shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device))
-    if not shapes:
+        shapes[index] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+    if not shapes and not recurrent:
         raise UnsupportedModelError(model, "its forward does not use a cache")
     return shapes
 
 
+def _filled(layer: Any) -> bool:
+    """Whether every state of a recurrent layer was written, its window or what it carries on."""
+    return all(
+        layer.is_conv_states_initialized[i] or layer.is_recurrent_states_initialized[i]
+        for i in range(layer.number_of_states)
+    )
+
+
+def _keeps_nothing(model: PreTrainedModel, layer: Any, index: int) -> bool:
+    """A layer without attention: not one that reads what another layer keeps."""
+    kinds = getattr(text_config(model), "layer_types", None) or ()
+    if index >= len(kinds) or kinds[index] not in ("moe", "mlp"):
+        return False
+    return getattr(layer, "keys", None) is None and not any(
+        state is not None
+        for states in ("conv_states", "recurrent_states")
+        for state in getattr(layer, states, {}).values()
+    )
+
+
 def _kind_reason(layer: Any) -> str:
     name = type(layer).__name__
-    if hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states"):
-        return f"recurrent or linear attention ({name}) keeps a state that a length cannot roll back"
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return f"its recurrent state ({name}) is not of a kind that can be taken back"
     if name == "DummyLayer":
-        return "it keeps no keys of its own (shared with another layer, or no attention)"
+        return "it keeps no keys of its own (shared with another layer)"
     return f"its cache ({name}) is not one key and one value per token"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foretoken.hf.arguments import Prepared
+from foretoken.hf.captured import RunnerKind
 from foretoken.hf.processors import NodeProcessors
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Request, Step
@@ -23,21 +24,26 @@ class Runners:
     def __init__(self) -> None:
         self._idle: dict[str, tuple[Any, ModuleRunner | None]] = {}
 
-    def take(self, role: str, model: Any, max_batch: int, max_length: int) -> ModuleRunner:
+    def take(
+        self, role: str, model: Any, max_batch: int, max_length: int, kind: RunnerKind = "auto"
+    ) -> ModuleRunner:
         made_for, runner = self._idle.pop(role, (None, None))
-        if runner is not None and made_for == _made_for(model):
+        if runner is not None and made_for == (kind, *_made_for(model)):
             wide = runner.max_batch >= max_batch
             if wide and runner.max_length >= max_length:
                 return runner
         runner = None  # let go of it before the new one takes memory
-        return ModuleRunner(model, max_batch=max_batch, max_length=max_length)
+        return ModuleRunner(model, max_batch=max_batch, max_length=max_length, runner=kind)
 
-    def put_back(self, role: str, runner: ModuleRunner) -> None:
-        self._idle[role] = _made_for(runner.model), runner
+    def put_back(self, role: str, runner: ModuleRunner, kind: RunnerKind = "auto") -> None:
+        self._idle[role] = (kind, *_made_for(runner.model)), runner
 
 
 def _made_for(model: Any) -> tuple[Any, ...]:
-    return model, model.dtype, model.device, model.training
+    """What a graph of a model takes for granted: its weights stay where they are, nothing watches it."""
+    watched = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    places = tuple(weight.data_ptr() for weight in model.parameters())
+    return model, model.dtype, model.device, model.training, watched, places
 
 
 class ProcessedForward:

@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foretoken.hf.arguments import Prepared, assemble, prepare
+from foretoken.hf.captured import RunnerKind, check_kind
 from foretoken.hf.decoding import Decoding, Emission, Round
 from foretoken.hf.forwards import Runners
 from foretoken.hf.refusals import refuse_model, refuse_options
@@ -40,6 +41,7 @@ def generate(
     return_dict_in_generate: bool | None = None,
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
+    runner: RunnerKind = "auto",
     **generation_kwargs: Any,
 ) -> Any:
     """Generate as ``model.generate`` would, in fewer forward passes.
@@ -70,6 +72,9 @@ def generate(
         The most tokens drafted in a round, one behind the other; 4 unless given, or the depth of ``tree``.
     tree
         Draft trees of this size in place of chains; ``"auto"``: where they win by the clock.
+    runner
+        How decode steps are issued on a CUDA device: ``"module"`` calls the model, ``"graph"`` replays CUDA
+        graphs of it, ``"compiled"`` of what ``torch.compile`` makes of it; ``"auto"``: graphs where possible.
     **generation_kwargs
         Any option of a generation config, ``logits_processor``, ``stopping_criteria``,
         ``prefix_allowed_tokens_fn``. What cannot be honoured is refused by name; docs/generate.md has the
@@ -111,6 +116,7 @@ def generate(
         generation_config=generation_config,
         tokenizer=tokenizer,
         streamer=streamer,
+        runner=runner,
         keywords=keywords,
     )
     return finish(prepared, callback, Runners())
@@ -127,6 +133,7 @@ def stream(
     streamer: Any = None,
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
+    runner: RunnerKind = "auto",
     **generation_kwargs: Any,
 ) -> Iterator[Emission]:
     """Generate, handing out tokens as they are committed; arguments as in `generate`.
@@ -156,6 +163,7 @@ def stream(
         generation_config=generation_config,
         tokenizer=tokenizer,
         streamer=streamer,
+        runner=runner,
         keywords=generation_kwargs,
     )
     decoding = Decoding(prepared, Runners())
@@ -174,20 +182,22 @@ def custom_generate(
     sampling: Sampling | None = None,
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
+    runner: RunnerKind = "auto",
     callback: Callback | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Decoding loop for ``model.generate(..., custom_generate=foretoken.hf.custom_generate, drafter=draft)``.
 
-    ``drafter``, ``sampling``, ``num_drafts``, ``tree`` and ``callback`` go through ``model.generate`` as
-    keywords. transformers hands such a loop neither the streamer nor the tokenizer: a streamer would see
-    the prompt and nothing more, and ``stop_strings`` is refused there. `generate` and `attach` have neither
-    limit.
+    ``drafter``, ``sampling``, ``num_drafts``, ``tree``, ``runner`` and ``callback`` go through
+    ``model.generate`` as keywords. transformers hands such a loop neither the streamer nor the tokenizer: a
+    streamer would see the prompt and nothing more, and ``stop_strings`` is refused there. `generate` and
+    `attach` have neither limit.
 
     Examples
     --------
     >>> model.generate(ids, custom_generate=foretoken.hf.custom_generate, drafter=draft)  # doctest: +SKIP
     """
+    check_kind(runner)
     refuse_model(model)
     refuse_options(lambda name: getattr(generation_config, name, None))
     prepared = assemble(
@@ -201,6 +211,7 @@ def custom_generate(
         sampling=sampling,
         user_processors=(),
         streamer=None,
+        runner=runner,
     )
     return finish(prepared, callback, Runners())
 

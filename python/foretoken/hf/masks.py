@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foretoken.device import numbers
 from foretoken.step import WORD_BITS, StepTree
 
 # A table is kept where it stays small (16 MiB in float32); wider steps, prefill chunks, build their mask.
@@ -147,3 +148,24 @@ class TreeMasks:
         if repeat > 1:
             mask = mask.repeat_interleave(repeat, 2)
         return mask.to(device)
+
+
+def hidden_beside(tree: StepTree, columns: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
+    """What nodes do not see of the cache rows ``columns`` ``[E]``, in tensor operations alone.
+
+    Returns
+    -------
+    tuple of Tensor
+        bool ``[B, 1, T * repeat, E]``, and the position of what stands in each row, as far as it is seen.
+    """
+    bits = tree.ancestors.unsqueeze(-1) >> numbers(WORD_BITS, columns.device) & 1
+    seen = bits.flatten(2)
+    behind = (columns - tree.visible[:, None])[:, None]
+    rows = behind.clamp(0, seen.shape[2] - 1).expand(-1, seen.shape[1], -1)
+    own = seen.gather(2, rows).bool() & (behind < seen.shape[2])
+    places = tree.visible[:, None, None] + seen.cumsum(2).gather(2, rows) - 1
+    hidden, places = (behind >= 0) & ~own, torch.where(behind < 0, columns, places)
+    if repeat > 1:
+        size = repeat * seen.shape[1]
+        hidden, places = (part.repeat_interleave(repeat, 1, output_size=size) for part in (hidden, places))
+    return hidden.unsqueeze(1), places.unsqueeze(1)

@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foretoken.device import numbers
 from foretoken.hf.masks import TailMasks, TreeMasks
-
-MASK_ALIGNMENT = 16
 
 
 class Span(NamedTuple):
@@ -42,14 +39,16 @@ class Trace:
             self.other_laws[value] = law
         return torch.full((1, 1, 1, 1), value)
 
-    def fault(self, layers: int) -> tuple[int | None, str] | None:
-        """None if each layer called attention once, within the window of its mask; else what is wrong."""
+    def fault(self, layers: Sequence[int]) -> tuple[int | None, str] | None:
+        """None if each of `layers`, and no other, called attention once, within the window of its mask; else
+        what is wrong.
+        """
         called = [layer for layer, _, _ in self.calls]
-        for index in range(layers):
+        for index in layers:
             if None not in called and called.count(index) != 1:
                 return index, f"expected one call of the attention function, got {called.count(index)}"
-        if len(called) != layers:
-            return None, f"expected {layers} calls of the attention function, got {len(called)}"
+        if len(called) != len(layers):
+            return None, f"expected {len(layers)} calls of the attention function, got {len(called)}"
         for layer, window, marked in self.calls:
             if marked is not None and marked in self.other_laws:
                 return layer, f"asks for a mask of another law ({self.other_laws[marked]})"
@@ -178,65 +177,6 @@ class SlotPlan:
             device=device,
         )
         return first, mask, False
-
-
-class DevicePlan:
-    """A step whose lengths are on the device: one span, whose mask is made there.
-
-    Parameters
-    ----------
-    span
-        Every row of the step; ``end`` bounds what they reach.
-    positions
-        int64 ``[B, T]``.
-    """
-
-    __slots__ = ("_fresh", "_memo", "_positions", "num_tokens", "spans", "trace")
-
-    on_device = True
-
-    def __init__(self, span: Span, positions: Tensor) -> None:
-        self.spans = (span,)
-        self.num_tokens = positions.shape[1]
-        self.trace: Trace | None = None
-        # No row reaches past the step's own tokens: then all lengths are 0.
-        self._fresh = span.end == self.num_tokens
-        self._positions = positions
-        self._memo: dict[tuple[Any, ...], Tensor] = {}
-
-    def reach(
-        self,
-        index: int,
-        window: int | None,
-        repeat: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        fused: bool,
-    ) -> tuple[int, Tensor | None, bool]:
-        """As `SlotPlan.reach`; the first cache row is 0, as nobody knows how short the shortest row is."""
-        if fused and window is None and repeat == 1 and self._fresh:
-            return 0, None, True
-        end = self.spans[0].end
-        if window is not None and end <= window:
-            window = None
-        key = (window, repeat, dtype)
-        mask = self._memo.get(key)
-        if mask is None:
-            mask = self._memo[key] = self._mask(window, repeat, dtype)
-        return 0, mask, False
-
-    def _mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> Tensor:
-        positions, end = self._positions, self.spans[0].end
-        if repeat > 1:
-            positions = positions.repeat_interleave(repeat, 1, output_size=repeat * self.num_tokens)
-        positions = positions[:, None, :, None]
-        # Kernels of a device load masks in aligned vectors.
-        columns = numbers(end + -end % MASK_ALIGNMENT, positions.device)
-        hidden = columns > positions
-        if window is not None:
-            hidden |= columns <= positions - window
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-        return mask.masked_fill_(hidden, float("-inf"))[..., :end]
 
 
 class SlotRows(int):

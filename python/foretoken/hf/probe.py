@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from foretoken.hf.families import UnsupportedModelError, input_device, text_config
+from foretoken.hf.families import UnsupportedModelError, cache_argument, input_device, text_config
 from foretoken.hf.plan import Trace
 from foretoken.session import Step
 from foretoken.step import StepTree
@@ -20,13 +22,23 @@ PROBE_TOKENS = 12
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-def plain_forward(model: PreTrainedModel, max_length: int) -> tuple[Tensor, Tensor, DynamicCache]:
+Watch = Callable[[DynamicCache, int], AbstractContextManager[None]]
+
+
+def plain_forward(
+    model: PreTrainedModel, max_length: int, watch: Watch | None = None
+) -> tuple[Tensor, Tensor, DynamicCache]:
     """Tokens ``[P]``, their logits ``[P, V]`` by the untouched module, and the cache that it filled.
+
+    Parameters
+    ----------
+    watch
+        Given the cache and the number of tokens, a context around the forward.
 
     Raises
     ------
     UnsupportedModelError
-        The model has no language modelling head.
+        The model has no language modelling head, or keeps its state elsewhere.
     """
     config = text_config(model)
     # A multimodal model takes some ids for pictures.
@@ -36,16 +48,20 @@ def plain_forward(model: PreTrainedModel, max_length: int) -> tuple[Tensor, Tens
     tokens = torch.tensor([usual[(17 * i + i * i) % len(usual)] for i in range(count)])
     cache = DynamicCache(config=model.config)
     device = input_device(model)
-    arguments = {"past_key_values": cache, "use_cache": True, "return_dict": True}
-    with torch.inference_mode():
-        logits = getattr(model(input_ids=tokens[None].to(device), **arguments), "logits", None)
+    arguments = {cache_argument(model): cache, "use_cache": True, "return_dict": True}
+    try:
+        with torch.inference_mode(), nullcontext() if watch is None else watch(cache, count):
+            logits = getattr(model(input_ids=tokens[None].to(device), **arguments), "logits", None)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        reason = f"its forward does not go with a DynamicCache ({type(error).__name__}: {error})"
+        raise UnsupportedModelError(model, reason) from error
     if logits is None:
         raise UnsupportedModelError(model, "its forward gives no logits: expected a language modelling head")
     return tokens, logits[0], cache
 
 
 def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[Step, list[tuple[int, int, int]]]]:
-    """Two steps that between them use everything: ragged rows, several tokens, a rollback.
+    """Steps that between them use everything: ragged rows, several tokens, one token, rollbacks.
 
     Yields
     ------
@@ -64,6 +80,8 @@ def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[Step, list[tuple[int
     starts = [end - width for end in ends]
     again = torch.stack([tokens[start : start + width] for start in starts])
     yield _step(again, starts, [width] * len(ends)), [(row, end - width, end) for row, end in enumerate(ends)]
+    last = torch.stack([tokens[end - 1 : end] for end in ends])
+    yield _step(last, [end - 1 for end in ends], [1] * len(ends)), [(r, e - 1, e) for r, e in enumerate(ends)]
 
 
 def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
@@ -85,20 +103,29 @@ def _step(tokens: Tensor, lengths: list[int], used: list[int]) -> Step:
 
 
 def moved(step: Step, device: torch.device) -> Step:
-    """The step as a session on `device` would hand it out."""
+    """The step, its tensors on the host, as a session on `device` would hand it out."""
+    lengths, tree = step.lengths.to(device), step.tree
+    if tree is not None:
+        rooted = torch.equal(tree.visible, step.lengths)
+        tree = StepTree(lengths if rooted else tree.visible.to(device), tree.ancestors.to(device))
     return replace(
         step,
+        tree=tree,
         tokens=step.tokens.to(device),
         positions=step.positions.to(device),
         num_tokens=step.num_tokens.to(device),
-        lengths=step.lengths.to(device),
+        lengths=lengths,
         slots=step.slots.to(device),
         on_device=True,
     )
 
 
 def disagreement(
-    run: Callable[[Step, Trace | None], Tensor], tokens: Tensor, expected: Tensor, max_batch: int, layers: int
+    run: Callable[[Step, Trace | None], Tensor],
+    tokens: Tensor,
+    expected: Tensor,
+    max_batch: int,
+    layers: Sequence[int] | None,
 ) -> tuple[int | None, str] | None:
     """Run the probe's steps; None if the logits are the plain module's, else the layer and what is wrong.
 
@@ -109,12 +136,12 @@ def disagreement(
     tokens, expected
         As `plain_forward` gave them.
     layers
-        Attention layers that must each call the attention function once, or 0 where the model uses its own.
+        Those that must each call the attention function once, or None where the model uses its own.
     """
     for step, rows in steps(tokens, max_batch):
-        trace = Trace() if layers else None
+        trace = None if layers is None else Trace()
         logits = run(step, trace)
-        if trace is not None and (fault := trace.fault(layers)) is not None:
+        if layers is not None and trace is not None and (fault := trace.fault(layers)) is not None:
             return fault
         ours = torch.cat([logits[row, : last - first] for row, first, last in rows])
         plain = torch.cat([expected[first:last] for _, first, last in rows])
@@ -124,6 +151,21 @@ def disagreement(
                 f"logits differ from the plain module's by {error:.2g} of their norm, allowed {allowed:g}"
             )
     return None
+
+
+def waits(run: Callable[[Step], Tensor], tokens: Tensor, max_batch: int, device: torch.device) -> bool:
+    """Whether a forward makes the host wait for the CUDA device, in any of the probe's steps."""
+    ready = [moved(step, device) for step, _ in steps(tokens, max_batch)]
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for step in ready:
+                run(step)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return any("called a synchronizing CUDA operation" in str(warning.message) for warning in heard)
 
 
 def tree_disagreement(

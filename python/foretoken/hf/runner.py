@@ -16,8 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from foretoken.device import runs_ahead, why_not_on
 from foretoken.hf.attention import NAME
 from foretoken.hf.cache import SlotCache
+from foretoken.hf.captured import CapturedForwards, RunnerKind, check_kind
 from foretoken.hf.families import (
     UnsupportedModelError,
+    cache_argument,
     input_device,
     layer_shapes,
     looks_local,
@@ -26,9 +28,19 @@ from foretoken.hf.families import (
     refuse_by_design,
     text_config,
 )
+from foretoken.hf.hybrid import HybridCache
 from foretoken.hf.masks import TreeMasks
 from foretoken.hf.plan import Trace
-from foretoken.hf.probe import PROBE_TOKENS, disagreement, moved, plain_forward, tree_disagreement
+from foretoken.hf.probe import (
+    PROBE_TOKENS,
+    disagreement,
+    moved,
+    plain_forward,
+    tolerance,
+    tree_disagreement,
+    waits,
+)
+from foretoken.hf.recurrent import UnitFinder
 from foretoken.session import Step
 
 _SETTING = "_attn_implementation_internal"
@@ -53,12 +65,20 @@ class ModuleRunner:
         changed: its attention implementation is switched inside a call and put back, exceptions included.
     max_batch, max_length
         Slots of the cache and rows per slot; prompt and new tokens of a request must fit one slot.
+    runner
+        How decode steps are issued on a CUDA device; prefill is run as it is. ``"module"``: the module is
+        called. ``"graph"``: each shape of a step becomes a CUDA graph. ``"compiled"``: the same of the module
+        under ``torch.compile``, which takes long. ``"auto"``: ``"graph"`` where that can be done.
 
     Attributes
     ----------
     cache : SlotCache
     mode : str
         One of the three ways above.
+    runner : str
+        ``"module"``, ``"graph"`` or ``"compiled"``: what became of the argument.
+    why_module : str or None
+        Why decode steps call the module, if they do.
     why_on_host : str or None
         Why lengths of this model's steps have to be known on the host, so that its rounds cannot run ahead of
         their results on a device; None: they need not.
@@ -73,6 +93,8 @@ class ModuleRunner:
     ------
     UnsupportedModelError
         The model cannot be run exactly; the message names model, layer and reason.
+    ValueError
+        ``runner`` asks for graphs that cannot be had, and why.
 
     Examples
     --------
@@ -81,7 +103,10 @@ class ModuleRunner:
     ...     session.commit(None if step.kind == "prefill" else runner(step))
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_batch: int, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, max_batch: int, max_length: int, runner: RunnerKind = "auto"
+    ) -> None:
+        check_kind(runner)
         refuse_by_design(model, max_length)
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
@@ -92,21 +117,50 @@ class ModuleRunner:
         accepted = inspect.signature(type(model).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_keep = "logits_to_keep" in accepted
+        self._cache_argument = cache_argument(model)
         limit = max_length if self.max_positions is None else min(max_length, self.max_positions)
         self._last_position = limit
-        tokens, logits, plain_cache = plain_forward(model, limit)
+        finder = UnitFinder(model)
+        tokens, logits, plain_cache = plain_forward(model, limit, finder.watching)
         self.vocab_size = int(logits.shape[-1])
-        self._shapes = shapes = layer_shapes(model, plain_cache)
-        self.cache = SlotCache(shapes, max_batch=max_batch, max_length=max_length)
-        self._mask_dtype = shapes[0].dtype
-        self._layer_devices = {shape.device for shape in shapes}
+        shapes = layer_shapes(model, plain_cache)
+        self._attending, self._shapes = list(shapes), list(shapes.values())
+        units = finder.units(plain_cache)
+        self.cache = (
+            HybridCache(shapes, units, plain_cache, max_batch=max_batch, max_length=max_length)
+            if units
+            else SlotCache(self._shapes, max_batch=max_batch, max_length=max_length)
+        )
+        if isinstance(self.cache, HybridCache):
+            self.cache.states.try_out(model, self.cache, tolerance)
+        self._mask_dtype = self._shapes[0].dtype if shapes else model.dtype
+        self._layer_devices = {shape.device for shape in self._shapes}
         self.why_on_host: str | None = "its steps have not been tried on the device"
+        self._captured: CapturedForwards | None = None
+        self._bounded = True
         self.mode = self._find_mode(tokens, logits)
         self.why_on_host = self._find_why_on_host(tokens, logits)
-        self.reset()
         self._probe = tokens, logits
         self._why_no_trees: str | None = None
         self._trees_tried = False
+        self._kind = "graph" if runner == "auto" else runner
+        self._captured = self._capture(runner)
+        self.reset()
+
+    @property
+    def runner(self) -> str:
+        """How decode steps are issued."""
+        return self._kind if self.why_module is None else "module"
+
+    @property
+    def why_module(self) -> str | None:
+        """Why decode steps call the module; None: they do not."""
+        return self._why_module if self._captured is None else self._captured.why_not
+
+    def expect(self, columns: int) -> None:
+        """Say how wide steps will be: narrower ones are then filled up, and need no graph of their own."""
+        if self._captured is not None:
+            self._captured.widest = columns
 
     def __call__(self, step: Step) -> Tensor:
         """Run one step.
@@ -128,9 +182,12 @@ class ModuleRunner:
         """
         if step.tree is not None:
             self.check_trees()
-        if step.on_device and self.why_on_host is None:
+        if self.why_on_host is not None:
+            return self._run(step, None)
+        if step.on_device:
             return self._run_on_device(step)
-        return self._run(step, None)
+        self.cache.check_room(step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist())
+        return self._run_on_device(moved(step, self._device)).to(step.tokens.device)
 
     def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
         """Move the cache rows of the accepted paths together, after the commit of a step of trees.
@@ -172,7 +229,7 @@ class ModuleRunner:
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":
-                return self._run_rows(few, tokens, positions, slots, lengths, used)
+                return self._run_rows(step, tokens, positions, slots, lengths, used)
             plan = self.cache.plan(
                 slots=slots,
                 lengths=lengths,
@@ -181,6 +238,8 @@ class ModuleRunner:
                 stacked=self.mode == "masks",
                 trace=trace,
                 trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
+                final=few,
+                provisional=step.provisional,
             )
             if self.mode == "attention":
                 with self._switched():
@@ -190,6 +249,12 @@ class ModuleRunner:
 
     def _run_on_device(self, step: Step) -> Tensor:
         """Nothing of the step is read here: what its rows hold is known to the device alone."""
+        if self._captured is not None and self._captured.takes(step):
+            with torch.inference_mode():
+                return self._captured(step)
+        return self._call_on_device(step, self.model)
+
+    def _call_on_device(self, step: Step, module: Any) -> Tensor:
         positions = step.positions
         if step.max_length_after > self._last_position:
             positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
@@ -198,11 +263,14 @@ class ModuleRunner:
         with torch.inference_mode():
             plan = self.cache.plan_on_device(step)
             with self._switched():
-                return self._forward(step.kind == "prefill", step.tokens, positions, foretoken=plan)
+                few = step.kind == "prefill"
+                logits = self._forward(few, step.tokens, positions, module=module, foretoken=plan)
+            self._bounded = plan.bounded
+            return logits
 
     def _run_rows(
         self,
-        few: bool,
+        step: Step,
         tokens: Tensor,
         positions: Tensor,
         slots: Sequence[int],
@@ -210,27 +278,34 @@ class ModuleRunner:
         used: Sequence[int],
     ) -> Tensor:
         """Rows of equal length in neighbouring slots together, through the model's own masks."""
+        few = step.kind == "prefill"
         outputs = []
         for first, last in _alike(slots, lengths, used):
             width = used[first]
-            self.cache.plan(slots=slots[first:last], lengths=lengths[first:last], num_tokens=width)
+            self.cache.plan(
+                slots=slots[first:last],
+                lengths=lengths[first:last],
+                num_tokens=width,
+                final=few,
+                provisional=step.provisional,
+            )
             part = self._forward(few, tokens[first:last, :width], positions[first:last, :width])
             missing = 0 if few else tokens.shape[1] - width
             outputs.append(pad(part, (0, 0, 0, missing)) if missing else part)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _forward(self, few: bool, tokens: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
+    def _forward(
+        self, few: bool, tokens: Tensor, positions: Tensor, module: Any = None, **arguments: Any
+    ) -> Tensor:
         if self._takes_positions:
             arguments["position_ids"] = positions.to(self._device)
         if few and self._takes_keep:
             arguments["logits_to_keep"] = 1
-        logits: Tensor = self.model(
-            input_ids=tokens.to(self._device),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **arguments,
-        ).logits
+        arguments[self._cache_argument] = self.cache
+        with self.cache.running():
+            logits: Tensor = (self.model if module is None else module)(
+                input_ids=tokens.to(self._device), use_cache=True, return_dict=True, **arguments
+            ).logits
         return logits.to(tokens.device)
 
     @contextmanager
@@ -262,48 +337,93 @@ class ModuleRunner:
             return f"rounds do not run ahead on {self._device.type}"
         if self.mode != "attention":
             return f"it is run through its own attention ({self.mode})"
+        if isinstance(self.cache, HybridCache):
+            return "its recurrent states go back to lengths that the host knows"
         if not self._takes_positions:
             return "its forward takes no position_ids"
         places = self._layer_devices | {logits.device}
         if places != {self._device}:
             return f"it is spread over {', '.join(sorted(map(str, places | {self._device})))}"
 
-        def run(step: Step, trace: Trace | None) -> Tensor:
-            return self._run_on_device(moved(step, self._device))
-
         self.cache.reset()
         try:
-            fault = disagreement(run, tokens, logits, self.max_batch, 0)
+            fault = disagreement(
+                lambda step, _: self._run_moved(step), tokens, logits, self.max_batch, layers=None
+            )
         except Exception as error:  # as in _find_mode
             return f"{type(error).__name__}: {error}"
         return None if fault is None else f"with lengths on the device its {fault[1]}"
 
+    def _capture(self, wanted: RunnerKind) -> CapturedForwards | None:
+        self._why_module = "asked for" if wanted == "module" else self._find_why_module()
+        if self._why_module is not None:
+            if wanted in ("graph", "compiled"):
+                raise ValueError(f'runner: expected "auto" or "module", got "{wanted}": {self._why_module}')
+            return None
+        module: Any = self.model
+        if wanted == "compiled":
+            module = torch.compile(self.model, dynamic=False)
+        return CapturedForwards(
+            lambda step: self._call_on_device(step, module),
+            max_batch=self.max_batch,
+            max_length=self.max_length,
+            bounded=self._bounded,
+            device=self._device,
+            keeps=lambda: self.cache.workspaces,
+        )
+
+    def _find_why_module(self) -> str | None:
+        if self._device.type != "cuda":
+            return f"graphs are captured on cuda, the model is on {self._device.type}"
+        if self.why_on_host is not None:
+            return self.why_on_host
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            return "a hook on one of its modules would not be called again"
+        if waits(
+            lambda step: self._call_on_device(step, self.model),
+            self._probe[0],
+            self.max_batch,
+            self._device,
+        ):
+            return "its forward waits for the device"
+        return None
+
+    def _run_moved(self, step: Step) -> Tensor:
+        return self._call_on_device(moved(step, self._device), self.model).to(step.tokens.device)
+
     def _find_why_no_trees(self) -> str | None:
+        if isinstance(self.cache, HybridCache):
+            return "its recurrent layers follow one line of tokens"
         if self.mode == "rows":
             return "it is run through its own masks, which know no trees"
         if not self._takes_positions:
             return "its forward takes no position_ids"
         # Requests may be under way in the other one.
         cache, self.cache = self.cache, SlotCache(self._shapes, max_batch=1, max_length=2 * PROBE_TOKENS)
+
+        def run(step: Step) -> Tensor:
+            return self._run(step, None) if self.why_on_host is not None else self._run_moved(step)
+
+        def compact(*tensors: Tensor) -> None:
+            self.compact(*(tensor.to(self._device) for tensor in tensors))
+
         try:
-            return tree_disagreement(lambda step: self._run(step, None), self.compact, *self._probe)
+            return tree_disagreement(run, compact, *self._probe)
         finally:
             self.cache = cache
 
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""
         faults: list[tuple[str, int | None, str]] = []
-        layers = len(self.cache.layers)
         for mode in ("attention", "masks", "rows"):
             if mode == "masks" and looks_local(text_config(self.model)):
                 faults.append((mode, None, "a 4-D mask would hide its local layers"))
                 continue
             self.mode = mode
             self.cache.reset()
+            attending = self._attending if mode == "attention" else None
             try:
-                fault = disagreement(
-                    self._run, tokens, logits, self.max_batch, layers if mode == "attention" else 0
-                )
+                fault = disagreement(self._run, tokens, logits, self.max_batch, attending)
             except Exception as error:  # modelling code may fail in any way; the reason is kept and told
                 fault = None, f"{type(error).__name__}: {error}"
             if fault is None:

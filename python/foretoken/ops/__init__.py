@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from foretoken.ops._attention import merge, tree_attention
 from foretoken.ops._cache import CachePlan, append, compact
-from foretoken.ops._commit import RequestState, commit, record_width
+from foretoken.ops._commit import RequestState, RoundCounters, commit, record_width
 from foretoken.ops._draft_tree import (
     MAX_CANDIDATES,
     MAX_CHILDREN,
@@ -33,6 +33,7 @@ __all__ = [
     "Draw",
     "FinalTree",
     "RequestState",
+    "RoundCounters",
     "Rule",
     "Sampling",
     "SamplingTable",

@@ -13,9 +13,21 @@ from torch.nn.functional import pad
 from foretoken import _core
 from foretoken.ops._verdict import Verdict
 
-__all__ = ["RequestState", "commit", "record_width"]
+__all__ = ["RequestState", "RoundCounters", "commit", "record_width"]
 
 IDLE = -1
+SUMS = (
+    "rounds",
+    "drafts",
+    "draft_tokens",
+    "accepted_tokens",
+    "emitted_tokens",
+    "rollbacks",
+    "moved_rows",
+    "bad_draft_rows",
+    "law_lost_rows",
+    "bad_rows",
+)
 
 
 @dataclass(slots=True)
@@ -97,6 +109,35 @@ class RequestState:
         self.stop_ids = _with_ids(self.stop_ids, slot, stop_ids)
 
 
+@dataclass(slots=True)
+class RoundCounters:
+    """Sums over the rounds of S slots, kept where the kernels are. They only grow: :func:`commit` adds to
+    them, and whoever wants to begin anew writes zeros.
+    """
+
+    sums: Tensor
+    """int64 ``[S, 10]``: rounds (verdicts that emitted something), those of them that checked drafts, drafts
+    checked, drafts kept, tokens kept, rounds that dropped a draft, accepted nodes whose cache rows had to
+    move, and rows whose status had ``BAD_DRAFT``, ``LAW_LOST``, ``BAD_ROW``.
+    """
+    accepted_per_pos: Tensor
+    """int64 ``[S, D]``: rounds that kept the draft at depth i + 1."""
+    rounds_by_drafts: Tensor
+    """int64 ``[S, N + 1]``: rounds that checked so many drafts."""
+
+    @classmethod
+    def empty(
+        cls, slots: int, depth: int, num_nodes: int | None = None, *, device: torch.device | str = "cpu"
+    ) -> RoundCounters:
+        """Zeros for rounds of up to ``num_nodes`` drafts (None: ``depth``), ``depth`` of them in line."""
+        nodes = depth if num_nodes is None else num_nodes
+
+        def zeros(columns: int) -> Tensor:
+            return torch.zeros(slots, columns, dtype=torch.int64, device=device)
+
+        return cls(zeros(len(SUMS)), zeros(depth), zeros(nodes + 1))
+
+
 def record_width(columns: int, logprobs: bool = False) -> int:
     """Columns of a record of rounds whose verdicts have ``columns`` tokens a row."""
     return _core.record_width(columns, logprobs)
@@ -107,8 +148,10 @@ def commit(
     state: RequestState,
     *,
     num_drafts: Tensor,
+    parents: Tensor | None = None,
     slots: Tensor | None = None,
     record: Tensor | None = None,
+    counters: RoundCounters | None = None,
 ) -> None:
     """Append what a round emitted to the texts, up to what ends them, and prepare the next round.
 
@@ -124,12 +167,18 @@ def commit(
         else what the budget and the limit leave.
     num_drafts
         int32 ``[B]``: drafts that the round checked, for the record.
+    parents
+        int32 or int64 ``[B, N]``: of the trees that the round checked; None: chains. The accepted path is
+        the verdict's.
     slots
         int32 ``[B]``, no slot twice: the slot of each row; None: row b is slot b.
     record
         int32 ``[B, record_width(C)]`` to write, a line a row, for a host that reads it later: drafts checked,
-        tokens emitted (0 for a row that was not touched), accepted, kept, status bits, what ended it, then
-        the C tokens, -1 behind the emitted ones; and, when the verdict has them, the bits of C logprobs.
+        tokens emitted (0 for a row that was not touched), accepted, kept, status bits, what ended it, whether
+        the last accepted draft had no children, accepted nodes whose cache rows have to move, then the C
+        tokens, -1 behind the emitted ones; and, when the verdict has them, the bits of C logprobs.
+    counters
+        To add the round to; None: nothing is counted.
 
     Raises
     ------
@@ -151,7 +200,7 @@ def commit(
     if is_dynamo_compiling():
         from foretoken.ops import _library
 
-        _library.commit(verdict, state, num_drafts, slots, record)
+        _library.commit(verdict, state, num_drafts, parents, slots, record, counters)
         return
     _core.commit(
         verdict.tokens,
@@ -159,7 +208,9 @@ def commit(
         verdict.num_accepted,
         verdict.status,
         verdict.logprobs,
+        verdict.path,
         num_drafts,
+        parents,
         slots,
         state.text,
         state.base,
@@ -170,7 +221,13 @@ def commit(
         state.eos_ids,
         state.stop_ids,
         record,
+        *((None, None, None) if counters is None else counter_tensors(counters)),
     )
+
+
+def counter_tensors(counters: RoundCounters) -> tuple[Tensor, Tensor, Tensor]:
+    """As the kernel takes them."""
+    return counters.sums, counters.accepted_per_pos, counters.rounds_by_drafts
 
 
 def upload(numbers: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from foretoken import _core
 from foretoken.ops import _attention, _sample, _verify
 from foretoken.ops._cache import _HEADS_FIRST, CachePlan, live_plan, plan_layout
 from foretoken.ops._choices import choose
-from foretoken.ops._commit import RequestState
+from foretoken.ops._commit import RequestState, RoundCounters, counter_tensors
 from foretoken.ops._draft_tree import MAX_CHILDREN, DraftTopK, FinalTree
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex
 from foretoken.ops._verdict import Tolerance, Verdict
@@ -48,8 +48,9 @@ _TREE_INDEX = """Tensor parents, Tensor? num_drafts, Tensor? lengths, Tensor(a!)
     Tensor(f!) status"""
 
 _COMMIT = """Tensor tokens, Tensor num_emitted, Tensor num_accepted, Tensor status, Tensor? logprobs,
-    Tensor num_drafts, Tensor? slots, Tensor(a!) text, Tensor(b!) base, Tensor(c!) next_drafts,
-    Tensor(d!) ends, Tensor limits, Tensor budgets, Tensor eos_ids, Tensor stop_ids, Tensor(e!)? record"""
+    Tensor path, Tensor num_drafts, Tensor? parents, Tensor? slots, Tensor(a!) text, Tensor(b!) base,
+    Tensor(c!) next_drafts, Tensor(d!) ends, Tensor limits, Tensor budgets, Tensor eos_ids, Tensor stop_ids,
+    Tensor(e!)? record, Tensor(f!)? sums, Tensor(g!)? by_position, Tensor(h!)? by_drafts"""
 _APPEND = """Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? num_nodes,
     Tensor? block_table, Tensor? k_scale, Tensor? v_scale, str layout, Tensor(c!) status"""
 _COMPACT = """Tensor(a!)[] caches, SymInt plan, str layout, Tensor lengths, Tensor path, Tensor num_accepted,
@@ -392,8 +393,10 @@ def commit(
     verdict: Verdict,
     state: RequestState,
     num_drafts: Tensor,
+    parents: Tensor | None,
     slots: Tensor | None,
     record: Tensor | None,
+    counters: RoundCounters | None,
 ) -> None:
     torch.ops.foretoken.commit(
         verdict.tokens,
@@ -401,7 +404,9 @@ def commit(
         verdict.num_accepted,
         verdict.status,
         verdict.logprobs,
+        verdict.path,
         num_drafts,
+        parents,
         slots,
         state.text,
         state.base,
@@ -412,6 +417,7 @@ def commit(
         state.eos_ids,
         state.stop_ids,
         record,
+        *((None, None, None) if counters is None else counter_tensors(counters)),
     )
 
 

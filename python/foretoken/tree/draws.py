@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 from typing import Literal
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import ops
+from foretoken.ops._commit import upload
 from foretoken.sampling import SamplingTable
-from foretoken.step import Step
-from foretoken.tree.growth import GrownTrees, Rows, level_step, words_of
+from foretoken.step import Step, numbers
+from foretoken.tree.growth import ConfidenceGrowth, GrownTrees, Rows, words_of
 from foretoken.tree.plan import TreePlan
 
 # Draws come from a node's likeliest tokens alone: that is the drafter's law, and it is declared as it is.
@@ -45,35 +46,43 @@ class SampledGrowth:
         first = min(plan.branches, plan.nodes - levels + 1)
         more, rest = divmod(plan.nodes - first, max(levels - 1, 1))
         self._widths = [first, *(more + (level < rest) for level in range(levels - 1))]
+        self._ends = torch.tensor(self._widths).cumsum(0) + 1  # of each level, in cache rows
         self._plain: SamplingTable | None = None
+        self._law: _Law | None = None
 
     def depth_in(self, room: Tensor) -> Tensor:
         """The deepest tree that needs no more than ``room`` cache rows, the root's included."""
-        ends = torch.tensor(self._widths).cumsum(0) + 1
-        return 1 + torch.searchsorted(ends, room, right=True)
+        if self._ends.device != room.device:
+            self._ends = upload(self._ends, self._ends.dtype, room.device)
+        return 1 + torch.searchsorted(self._ends, room, right=True)
 
     def grow(self, logits: Tensor, rows: Rows, base: Tensor, sampling: SamplingTable) -> GrownTrees:
         """Trees from the logits behind the roots, ``[A, V]``."""
-        count, levels = logits.shape[0], min(len(self._widths), int(rows.depth.max()))
+        count, levels = logits.shape[0], min(len(self._widths), rows.most_depth())
+        device = logits.device
         widths = self._widths[:levels]
         size, fed_size = sum(widths), sum(widths[:-1])
         support = min(_SUPPORT, logits.shape[-1])
-        law = _Law(rows.slots, sampling, support)
-        plain = self._plain_table(sampling, rows.slots)
-        ids = torch.zeros(count, 1 + fed_size, support, dtype=torch.int64)
-        probs = torch.zeros(count, 1 + fed_size, support)
+        slots = rows.slot_numbers()
+        rows_of_law = [sampling.get(slot)[:4] for slot in slots]
+        law = self._law
+        if law is None or law.rows != rows_of_law or law.support != support or law.device != device:
+            law = self._law = _Law(rows_of_law, support, device)
+        plain = self._plain_table(sampling, slots)
+        ids = torch.zeros(count, 1 + fed_size, support, dtype=torch.int64, device=device)
+        probs = torch.zeros(count, 1 + fed_size, support, device=device)
         ids[:, 0], probs[:, 0] = law(logits, slice(None))
         open_probs = probs.clone()  # less the elder siblings, where these are not drawn again
-        children = torch.zeros(count, 1 + fed_size, dtype=torch.int64)
-        tokens = torch.zeros(count, size, dtype=torch.int64)
-        parents = torch.zeros(count, size, dtype=torch.int64)  # 0 the root, node i + 1 the draw i
-        exists = torch.zeros(count, size, dtype=torch.bool)
-        reach = torch.full((count, 1 + size), -torch.inf)
-        reach[:, 0] = 0.0
-        words = words_of(1 + fed_size)
+        children = torch.zeros(count, 1 + fed_size, dtype=torch.int64, device=device)
+        tokens = torch.zeros(count, size, dtype=torch.int64, device=device)
+        parents = torch.zeros(count, size, dtype=torch.int64, device=device)  # 0 the root, i + 1 the draw i
+        exists = torch.zeros(count, size, dtype=torch.bool, device=device)
+        reach = torch.full((count, 1 + size), -torch.inf, device=device)
+        reach[:, :1].fill_(0.0)
+        words = words_of(1 + fed_size, device)
         seen = words.repeat(count, 1, 1)
-        was_fed = torch.zeros(count, 1 + size, dtype=torch.bool)
-        every = torch.arange(count)
+        was_fed = torch.zeros(count, 1 + size, dtype=torch.bool, device=device)
+        every = numbers(count, device)
         above, start = range(1), 0
         for depth, width in enumerate(widths, 1):
             for draw in range(start, start + width):
@@ -87,27 +96,29 @@ class SampledGrowth:
                 wanted &= ~rows.chain | (children[every, parent] == 0)
                 left = open_probs[every, parent]
                 possible = wanted & (left > 0).any(1)
-                column = self._column(left, parent, children, law, plain, base, rows.slots, draw)
+                column = self._column(left, law, plain, base, rows.slots, draw)
                 tokens[:, draw] = ids[every, parent, column]
                 parents[:, draw], exists[:, draw] = parent, possible
                 found = reach[every, parent] + probs[every, parent, column].log()
                 reach[:, draw + 1] = torch.where(possible, found, -torch.inf)
                 children[every, parent] += possible
                 taken = possible & (law.greedy | (self._draw == "without_replacement"))
-                open_probs[every[taken], parent[taken], column[taken]] = 0.0
+                rest = open_probs[every, parent, column].masked_fill(taken, 0.0)
+                open_probs[every, parent, column] = rest
             above, start = range(start + 1, start + width + 1), start + width
             if depth == levels:
                 break
-            live = ((rows.depth > depth) & exists[:, start - width : start].any(1)).nonzero().squeeze(1)
+            wanted = (rows.depth > depth) & exists[:, start - width : start].any(1)
+            live = rows.those(wanted)
             if len(live) == 0:
                 break
-            was_fed[live, above.start : above.stop] = True
+            was_fed[:, above.start : above.stop] = wanted[:, None]
             own = words[above.start : above.stop]
             upper = parents[:, start - width : start].unsqueeze(-1).expand(-1, -1, words.shape[1])
             seen[:, above.start : above.stop] = seen.gather(1, upper) | own
-            level = level_step(
-                rows,
+            level = rows.step(
                 live,
+                wanted[live],
                 tokens[live, start - width : start],
                 seen[live, above.start : above.stop],
                 above.start,
@@ -122,8 +133,6 @@ class SampledGrowth:
     def _column(
         self,
         left: Tensor,
-        parent: Tensor,
-        children: Tensor,
         law: _Law,
         plain: SamplingTable,
         base: Tensor,
@@ -131,17 +140,19 @@ class SampledGrowth:
         draw: int,
     ) -> Tensor:
         """Where in its law each row's draw falls; greedy rows take the likeliest that is left."""
-        if bool(law.greedy.all()):
+        if law.all_greedy:
             return left.argmax(1)
         drawn = ops.sample(left.log(), sampling=plain, base=base, step=draw, purpose="draft", slots=slots)
         return torch.where(law.greedy, left.argmax(1), drawn)
 
-    def _plain_table(self, sampling: SamplingTable, slots: Tensor) -> SamplingTable:
+    def _plain_table(self, sampling: SamplingTable, slots: Sequence[int]) -> SamplingTable:
         """The requests' seeds, and no law of their own: probabilities are drawn from as they are."""
         if self._plain is None or self._plain.size != sampling.size:
             self._plain = SamplingTable(sampling.size)
-        for slot in slots.tolist():
-            self._plain.set(slot, 1.0, 0, 1.0, 0.0, sampling.get(slot)[4])
+        for slot in slots:
+            law = 1.0, 0, 1.0, 0.0, sampling.get(slot)[4]
+            if tuple(self._plain.get(slot)) != law:
+                self._plain.set(slot, *law)
         return self._plain
 
 
@@ -155,14 +166,14 @@ def _numbered(
 ) -> GrownTrees:
     """Draws that did not take place leave no number."""
     order = exists.logical_not().to(torch.int8).sort(dim=1, stable=True).indices
-    numbers = pad(exists.cumsum(1), (1, 0))
-    inside = torch.arange(exists.shape[1]) < exists.sum(1, keepdim=True)
+    new_numbers = pad(exists.cumsum(1), (1, 0))
+    inside = numbers(exists.shape[1], exists.device) < exists.sum(1, keepdim=True)
     places = order + 1
     fed = places.masked_fill(~inside | ~was_fed.gather(1, places), -1)
     return GrownTrees(
         rows,
         tokens.gather(1, order).masked_fill_(~inside, 0),
-        numbers.gather(1, parents).gather(1, order).masked_fill_(~inside, 0).to(torch.int32),
+        new_numbers.gather(1, parents).gather(1, order).masked_fill_(~inside, 0).to(torch.int32),
         exists.sum(1, dtype=torch.int32),
         fed,
         law,
@@ -173,24 +184,34 @@ def _numbered(
 class _Law:
     """What the rows draw from: their likeliest tokens, by their temperature and filters."""
 
-    def __init__(self, slots: Tensor, sampling: SamplingTable, support: int) -> None:
-        rows = [sampling.get(slot)[:4] for slot in slots.tolist()]
-        temperature, top_k, self._top_p, self._min_p = torch.tensor(rows, dtype=torch.float32).unbind(1)
+    def __init__(self, rows: Sequence[tuple[float, ...]], support: int, device: torch.device) -> None:
+        self.rows, self.support, self.device = rows, support, device
+        self.all_greedy = all(row[0] == 0.0 for row in rows)
+        columns = upload(torch.tensor(rows, dtype=torch.float32), torch.float32, device)
+        temperature, top_k, self._top_p, self._min_p = columns.unbind(1)
         self.greedy = temperature == 0.0
         self._temperature = temperature.masked_fill(self.greedy, 1.0)
         self._top_k = top_k.masked_fill(top_k == 0, support)
-        self._support = support
 
     def __call__(self, logits: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Ids and probabilities ``[.., k]`` of logits ``[.., V]`` of some rows, the likeliest first."""
 
-        def of(numbers: Tensor) -> Tensor:
-            return numbers[rows].view(-1, *[1] * (logits.ndim - 1))
+        def of(column: Tensor) -> Tensor:
+            return column[rows].view(-1, *[1] * (logits.ndim - 1))
 
-        values, ids = logits.float().topk(self._support)
-        hidden = torch.arange(self._support) >= of(self._top_k)
+        values, ids = logits.float().topk(self.support)
+        hidden = numbers(self.support, logits.device) >= of(self._top_k)
         probs = (values / of(self._temperature)).masked_fill(hidden, -torch.inf).softmax(-1)
         hidden = (probs.cumsum(-1) - probs >= of(self._top_p)) | (probs < of(self._min_p) * probs[..., :1])
         hidden[..., 0] = False
         probs = probs.masked_fill(hidden, 0.0)
         return ids, probs / probs.sum(-1, keepdim=True)
+
+
+Growth = ConfidenceGrowth | SampledGrowth
+
+
+def growth_of(plan: TreePlan, forward: Callable[[Step], Tensor]) -> Growth:
+    """How a model grows the trees of a plan."""
+    kind = ConfidenceGrowth if plan.draw == "deterministic" else SampledGrowth
+    return kind(plan, forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from foretoken import ops
 from foretoken.sampling import SamplingTable
-from foretoken.step import WORD_BITS, Step, StepTree
+from foretoken.step import WORD_BITS, Step, StepTree, numbers
 from foretoken.tree.plan import TreePlan
 
 
@@ -30,6 +31,47 @@ class Rows:
     """int32 ``[A]``: the most drafts."""
     chain: Tensor
     """bool ``[A]``: one child each, please."""
+
+    def slot_numbers(self) -> list[int]:
+        """``slots``, on the host."""
+        slots: list[int] = self.slots.tolist()
+        return slots
+
+    def most_depth(self) -> int:
+        """What no ``depth`` exceeds."""
+        return int(self.depth.max())
+
+    def most_nodes(self) -> int:
+        """What no ``nodes`` exceeds."""
+        return int(self.nodes.max())
+
+    def those(self, wanted: Tensor) -> Tensor:
+        """int64 ``[R]``: which rows take part in a level, for bool ``[A]`` that says which have to."""
+        return wanted.nonzero().squeeze(1)
+
+    def step(
+        self, live: Tensor, wanted: Tensor, tokens: Tensor, seen: Tensor, first: int, depth: int
+    ) -> Step:
+        """A level's forward: ``tokens`` ``[R, n]`` of the rows ``live`` go to the cache rows from ``first``
+        behind the root's on. ``wanted`` ``[R]``: the others' results are not looked at.
+        """
+        roots, slots = self.lengths[live], self.slots[live]
+        count, columns = tokens.shape
+        places, starts = slots.tolist(), roots + first
+        neighbours = places[-1] - places[0] == count - 1
+        return Step(
+            kind="decode",
+            tokens=tokens,
+            positions=(roots + depth)[:, None].expand(-1, columns).contiguous(),
+            num_tokens=torch.full((count,), columns, dtype=torch.int32),
+            lengths=starts,
+            slots=slots,
+            requests=[self.requests[row] for row in live.tolist()],
+            max_length_after=int(starts.max()) + columns,
+            uniform=True,
+            slot_range=(places[0], places[-1] + 1) if neighbours else None,
+            tree=StepTree(roots, seen.contiguous()),
+        )
 
 
 @dataclass(slots=True)
@@ -86,12 +128,26 @@ class GrownTrees:
         place = {slot: row for row, slot in enumerate(slots.tolist())}
         left = [(row, place[slot]) for row, slot in enumerate(self.rows.slots.tolist()) if slot in place]
         ours, theirs = torch.tensor(left, dtype=torch.int64).view(-1, 2).unbind(1)
-        nodes, accepted = path[theirs].to(torch.int64), num_accepted[theirs]
-        fed = self.fed[ours].gather(1, (nodes - 1).clamp(0, self.fed.shape[1] - 1))
-        # What hangs below an accepted node was drafted because the node was fed.
-        known = (torch.arange(nodes.shape[1]) < accepted[:, None]) & (fed >= 0)
-        kept = known.cumprod(1).sum(1)
+        fed, kept = fed_of(self.fed[ours], path[theirs], num_accepted[theirs])
         return self.rows.slots[ours], self.rows.lengths[ours], fed, kept
+
+
+def fed_of(fed: Tensor, path: Tensor, num_accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the accepted nodes stand behind the root, and how many of them have been fed.
+
+    Parameters
+    ----------
+    fed
+        As of `GrownTrees`.
+    path, num_accepted
+        Of the verdict's rows, which are those of ``fed``.
+    """
+    nodes = path.to(torch.int64)
+    found = fed.gather(1, (nodes - 1).clamp(0, fed.shape[1] - 1))
+    # What hangs below an accepted node was drafted because the node was fed.
+    accepted = numbers(nodes.shape[1], nodes.device) < num_accepted[:, None]
+    kept = (accepted & (found >= 0)).cumprod(1).sum(1)
+    return found, kept
 
 
 class ConfidenceGrowth:
@@ -116,68 +172,56 @@ class ConfidenceGrowth:
     def grow(self, logits: Tensor, rows: Rows, base: Tensor, sampling: SamplingTable) -> GrownTrees:
         """Trees from the logits behind the roots, ``[A, V]``. No random number is used."""
         count, k, width = logits.shape[0], self._plan.branches, self._frontier
-        levels = min(self._levels, int(rows.depth.max()))
+        device = logits.device
+        levels = min(self._levels, rows.most_depth())
         size = k + (levels - 1) * width * k
-        tokens = torch.full((count, size), -1, dtype=torch.int32)
-        scores = torch.full((count, size), -torch.inf)
-        parents = torch.full((count, size), -1, dtype=torch.int32)
-        fed = torch.full((count, size), -1)
+        tokens = torch.full((count, size), -1, dtype=torch.int32, device=device)
+        scores = torch.full((count, size), -torch.inf, device=device)
+        parents = torch.full((count, size), -1, dtype=torch.int32, device=device)
+        fed = torch.full((count, size), -1, device=device)
         level = ops.draft_topk(logits, k)
-        words = words_of(1 + (levels - 1) * width)
+        words = words_of(1 + (levels - 1) * width, device)
         seen = words[:1].expand(count, 1, -1)
         start = 0
-        live = torch.arange(count)
+        live = numbers(count, device)
         for depth in range(1, levels + 1):
             values = level.scores.flatten(1)  # a view: what is no child counts nowhere
-            values.view(len(live), -1, k)[rows.chain[live], :, 1:] = -torch.inf
+            chain = rows.chain[live][:, None, None]
+            values.view(len(live), -1, k)[:, :, 1:].masked_fill_(chain, -torch.inf)
             end = start + values.shape[1]
             for kept, new in ((tokens, level.tokens), (scores, level.scores), (parents, level.parents)):
                 kept[live, start:end] = new.flatten(1)
             if depth == levels:
                 break
-            deeper = (rows.depth[live] > depth).nonzero().squeeze(1)
-            live, values, seen = live[deeper], values[deeper], seen[deeper]
+            # Of the rows of this level, in which places of it those of the next one are.
+            deeper = rows.depth[live] > depth
+            places = rows.those(deeper)
+            live, values, seen, deeper = live[places], values[places], seen[places], deeper[places]
             order = torch.sort(values, stable=True, dim=1, descending=True).indices[:, :width]
             entries = start + order
             first = 1 + (depth - 1) * width
             above = order // k if depth > 1 else torch.zeros_like(order)
             seen = seen.gather(1, above.unsqueeze(-1).expand(-1, -1, words.shape[1]))
             seen = seen | words[first : first + order.shape[1]]
-            fed[live[:, None], entries] = first + torch.arange(order.shape[1])
+            where = first + numbers(order.shape[1], device)
+            fed[live[:, None], entries] = torch.where(deeper[:, None], where, -1)
             chosen = tokens[live[:, None], entries].clamp_min(0).to(torch.int64)
-            found = self._forward(level_step(rows, live, chosen, seen, first, depth))
-            level = ops.draft_topk(found, k, scores=values.gather(1, order), entries=entries)
+            found = self._forward(rows.step(live, deeper, chosen, seen, first, depth))
+            known = values.gather(1, order).masked_fill(~deeper[:, None], -torch.inf)
+            level = ops.draft_topk(found, k, scores=known, entries=entries)
             start = end
-        final = ops.finalize_tree(tokens, scores, parents, int(rows.nodes.max()), budget=rows.nodes)
+        final = ops.finalize_tree(tokens, scores, parents, rows.most_nodes(), budget=rows.nodes)
         source = final.source.to(torch.int64)
         fed = fed.gather(1, source.clamp_min(0)).masked_fill_(source < 0, -1)
         return GrownTrees(rows, final.tokens, final.parents, final.num_drafts, fed)
 
 
-def words_of(count: int) -> Tensor:
-    """int64 ``[count, W]``: in word row i bit i alone."""
-    places = torch.arange(count)
-    words = torch.zeros(count, -(-count // WORD_BITS), dtype=torch.int64)
-    words[places, places // WORD_BITS] = torch.ones((), dtype=torch.int64) << places % WORD_BITS
-    return words
-
-
-def level_step(rows: Rows, live: Tensor, tokens: Tensor, seen: Tensor, first: int, depth: int) -> Step:
-    """A level's forward: ``tokens`` ``[R, n]`` go to the cache rows from ``first`` behind the root's on."""
-    roots, slots = rows.lengths[live], rows.slots[live]
-    count, columns = tokens.shape
-    numbers, starts = slots.tolist(), roots + first
-    neighbours = numbers[-1] - numbers[0] == count - 1
-    return Step(
-        kind="decode",
-        tokens=tokens,
-        positions=(roots + depth)[:, None].expand(-1, columns).contiguous(),
-        num_tokens=torch.full((count,), columns, dtype=torch.int32),
-        lengths=starts,
-        slots=slots,
-        requests=[rows.requests[row] for row in live.tolist()],
-        max_length_after=int(starts.max()) + columns,
-        uniform=True,
-        slot_range=(numbers[0], numbers[-1] + 1) if neighbours else None,
-        tree=StepTree(roots, seen.contiguous()),
-    )
+@functools.lru_cache(maxsize=64)
+def words_of(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count, W]``: in word row i bit i alone. Made once."""
+    with torch.inference_mode(False):
+        places = torch.arange(count, device=device)
+        words = torch.zeros(count, -(-count // WORD_BITS), dtype=torch.int64, device=device)
+        bits = torch.ones((), dtype=torch.int64, device=device) << places % WORD_BITS
+        words[places, places // WORD_BITS] = bits
+        return words

@@ -58,7 +58,7 @@ class TreePlan:
 
 
 def settle_plan(
-    tree: TreePlan | Trees | None, num_drafts: int | None, usual: int, *, chains_on: str | None = None
+    tree: TreePlan | Trees | None, num_drafts: int | None, usual: int, ahead_on: str | None = None
 ) -> tuple[TreePlan | None, int]:
     """The shape of trees, None for chains alone, and how many drafts may stand one behind the other.
 
@@ -66,18 +66,23 @@ def settle_plan(
     ----------
     tree, num_drafts
         As they were asked for; ``usual`` drafts of a chain where nothing was.
-    chains_on
-        The device, if its rounds take chains alone.
+    ahead_on
+        The device, if its rounds are issued before the last ones are known: there no clock chooses between
+        trees and chains, and a plan has to be one of trees.
     """
     if isinstance(tree, TreePlan):
-        if chains_on is not None:
-            raise ValueError(f"tree: expected None on {chains_on}, whose rounds draft chains, got {tree}")
-        return tree, tree.depth if num_drafts is None else min(num_drafts, tree.depth)
+        depth = tree.depth if num_drafts is None else min(num_drafts, tree.depth)
+        if ahead_on is not None and depth >= tree.nodes:
+            raise ValueError(
+                f"tree: expected more nodes than drafts one behind the other on {ahead_on}, got {tree.nodes} "
+                f"and {depth}: chains are what num_drafts alone gives"
+            )
+        return tree, depth
     if tree is None:
         return None, usual if num_drafts is None else num_drafts
     if tree != "auto":
         raise TypeError(f'tree: expected a TreePlan, "auto" or None, got {tree!r}')
-    if chains_on is not None:
+    if ahead_on is not None:
         return None, usual if num_drafts is None else num_drafts
     depth = TreePlan().depth if num_drafts is None else num_drafts
     return (TreePlan(depth=depth) if depth > 0 else None), depth

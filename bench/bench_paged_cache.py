@@ -1,0 +1,216 @@
+"""Bookkeeping of `PagedCache`: what a round costs beside the model, on the CPU and on CUDA devices.
+
+    pytest bench/bench_paged_cache.py --benchmark-json FILE
+    python bench/bench_paged_cache.py [--device cpu]
+
+A round of B slots reserves a root and five drafts each, of which four rows stay: every fourth round a slot
+crosses into another page of 16 rows, and every round gives draft pages back. "commit" is what the verdict
+changes in lengths, tables and pages, "round" the reservation with it, "fork" a slot of 1000 rows shared and
+the page that its first new row falls into copied, in 32 layers. Answers are asserted before any timing.
+
+On CUDA a commit is one launch, timed by replays of a graph; `host us` is what the caller's thread spends on a
+whole round, whose records are read one round late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_timing import Captured, host_us, once_us
+from foretoken.cache import PagedCache
+
+COUNT, KEPT, PROMPT = 6, 4, 500
+PAGE = 16
+GOAL_US = {"cpu": 2.0, "cuda": 3.0}  # a row; a launch for 128 rows
+Result = dict[str, Any]
+
+
+def filled(batch: int, device: str, rounds: int) -> tuple[PagedCache, Tensor]:
+    """Slots with a prompt each, and what every round keeps."""
+    most = PROMPT + (rounds + 2) * KEPT + COUNT
+    cache = PagedCache.allocate(
+        1, pages=batch * (-(-most // PAGE) + 1), page_size=PAGE, heads=1, head_size=8, max_slots=batch,
+        max_length=most, device=device,
+    )  # fmt: skip
+    cache.reserve(range(batch), PROMPT)
+    cache.commit()
+    return cache, torch.full((batch,), KEPT, dtype=torch.int32, device=device)
+
+
+def check(cache: PagedCache, batch: int, rounds: int) -> None:
+    length = PROMPT + rounds * KEPT
+    assert cache.lengths.tolist() == [length] * batch
+    assert [cache.length(slot) for slot in range(batch)] == [length] * batch
+    used = batch * -(-length // PAGE)
+    assert cache.num_pages - cache.free_pages == used
+    assert int((cache.block_table >= 0).sum()) == used
+
+
+def cpu_rounds(batch: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Microseconds of every native commit, and of every whole round through Python."""
+    cache, kept = filled(batch, "cpu", 2 * rounds)
+    table, slots, counts = cache._table, list(range(batch)), [COUNT] * batch
+    record, status = cache._record, cache._status
+    native = []
+
+    def commit() -> None:
+        table.keep_rows(*cache._state, kept, None, record, status)
+        table.close()
+        table.settle(record)
+        table.apply_edits(*cache._state)
+
+    for _ in range(rounds):
+        table.reserve(slots, counts)
+        table.apply_edits(*cache._state)
+        native.append(once_us(commit, "cpu"))
+    check(cache, batch, rounds)
+
+    def whole() -> None:
+        cache.reserve(slots, COUNT)
+        cache.commit(kept)
+
+    through_python = [once_us(whole, "cpu") for _ in range(rounds)]
+    check(cache, batch, 2 * rounds)
+    return native, through_python
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def on_cpu(batch: int) -> Result:
+    native, whole = cpu_rounds(batch, 300)
+    return {
+        "row": f"cpu B={batch}",
+        "commit_us": round(median(native), 2),
+        "commit_us_per_row": round(median(native) / batch, 3),
+        "round_us": round(median(whole), 2),
+        "goal_us_per_row": GOAL_US["cpu"],
+    }
+
+
+def captured_rounds(batch: int, rounds: int = 40) -> Captured:
+    """Device work of rounds, the host's side being told at once what the device will find."""
+    cache, kept = filled(batch, "cuda", rounds + 10)
+    told = kept.cpu()
+    table, slots, counts = cache._table, list(range(batch)), [COUNT] * batch
+
+    def call() -> None:
+        table.reserve(slots, counts)
+        table.apply_edits(*cache._state)
+        table.keep_rows(*cache._state, kept, None, cache._record, cache._status)
+        table.close()
+        table.settle(told)
+
+    return Captured([call] * rounds)
+
+
+def on_cuda(batch: int) -> Result:
+    cache, kept = filled(batch, "cuda", 400)
+    slots = list(range(batch))
+
+    def whole() -> None:
+        cache.reserve(slots, COUNT)
+        cache.commit(kept)
+
+    for _ in range(20):
+        whole()
+    check(cache, batch, 20)
+    host = host_us(whole, "cuda", 300, 30)
+    state = (*cache._state, kept, None, cache._record, cache._status)
+    cache.reserve(slots, COUNT)
+    commit = Captured([lambda: cache._table.keep_rows(*state)] * 40).us(15)
+    cache.cancel()
+    rounds = captured_rounds(batch).us(15)
+    return {
+        "row": f"cuda B={batch}",
+        "commit_us": round(commit, 2),
+        "round_us": round(rounds, 2),
+        "host_us": round(host, 1),
+        "goal_us": GOAL_US["cuda"] if batch == 128 else None,
+    }
+
+
+def forking(device: str, layers: int = 32) -> tuple[Callable[[], None], PagedCache]:
+    cache = PagedCache.allocate(
+        layers, pages=80, page_size=PAGE, heads=8, head_size=128, max_slots=2, max_length=1100,
+        dtype=torch.bfloat16, device=device,
+    )  # fmt: skip
+    assert cache.caches[0]._base is not None
+    cache.caches[0]._base.copy_(torch.randn(PAGE, 8, 128))
+    cache.reserve([0], 1000)
+    cache.commit()
+
+    def call() -> None:
+        cache.fork(0, 1)
+        cache.reserve([1], 1)
+        cache.cancel()
+        cache.free(1)
+
+    cache.fork(0, 1)
+    cache.reserve([1], 1)
+    source, target = cache.pages(0)[-1], cache.pages(1)[-1]
+    assert source != target
+    assert cache.pages(0)[:-1] == cache.pages(1)[:-1]
+    assert all(torch.equal(part[source], part[target]) for part in cache.caches)
+    cache.cancel()
+    cache.free(1)
+    return call, cache
+
+
+@pytest.mark.parametrize("batch", [1, 8, 128])
+def bench_round_cpu(benchmark: Any, batch: int) -> None:
+    benchmark.extra_info.update(on_cpu(batch))
+    cache, kept = filled(batch, "cpu", 60)
+
+    def whole() -> None:
+        cache.reserve(range(batch), COUNT)
+        cache.commit(kept)
+
+    benchmark.pedantic(whole, rounds=50)
+    check(cache, batch, 50)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", [1, 8, 128])
+def bench_round_cuda(benchmark: Any, batch: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    benchmark.extra_info.update(on_cuda(batch))
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def bench_fork(benchmark: Any, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    call, cache = forking(device)
+    benchmark(call)
+    assert cache.free_pages == 80 - 63
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    given = parser.parse_args()
+    for batch in (1, 8, 32, 128):
+        result = on_cuda(batch) if given.device == "cuda" else on_cpu(batch)
+        sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
+    call, _ = forking(given.device)
+    sys.stdout.write(
+        f"fork, copy of a page in 32 layers, free: host {host_us(call, given.device, 200, 20):.1f} us\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+#pragma once
+
+#include "ops/pages.hpp"
+
+namespace foretoken::cpu {
+
+void edit_pages(const EditPagesArgs& args);
+void keep_rows(const KeepRowsArgs& args);
+void copy_pages(const CopyPagesArgs& args);
+
+}  // namespace foretoken::cpu

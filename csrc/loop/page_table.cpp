@@ -1,0 +1,255 @@
+#include "loop/page_table.hpp"
+
+#include <algorithm>
+#include <string>
+
+namespace foretoken::loop {
+
+namespace {
+
+constexpr int64_t kMostPageSize = 256;
+constexpr int64_t kMostNumber = INT32_MAX;
+
+std::string expected(const std::string& name, const std::string& what, int64_t got) {
+  return name + ": expected " + what + ", got " + std::to_string(got);
+}
+
+void check_size(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  throw std::invalid_argument(expected(name, std::to_string(least) + " to " + std::to_string(most), value));
+}
+
+const PageTableConfig& checked(const PageTableConfig& config) {
+  check_size("pages", config.pages, 1, kMostNumber);
+  check_size("page_size", config.page_size, 1, kMostPageSize);
+  check_size("max_slots", config.slots, 1, kMostNumber);
+  check_size("max_length", config.max_length, 1, kMostNumber);
+  check_size("window", config.window, 0, kMostNumber);
+  return config;
+}
+
+}  // namespace
+
+PageTable::PageTable(const PageTableConfig& config)
+    : config_(checked(config)),
+      columns_(columns_for(config.max_length)),
+      allocator_(config.pages),
+      slots_(static_cast<size_t>(config.slots)),
+      row_slots_(static_cast<size_t>(config.slots), 0),
+      seen_in_(static_cast<size_t>(config.slots), 0),
+      leaving_(static_cast<size_t>(config.pages), 0) {}
+
+const PageTable::Slot& PageTable::at(int64_t slot) const {
+  if (slot < 0 || slot >= config_.slots) {
+    throw std::invalid_argument(expected("slot", "0 to " + std::to_string(config_.slots - 1), slot));
+  }
+  return slots_[static_cast<size_t>(slot)];
+}
+
+void PageTable::check_round(const int32_t* slots, const int32_t* counts, int64_t rows) {
+  if (open_) throw std::logic_error("reserve: a round is open; commit or cancel it first");
+  ++number_;
+  for (int64_t b = 0; b < rows; ++b) {
+    const Slot& slot = at(slots[b]);
+    if (seen_in_[static_cast<size_t>(slots[b])] == number_) {
+      throw std::invalid_argument(expected("slots", "each once", slots[b]) + " twice");
+    }
+    seen_in_[static_cast<size_t>(slots[b])] = number_;
+    if (counts[b] < 0) throw std::invalid_argument(expected("num_tokens", "0 or more", counts[b]));
+    if (slot.high + counts[b] > config_.max_length) {
+      throw std::invalid_argument(expected("num_tokens",
+                                           "at most " + std::to_string(config_.max_length - slot.high) +
+                                               " rows of slot " + std::to_string(slots[b]) + " (max_length " +
+                                               std::to_string(config_.max_length) + ")",
+                                           counts[b]));
+    }
+  }
+}
+
+int64_t PageTable::pages_needed(const int32_t* slots, const int32_t* counts, int64_t rows) {
+  int64_t needed = 0;
+  const auto walk = [&](auto visit) {
+    for (int64_t b = 0; b < rows; ++b) {
+      const Slot& slot = slots_[static_cast<size_t>(slots[b])];
+      if (counts[b] == 0) continue;
+      const int64_t last = column_of(slot.high + counts[b] - 1),
+                    held = static_cast<int64_t>(slot.pages.size());
+      for (int64_t column = column_of(slot.low); column <= last; ++column) {
+        visit(column < held ? slot.pages[static_cast<size_t>(column)] : kNoPage);
+      }
+    }
+  };
+  walk([&](int32_t page) {
+    if (page == kNoPage) {
+      ++needed;
+    } else if (allocator_.users(page) - leaving_[static_cast<size_t>(page)] > 1) {
+      ++needed;
+      ++leaving_[static_cast<size_t>(page)];
+    }
+  });
+  walk([&](int32_t page) {
+    if (page != kNoPage) leaving_[static_cast<size_t>(page)] = 0;
+  });
+  return needed;
+}
+
+void PageTable::own_pages(int32_t number, int32_t count) {
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  const int64_t last = column_of(slot.high + count - 1);
+  for (int64_t column = column_of(slot.low); column <= last; ++column) {
+    if (column >= static_cast<int64_t>(slot.pages.size())) {
+      slot.pages.push_back(allocator_.take());
+    } else {
+      int32_t& page = slot.pages[static_cast<size_t>(column)];
+      if (allocator_.users(page) == 1) continue;
+      const int32_t shared = page;
+      page = allocator_.take();
+      allocator_.drop(shared);
+      if (column * config_.page_size < slot.high) copies_.push_back({shared, page});
+    }
+    edit(number, column, slot.pages[static_cast<size_t>(column)]);
+  }
+}
+
+void PageTable::set_rows(const int32_t* slots, const int32_t* counts, int64_t rows) {
+  in_order_ = true;
+  for (int64_t b = 0; b < rows; ++b) in_order_ = in_order_ && slots[b] == b;
+  round_.clear();
+  for (int64_t b = 0; b < rows; ++b) {
+    Slot& slot = slots_[static_cast<size_t>(slots[b])];
+    if (slot.count != counts[b]) edit(slots[b], kEditCount, counts[b]);
+    slot.count = slot.reserved = counts[b];
+    round_.push_back({slots[b], static_cast<int32_t>(b), counts[b], slot.tenancy});
+    int32_t& row_slot = row_slots_[static_cast<size_t>(b)];
+    if (!in_order_ && row_slot != slots[b]) edit(b, kEditRow, row_slot = slots[b]);
+  }
+}
+
+void PageTable::reserve(const int32_t* slots, const int32_t* counts, int64_t rows) {
+  check_round(slots, counts, rows);
+  const int64_t needed = pages_needed(slots, counts, rows);
+  if (needed > allocator_.free()) {
+    throw OutOfPages(expected("num_tokens",
+                              "rows for which the " + std::to_string(allocator_.free()) + " free of " +
+                                  std::to_string(allocator_.total()) + " pages are enough",
+                              needed) +
+                     " pages' worth");
+  }
+  for (int64_t b = 0; b < rows; ++b) {
+    if (counts[b] > 0) own_pages(slots[b], counts[b]);
+  }
+  set_rows(slots, counts, rows);
+  open_ = true;
+}
+
+void PageTable::close() {
+  if (!open_) throw std::logic_error("commit: no round is open; reserve first");
+  for (const Entry& entry : round_) {
+    Slot& slot = slots_[static_cast<size_t>(entry.slot)];
+    if (slot.tenancy != entry.tenancy) continue;
+    slot.high += entry.count;
+    slot.reserved = 0;
+  }
+  closed_.push_back(std::move(round_));
+  round_ = {};
+  open_ = false;
+}
+
+void PageTable::cancel() {
+  if (!open_) throw std::logic_error("cancel: no round is open; reserve first");
+  open_ = false;
+  for (const Entry& entry : round_) {
+    Slot& slot = slots_[static_cast<size_t>(entry.slot)];
+    if (slot.tenancy != entry.tenancy) continue;
+    slot.reserved = 0;
+    return_pages(entry.slot);
+  }
+  round_.clear();
+}
+
+void PageTable::settle(const int32_t* kept, int64_t rows) {
+  if (closed_.empty()) throw std::logic_error("settle: no round is waiting for its numbers");
+  const Round round = std::move(closed_.front());
+  closed_.pop_front();
+  for (const Entry& entry : round) {
+    Slot& slot = slots_[static_cast<size_t>(entry.slot)];
+    if (slot.tenancy != entry.tenancy || entry.row >= rows) continue;
+    const int32_t stay = std::clamp(kept[entry.row], 0, entry.count);
+    slot.low += stay;
+    slot.high -= entry.count - stay;
+    return_pages(entry.slot);
+  }
+}
+
+void PageTable::return_pages(int32_t number) {
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  const int64_t keep = std::max(columns_for(slot.high + slot.reserved), slot.first_column);
+  if (keep < static_cast<int64_t>(slot.pages.size())) edit(number, keep, kNoPageFromHere);
+  while (static_cast<int64_t>(slot.pages.size()) > keep) {
+    allocator_.drop(slot.pages.back());
+    slot.pages.pop_back();
+  }
+  // The oldest query yet to come is at position `low` or behind it.
+  const int64_t seen_from = config_.window > 0 ? slot.low - config_.window + 1 : 0;
+  for (; seen_from > 0 && slot.first_column < column_of(seen_from); ++slot.first_column) {
+    int32_t& page = slot.pages[static_cast<size_t>(slot.first_column)];
+    allocator_.drop(page);
+    page = kNoPage;
+    edit(number, slot.first_column, kNoPage);
+  }
+}
+
+void PageTable::fork(int64_t source, int64_t target, int64_t length) {
+  const Slot& from = at(source);
+  const bool whole = length < 0;
+  Slot made;
+  made.low = whole ? from.low : length;
+  made.high = whole ? from.high : length;
+  made.tenancy = at(target).tenancy + 1;
+  made.count = at(target).count;
+  made.first_column = from.first_column;
+  if (at(target).high > 0 || !at(target).pages.empty() || source == target) {
+    throw std::invalid_argument(expected("target", "an empty slot", target));
+  }
+  if (length > from.low) {
+    throw std::invalid_argument(expected("length", "at most " + std::to_string(from.low), length));
+  }
+  const int64_t seen_from = std::max<int64_t>(made.low - config_.window + 1, 0);
+  if (config_.window > 0 && made.low > 0 && column_of(seen_from) < from.first_column) {
+    throw std::invalid_argument(expected("length", "a prefix whose window is still in the cache", length));
+  }
+  made.pages.assign(from.pages.begin(), from.pages.begin() + columns_for(made.high));
+  made.first_column = std::min<int64_t>(made.first_column, static_cast<int64_t>(made.pages.size()));
+  for (size_t column = 0; column < made.pages.size(); ++column) {
+    if (made.pages[column] == kNoPage) continue;
+    allocator_.share(made.pages[column]);
+    edit(target, static_cast<int64_t>(column), made.pages[column]);
+  }
+  edit(target, whole ? kEditLengthFrom : kEditLength, whole ? source : length);
+  for (Round& round : closed_) {
+    for (size_t i = 0, size = round.size(); whole && i < size; ++i) {
+      Entry entry = round[i];
+      if (entry.slot != source || entry.tenancy != from.tenancy) continue;
+      entry.slot = static_cast<int32_t>(target);
+      entry.tenancy = made.tenancy;
+      round.push_back(entry);
+    }
+  }
+  slots_[static_cast<size_t>(target)] = std::move(made);
+}
+
+void PageTable::free(int64_t number) {
+  at(number);
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  for (const int32_t page : slot.pages) {
+    if (page != kNoPage) allocator_.drop(page);
+  }
+  Slot empty;
+  empty.tenancy = slot.tenancy + 1;
+  slot = std::move(empty);
+  edit(number, 0, kNoPageFromHere);
+  edit(number, kEditLength, 0);
+  edit(number, kEditCount, 0);
+}
+
+}  // namespace foretoken::loop

@@ -1,0 +1,222 @@
+"""Checkpoints of recurrent states against plain token lists, with a layer whose sums are exact integers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from foretoken.cache import ReplayLayer, StateReplay, TensorSpec
+from hf_models import one_thread
+
+__all__ = ["one_thread"]
+
+CPU = torch.device("cpu")
+MODULUS = 1_000_003
+TOKEN = TensorSpec((2,), torch.int64, CPU)
+LAYERS = (
+    ReplayLayer((TensorSpec((3, 2), torch.int64, CPU),), (TOKEN,)),
+    ReplayLayer((TensorSpec((), torch.int64, CPU), TensorSpec((4,), torch.int64, CPU)), (TOKEN, TOKEN)),
+)
+
+
+def embed(tokens):
+    return torch.stack([tokens, tokens * 7 + 1], -1)
+
+
+def step(layer, states, token):
+    """A step that depends on the order of tokens; `token` is ``[b, 2]``."""
+    value = token[:, 0] * 3 + token[:, 1]
+    if layer == 0:
+        return ((states[0] * 31 + value[:, None, None] + torch.arange(3)[:, None]) % MODULUS,)
+    window = torch.cat([states[1][:, 1:], value[:, None]], 1)
+    return (states[0] * 17 + value) % MODULUS, window
+
+
+def make_run(layer):
+    def run(inputs, states):
+        for i in range(inputs[0].shape[1]):
+            states = step(layer, states, inputs[0][:, i])
+        return states
+
+    return run
+
+
+def expected(layer, text):
+    states = tuple(torch.zeros((1, *spec.shape), dtype=spec.dtype) for spec in LAYERS[layer].states)
+    return make_run(layer)((embed(torch.tensor([text], dtype=torch.int64)),), states)
+
+
+def forward(replay, slots, lengths, rows, *, final=False, provisional=False, join=0, fail=None):
+    """One step; the states in front of it, by layer."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[999] * (width - len(row))] for row in rows])
+    plan = replay.reserve(
+        slots,
+        lengths,
+        [len(row) for row in rows],
+        num_tokens=width,
+        final=final,
+        provisional=provisional,
+        join=join,
+    )
+    inputs = embed(tokens)
+    fronts = []
+    for layer, kinds in enumerate(LAYERS):
+        if fail == layer:
+            raise ZeroDivisionError
+        run = make_run(layer)
+        given = (inputs,) * len(kinds.inputs)
+        states = replay.append(plan, layer, given if layer == 0 else None, run)
+        if plan.lead:
+            states = run(replay.lead(plan, layer), states)
+        fronts.append(tuple(state.clone() for state in states))
+        replay.keep(plan, layer, given, run(given, states), run)
+    replay.commit(plan)
+    return fronts
+
+
+def check_fronts(fronts, texts):
+    for layer, states in enumerate(fronts):
+        for row, text in enumerate(texts):
+            for ours, theirs in zip(states, expected(layer, text), strict=True):
+                assert torch.equal(ours[row], theirs[0]), (layer, row, len(text))
+
+
+@pytest.mark.parametrize("entries", [3, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs_against_token_lists(entries, seed):
+    """Prompts in chunks, rounds with any accepted counts and none drafted, drafts of a model taken back, rows
+    that sit out, failures half way, slots reused and forked.
+    """
+    choose = random.Random(seed)
+    slots = 4
+    replay = StateReplay(LAYERS, slots=slots, entries=entries)
+    texts = [[] for _ in range(slots)]
+    join = choose.choice([0, 12])
+    drawn = lambda count: [choose.randrange(90) for _ in range(count)]  # noqa: E731
+    for _ in range(90):
+        rows = sorted(choose.sample(range(slots), choose.randrange(1, slots + 1)))
+        kind = choose.choice(["prompt", "round", "round", "round", "drafts", "fork", "reuse"])
+        if kind == "fork":
+            source, target = choose.sample(range(slots), 2)
+            replay.fork(source, target)
+            texts[target] = list(texts[source])
+            continue
+        if kind == "reuse":
+            texts[rows[0]] = []
+            if choose.random() < 0.5:
+                replay.free(rows[0])
+            continue
+        lengths = [len(texts[slot]) for slot in rows]
+        fronts_of = [list(texts[slot]) for slot in rows]
+        if kind == "prompt":
+            chunks = [drawn(choose.randrange(1, 24)) for _ in rows]
+            check_fronts(forward(replay, rows, lengths, chunks, final=True), fronts_of)
+            for slot, chunk in zip(rows, chunks, strict=True):
+                texts[slot] += chunk
+            continue
+        fed = [drawn(choose.choice([1, 1, 2, 5, 21] if kind == "round" else [1, 2])) for _ in rows]
+        if choose.random() < 0.15:
+            with pytest.raises(ZeroDivisionError):
+                forward(replay, rows, lengths, fed, fail=choose.randrange(2))
+            fed = [drawn(len(row)) for row in fed]
+        check_fronts(forward(replay, rows, lengths, fed, join=join), fronts_of)
+        if kind == "round":
+            for slot, row in zip(rows, fed, strict=True):
+                texts[slot] += row[: choose.randrange(1, len(row) + 1)]
+            continue
+        for slot, row in zip(rows, fed, strict=True):
+            texts[slot] += row
+        tails = [[] for _ in rows]
+        for _ in range(choose.randrange(6)):
+            live = sorted(choose.sample(range(len(rows)), choose.randrange(1, len(rows) + 1)))
+            fronts = forward(
+                replay,
+                [rows[i] for i in live],
+                [len(texts[rows[i]]) + len(tails[i]) for i in live],
+                new := [drawn(1) for _ in live],
+                provisional=True,
+                join=join,
+            )
+            check_fronts(fronts, [texts[rows[i]] + tails[i] for i in live])
+            for i, row in zip(live, new, strict=True):
+                tails[i] += row
+        for slot, tail in zip(rows, tails, strict=True):
+            texts[slot] += tail[: choose.randrange(len(tail) + 1)]
+    assert replay.nbytes < 40_000
+
+
+def test_accepting_everything_and_drafting_nothing_runs_no_token_twice():
+    replay = StateReplay(LAYERS[:1], slots=1)
+    tokens = []
+
+    def run(inputs, states):
+        tokens.append(inputs[0].shape[1])
+        return make_run(0)(inputs, states)
+
+    length = 0
+    for count, accepted in [(4, 4), (1, 1), (3, 3), (3, 1), (1, 1)]:
+        plan = replay.reserve([0], [length], [count])
+        inputs = (embed(torch.arange(count)[None]),)
+        states = replay.append(plan, 0, inputs, run)
+        replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
+        replay.commit(plan)
+        length += accepted
+    assert tokens == [1]
+
+
+def test_rejected_rounds_run_accepted_tokens_in_front_of_the_next_ones():
+    replay = StateReplay(LAYERS[:1], slots=1)
+    alone, leads, text = [], [], []
+
+    def run(inputs, states):
+        alone.append(inputs[0].shape[1])
+        return make_run(0)(inputs, states)
+
+    for turn in range(9):
+        plan = replay.reserve([0], [len(text)], [4], join=12)
+        tokens = [10 * turn + i for i in range(4)]
+        inputs = (embed(torch.tensor([tokens])),)
+        states = replay.append(plan, 0, inputs, run)
+        leads.append(plan.lead)
+        if plan.lead:
+            states = make_run(0)(replay.lead(plan, 0), states)
+        assert torch.equal(states[0], expected(0, text)[0])
+        replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
+        replay.commit(plan)
+        text += tokens[:3]
+    assert leads == [0, 3, 6, 0, 3, 6, 0, 3, 6]
+    assert alone == [9, 9]
+
+
+def test_going_back_to_where_nothing_is_kept():
+    replay = StateReplay(LAYERS, slots=2)
+    forward(replay, [1], [0], [list(range(9))], final=True)
+    for length in (9, 11, 13):
+        forward(replay, [1], [length], [[1, 2]])
+    with pytest.raises(ValueError, match=r"slot 1: cannot begin behind 10 tokens, a state is kept behind 0"):
+        forward(replay, [1], [10], [[3]])
+    with pytest.raises(ValueError, match=r"slot 0: cannot begin behind 4 tokens"):
+        forward(replay, [0], [4], [[3]])
+
+
+@pytest.mark.parametrize("bad", [{"slots": 0}, {"slots": 1, "entries": 2}])
+def test_sizes_are_checked(bad):
+    with pytest.raises(ValueError, match=r"expected slots >= 1 and entries >= 3"):
+        StateReplay(LAYERS, **bad)
+
+
+def test_a_layer_keeps_its_dtype_and_the_slot_tells_its_state():
+    spec = TensorSpec((2,), torch.bfloat16, CPU)
+    replay = StateReplay([ReplayLayer((spec,), (spec,))], slots=1)
+    assert replay.state(0, 0) is None
+    plan = replay.reserve([0], [0], [1])
+    inputs = (torch.ones(1, 1, 2),)
+    states = replay.append(plan, 0, inputs, lambda inputs, states: states)
+    replay.keep(plan, 0, inputs, (states[0].float() + 0.3,), lambda inputs, states: states)
+    replay.commit(plan)
+    tokens, kept = replay.state(0, 0)
+    assert tokens == 1
+    assert kept[0].dtype == torch.bfloat16
