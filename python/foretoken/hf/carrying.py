@@ -24,7 +24,7 @@ _SMALLEST_CHUNK = 16
 # Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
 _FEW = 4
 # Elements that are read or written in the time that one operation takes beside them.
-_OPERATION = 1 << 13
+_OPERATION = 1 << 15
 _OPERATION_ON_DEVICE = 1 << 22
 
 
@@ -302,7 +302,13 @@ class _Hooks:
             return None  # somebody else's forward
         carrier, plan = self._carrier, self._plan
         inputs = self._inputs = carrier.bind(args, kwargs)
-        states = self._replay.append(plan, self._index, None if self._windows else inputs, self._run)
+        states = self._replay.append(
+            plan,
+            self._index,
+            None if self._windows else inputs,
+            self._run,
+            single=0.0 if self._windows else carrier.single,
+        )
         if plan.lead:
             lead = self._replay.lead(plan, self._index)
             inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
