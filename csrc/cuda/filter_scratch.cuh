@@ -20,7 +20,6 @@ struct Filters {
 constexpr int kBins = 1024;
 constexpr int kList = 1024;
 constexpr int kLaneGroups = 512;
-constexpr int kWindow = 8192;
 
 constexpr int kParts = 4, kPartBits = 11;  // of a mass: 2^20 parts of it fit 32 bits
 
@@ -36,7 +35,6 @@ struct FilterScratch {
   uint32_t groups[kLaneGroups];  // (tile, lane) whose elements are looked at
   uint32_t kept[kMaxTiles];      // listed elements of a tile that stay ...
   uint32_t least[kMaxTiles];     // ... and the key of the smallest of them
-  uint32_t window[kWindow];      // keys of elements near a threshold
   int32_t listed, grouped;
   uint64_t warp_words[kWarps];
   uint64_t found[2];

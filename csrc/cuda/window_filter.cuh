@@ -4,6 +4,8 @@
 // ends.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/filter_scratch.cuh"
 
 namespace foretoken::cuda {
@@ -40,8 +42,13 @@ class WindowFilter {
  private:
   static constexpr int kSamples = 8192, kHeld = kSamples / kThreads;
   static constexpr int kBinsPerBit = 32;
-  static constexpr int kRoom = kParts * kBins / kWarps;  // of a warp, in what else are bins
-  static_assert(kRoom >= kWarpSize * 8, "a quarter of a tile fits");
+  static constexpr int kRoom = kMaxTiles / kWarps;  // of a warp
+  static_assert(kRoom >= 2 * kWarpSize, "what a lane each adds fits behind less than a lane each");
+
+  // Keys of elements near the threshold, where bins and the list are otherwise.
+  static constexpr int kWindow = kParts * kBins + 4 * kList;
+  static_assert(offsetof(FilterScratch, groups) == sizeof(uint32_t) * kWindow, "one behind the other");
+  __device__ uint32_t* list() const { return scratch_.parts; }
 
   struct Window {
     float low, high;  // elements in [low, high) are listed
@@ -153,28 +160,34 @@ class WindowFilter {
   __device__ __forceinline__ uint64_t look_through_tile(const RowLaw& law, const Window& window,
                                                         int64_t index) {
     TileReader<kWhole> tile(task_.row, index, false);
-    uint32_t* const room = scratch_.parts + threadIdx.x / kWarpSize * kRoom;
+    uint32_t* const room = scratch_.kept + threadIdx.x / kWarpSize * kRoom;
     const uint32_t lanes_before = (1u << lane_id()) - 1;
     LaneMass mass;
+    int count = 0;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       const Eight eight = tile.next();
-      int count = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float x = eight.x[j];
         const uint32_t above = __ballot_sync(kAllLanes, x >= window.high);
         if (x >= window.high) room[count + __popc(above & lanes_before)] = __float_as_uint(x);
         count += __popc(above);
+        if (count >= kWarpSize) {
+          count -= kWarpSize;
+          __syncwarp();
+          mass.add(weight(law, __uint_as_float(room[count + lane_id()])));
+          __syncwarp();
+        }
         if (x >= window.low && x < window.high) {
           const int place = atomicAdd(&scratch_.listed, 1);
-          if (place < kWindow) scratch_.window[place] = key_of(x);
+          if (place < kWindow) list()[place] = key_of(x);
         }
       }
-      __syncwarp();
-      for (int i = lane_id(); i < count; i += kWarpSize) mass.add(weight(law, __uint_as_float(room[i])));
-      __syncwarp();
     }
+    __syncwarp();
+    if (lane_id() < count) mass.add(weight(law, __uint_as_float(room[lane_id()])));
+    __syncwarp();
     return mass.total();
   }
 
@@ -187,9 +200,10 @@ class WindowFilter {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int place = static_cast<int>(threadIdx.x) + i * kThreads;
-      keys[i] = place < listed ? scratch_.window[place] : 0;
+      keys[i] = place < listed ? list()[place] : 0;
       masses[i] = place < listed ? mass_of(weight(law, value_of(keys[i]))) : 0;
     }
+    __syncthreads();
     clear_bins(scratch_);
     __syncthreads();
     KeyRange range{key_of(window.low), key_of(window.high)};
