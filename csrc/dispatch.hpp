@@ -21,6 +21,7 @@
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
+#include "ops/loop_graph.hpp"
 #include "ops/pages.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
@@ -32,6 +33,7 @@
 #include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
+#include "cuda/loop_graph.hpp"
 #include "cuda/on_device.hpp"
 #include "cuda/pages.hpp"
 #include "cuda/prepare.hpp"
@@ -117,6 +119,48 @@ class SamplingMirrors {
     uint64_t version;
   };
   std::vector<Kept> kept_;
+#endif
+};
+
+// A captured round that a CUDA device repeats by itself.
+class LoopGraph {
+ public:
+  LoopGraph([[maybe_unused]] const LoopGraphArgs& args, [[maybe_unused]] void* round, Device device)
+      : device_(device) {
+    if (backend_for(device) == Backend::cpu) {
+      throw std::invalid_argument("next_drafts: expected a tensor on cuda, where graphs are, got one on cpu");
+    }
+#ifdef FORETOKEN_HAS_CUDA
+    const cuda::OnDevice current(device);
+    graph_ = std::make_unique<cuda::LoopGraph>(args, round, device);
+#endif
+  }
+
+  void launch([[maybe_unused]] Stream stream) {
+#ifdef FORETOKEN_HAS_CUDA
+    const cuda::OnDevice current(device_);
+    graph_->launch(stream);
+#endif
+  }
+
+  void cancel() {
+#ifdef FORETOKEN_HAS_CUDA
+    graph_->cancel();
+#endif
+  }
+
+  int64_t nodes() const {
+#ifdef FORETOKEN_HAS_CUDA
+    return graph_->nodes();
+#else
+    return 0;
+#endif
+  }
+
+ private:
+  [[maybe_unused]] Device device_;
+#ifdef FORETOKEN_HAS_CUDA
+  std::unique_ptr<cuda::LoopGraph> graph_;
 #endif
 };
 

@@ -9,6 +9,7 @@ void register_draft_tree(pybind11::module_& module);
 void register_drafters(pybind11::module_& module);
 void register_info(pybind11::module_& module);
 void register_loop(pybind11::module_& module);
+void register_loop_graph(pybind11::module_& module);
 void register_pages(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 void register_state_ring(pybind11::module_& module);
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_drafters(module);
   foretoken::register_info(module);
   foretoken::register_loop(module);
+  foretoken::register_loop_graph(module);
   foretoken::register_pages(module);
   foretoken::register_sampling(module);
   foretoken::register_state_ring(module);

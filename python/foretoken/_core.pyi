@@ -183,6 +183,25 @@ class DraftSteps:
         ...
     def truncate(self, slot: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+class LoopGraph:
+    """
+    See foretoken.device.LoopGraph.
+    """
+    def __init__(self, graph: typing.SupportsInt | typing.SupportsIndex, next_drafts: typing.Any, slots: typing.Any, record: typing.Any, history: typing.Any, most_rounds: typing.Any, progress: typing.Any) -> None:
+        ...
+    def cancel(self) -> None:
+        """
+        End after the round that runs.
+        """
+    def launch(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        On a stream, given by its handle.
+        """
+    @property
+    def nodes(self) -> int:
+        """
+        Of the round.
+        """
 class OutOfPagesError(RuntimeError):
     pass
 class PageTable:

@@ -84,6 +84,7 @@ class DeviceRounds:
         self._kept: Tensor | None = None  # which of them are left, None: all
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
+        self.completions: Any = None  # of `foretoken.device.completion`, once there are any
         # Kernels are launched on the current device.
         self._there: AbstractContextManager[object] = nullcontext()
         if device.type == "cuda":
@@ -196,7 +197,9 @@ class DeviceRounds:
         self._clock.read(seconds)
 
     def _settle(self) -> None:
-        record = self._results.receive()
+        self._settle_record(self._results.receive())
+
+    def _settle_record(self, record: Tensor) -> None:
         width = record.shape[1]
         fields = ops.record_width(0)
         self._native.settle(record, (width - fields) // (2 if self._logprobs else 1))
@@ -301,7 +304,15 @@ class DeviceRounds:
     def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:
         if self._planned is None:
             raise RuntimeError("commit: no step is planned")
-        rows, base, proposal = self._planned
+        verdict, record = self._issue(step, logits, *self._planned)
+        self._native.launch()
+        self._results.send(record)
+        return verdict
+
+    def _issue(
+        self, step: Step, logits: Tensor | None, rows: Rows, base: Tensor, proposal: Proposal
+    ) -> tuple[ops.Verdict, Tensor]:
+        """What follows a forward on the device: the verdict, and the record that it leaves."""
         columns = step.tokens.shape[1]
         expected = rows.count, columns, self._vocab_size
         if logits is None:
@@ -346,11 +357,9 @@ class DeviceRounds:
             record=record,
             counters=self._metrics.device_counters,
         )
-        self._native.launch()
-        self._results.send(record)
         if self._drafter is not None:
             self._drafter.observe(rows, self._kept, step.lengths, verdict)
-        return verdict
+        return verdict, record
 
     def _verdict(self, rows: int, columns: int) -> ops.Verdict:
         verdict = self._verdicts.get((rows, columns))
