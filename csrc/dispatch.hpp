@@ -13,6 +13,7 @@
 #include "cpu/pages.hpp"
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
+#include "cpu/state_ring.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -20,9 +21,11 @@
 #include "ops/commit.hpp"
 #include "ops/device.hpp"
 #include "ops/draft_tree.hpp"
+#include "ops/loop_graph.hpp"
 #include "ops/pages.hpp"
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
+#include "ops/state_ring.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -30,11 +33,13 @@
 #include "cuda/cache.hpp"
 #include "cuda/commit.hpp"
 #include "cuda/draft_tree.hpp"
+#include "cuda/loop_graph.hpp"
 #include "cuda/on_device.hpp"
 #include "cuda/pages.hpp"
 #include "cuda/prepare.hpp"
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
+#include "cuda/state_ring.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -117,6 +122,48 @@ class SamplingMirrors {
 #endif
 };
 
+// A captured round that a CUDA device repeats by itself.
+class LoopGraph {
+ public:
+  LoopGraph([[maybe_unused]] const LoopGraphArgs& args, [[maybe_unused]] void* round, Device device)
+      : device_(device) {
+    if (backend_for(device) == Backend::cpu) {
+      throw std::invalid_argument("next_drafts: expected a tensor on cuda, where graphs are, got one on cpu");
+    }
+#ifdef FORETOKEN_HAS_CUDA
+    const cuda::OnDevice current(device);
+    graph_ = std::make_unique<cuda::LoopGraph>(args, round, device);
+#endif
+  }
+
+  void launch([[maybe_unused]] Stream stream) {
+#ifdef FORETOKEN_HAS_CUDA
+    const cuda::OnDevice current(device_);
+    graph_->launch(stream);
+#endif
+  }
+
+  void cancel() {
+#ifdef FORETOKEN_HAS_CUDA
+    graph_->cancel();
+#endif
+  }
+
+  int64_t nodes() const {
+#ifdef FORETOKEN_HAS_CUDA
+    return graph_->nodes();
+#else
+    return 0;
+#endif
+  }
+
+ private:
+  [[maybe_unused]] Device device_;
+#ifdef FORETOKEN_HAS_CUDA
+  std::unique_ptr<cuda::LoopGraph> graph_;
+#endif
+};
+
 // Bytes of device scratch that sample() needs, of any contents; 0: none.
 inline int64_t sample_workspace([[maybe_unused]] const SampleArgs& args, Device device) {
   if (backend_for(device) == Backend::cpu) return 0;
@@ -175,6 +222,22 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void reserve_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::reserve_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::reserve_states(args, stream);
+#endif
+}
+
+inline void commit_states(const StateRingArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::commit_states(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::commit_states(args, stream);
 #endif
 }
 

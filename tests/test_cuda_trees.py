@@ -12,10 +12,11 @@ import hf_toys
 from foretoken.drafters import ModelDrafter
 from foretoken.generate import settle
 from foretoken.hf.runner import ModuleRunner
+from foretoken.metrics import CounterReader
 from foretoken.session import Session
 from foretoken.tree import TreePlan
 from rounds_ahead import GatherModel, asks, no_waiting, pair, told
-from toys import GREEDY, VOCAB, Ask
+from toys import GREEDY, VOCAB, Ask, table
 
 pytestmark = pytest.mark.cuda
 
@@ -48,6 +49,11 @@ def test_texts_of_chosen_trees_are_those_of_the_cpu(plan: str, sampled: bool) ->
         assert told(*device, wanted) == told(*host, wanted)
         assert device[0].metrics.counters == host[0].metrics.counters
         assert device[0].metrics.counters.moved_rows > 0
+        torch.cuda.synchronize()
+        reader = CounterReader(device[0].metrics.device_counters)
+        reader.read()
+        torch.cuda.synchronize()
+        assert reader.read() == device[0].metrics.counters
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
@@ -59,6 +65,21 @@ def test_texts_of_drawn_trees_are_those_of_the_cpu(plan: str, sampled: bool) -> 
     assert told(*device, wanted) == told(*host, wanted)
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_texts_with_trees_of_ngrams_are_those_of_the_cpu(sampled: bool) -> None:
+    wanted = asks(60, sampled, 4, count=9)
+    for ask in wanted:
+        ask.prompt = [token % 5 for token in ask.prompt]
+        ask.max_new_tokens += 20
+        ask.eos_ids = ask.stop_ids = ()
+    host, device = pair(on_gpu, "ngram", models=(GatherModel, on_gpu_model), tree=CHOSEN["usual"])
+    for _, model in (host, device):
+        looping = table(VOCAB, 1)
+        looping[::3] = looping[0]
+        model.logits = looping.to(model.logits.device)
+    assert told(*device, wanted) == told(*host, wanted)
+
+
 def test_trees_shrink_where_slots_end() -> None:
     wanted = [Ask([3, 4, 5], 60), Ask(list(range(20)), 40), Ask([1], 30), Ask([2] * 50, 9), Ask([4] * 25, 9)]
     for plan in (CHOSEN["usual"], DRAWN["iid"]):
@@ -66,9 +87,12 @@ def test_trees_shrink_where_slots_end() -> None:
         assert told(*device, wanted) == told(*host, wanted)
 
 
-@pytest.mark.parametrize("plan", [CHOSEN["usual"], *DRAWN.values()], ids=lambda plan: plan.draw)
-def test_rounds_of_trees_wait_for_nothing(plan: TreePlan) -> None:
-    _, (session, forward) = both(plan)
+@pytest.mark.parametrize("kind", ["blurred", "ngram", *DRAWN])
+def test_rounds_of_trees_wait_for_nothing(kind: str) -> None:
+    models, plan = (GatherModel, on_gpu_model), DRAWN.get(kind, CHOSEN["usual"])
+    _, (session, forward) = pair(on_gpu, "blurred" if kind in DRAWN else kind, models=models, tree=plan)
+    session.metrics.measure_device()
+    reader = CounterReader(session.metrics.device_counters)
     for seed in range(3):
         session.admit([3, 4, seed], ft.Sampling(seed=seed), max_new_tokens=60, eos_ids=[VOCAB - 1])
     number = 0
@@ -79,9 +103,13 @@ def test_rounds_of_trees_wait_for_nothing(plan: TreePlan) -> None:
             else:
                 settle(session, forward, step, forward(step))
             list(session.events())
+            reader.read()
             number += 1
             if number > 3:
                 session.plan()
+    spent = session.metrics.device_seconds
+    assert spent is not None
+    assert min(spent.draft, spent.target_forward, spent.verify_commit) > 0
 
 
 @pytest.mark.parametrize("draw", ["deterministic", "without_replacement"])

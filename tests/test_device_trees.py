@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import foretoken as ft
 import hf_models
 import hf_toys
-from foretoken.device import places
+from foretoken import _core
+from foretoken.device import ngram, places
 from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.generate import settle
 from foretoken.hf.runner import ModuleRunner
+from foretoken.metrics import CounterReader
 from foretoken.sampling import Sampling
 from foretoken.session import Session
 from foretoken.tree import TreePlan
@@ -59,6 +64,7 @@ def test_texts_are_those_of_the_host(ahead, plan: str, sampled: bool, seed: int)
     assert told(*device, wanted) == told(*host, wanted)
     counters = device[0].metrics.counters
     assert counters == host[0].metrics.counters
+    assert CounterReader(device[0].metrics.device_counters).read() == counters
     assert counters.accepted_tokens > 10
     assert counters.moved_rows > 0
 
@@ -69,6 +75,71 @@ def test_models_in_tensor_operations_agree_with_the_tables(ahead, plan: str) -> 
     wanted = asks(31, True, PLANS[plan].depth)
     host, device = pair(ahead, "blurred", models=(TableModel, GatherModel), tree=PLANS[plan])
     assert told(*device, wanted) == told(*host, wanted)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=150), min_size=1, max_size=4),
+    st.tuples(st.integers(1, 2), st.integers(0, 3)),
+    st.tuples(st.integers(-1, 20), st.integers(1, 4), st.integers(0, 7)),
+)
+def test_trees_of_ngrams_are_those_of_the_index(texts, orders, shape) -> None:
+    """Node by node; rows of budgets of their own."""
+    assert_trees_of_the_index(texts, orders[0], sum(orders), shape)
+
+
+def test_trees_of_ngrams_end_where_the_index_stops_visiting() -> None:
+    """Patterns that come back and back, with mistakes: matches of all lengths, visited at each."""
+    dice = random.Random(3)
+    for _ in range(25):
+        texts = []
+        for _ in range(4):
+            pattern = [dice.randrange(4) for _ in range(dice.randint(4, 9))]
+            text = pattern * dice.randint(9, 16) + pattern[: dice.randint(1, 3)]
+            texts.append([dice.randrange(4) if dice.random() < 0.03 else token for token in text])
+        assert_trees_of_the_index(texts, 1, dice.randint(5, 12), (20, 4, 6))
+
+
+def assert_trees_of_the_index(
+    texts: list[list[int]], low: int, high: int, shape: tuple[int, int, int]
+) -> None:
+    most, branches, depth = shape
+    nodes = [max(most - row, -1) for row in range(len(texts))]
+    depths = [max(min(depth - row, count), 0) for row, count in enumerate(nodes)]
+    width = max(map(len, texts)) + 3
+    padded = torch.tensor([text + [row % 4] * (width - len(text)) for row, text in enumerate(texts)])
+    matches = ngram.matches_in(padded, torch.tensor([len(text) for text in texts]), low, high)
+    grown = ngram.trees(
+        matches, torch.tensor(depths), torch.tensor(nodes, dtype=torch.int32),
+        branches=branches, most_depth=max(depth, 1), most_nodes=20,
+    )  # fmt: skip
+    for row, text in enumerate(texts):
+        index = _core.NgramIndex(min_ngram=low, max_ngram=high, max_bytes=1 << 20)
+        index.append(text)
+        expected = index.propose_tree(max(nodes[row], 0), branches, depths[row])
+        count = int(grown.num_drafts[row])
+        assert (count < 0) == (nodes[row] < 0)
+        found = [part[row, : max(count, 0)].tolist() for part in (grown.tokens, grown.parents)]
+        assert found == list(expected)
+
+
+@pytest.mark.parametrize("model", [BlindModel, GatherModel])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_texts_with_trees_of_ngrams_are_those_of_the_host(ahead, sampled: bool, model: Any) -> None:
+    """Many contexts go on alike, so n-grams come back with other continuations."""
+    wanted = asks(60, sampled, 4, count=9)
+    for ask in wanted:
+        ask.prompt = [token % 5 for token in ask.prompt]
+        ask.max_new_tokens += 20
+        ask.eos_ids = ask.stop_ids = ()
+    both = pair(ahead, "ngram", models=(TableModel, model), tree=PLANS["deterministic"])
+    looping = table(VOCAB, 1)
+    looping[::3] = looping[0]
+    for _, forward in both:
+        forward.logits = looping
+    host, device = both
+    assert told(*device, wanted) == told(*host, wanted)
+    assert device[0].metrics.counters.moved_rows > 0
 
 
 @pytest.mark.parametrize("rule", ["coupled", "target_only"])
@@ -149,7 +220,7 @@ def test_steps_built_again_and_rows_that_leave(ahead, leaves: int, seed: int) ->
 READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
-@pytest.mark.parametrize("draw", ["deterministic", "iid", "without_replacement"])
+@pytest.mark.parametrize("draw", ["deterministic", "iid", "without_replacement", "ngram"])
 @pytest.mark.parametrize("family", ["llama", "gemma2_window_softcap"])
 def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: str, draw: Any) -> None:
     """Neither here nor in modelling code: on a device each of these would wait for it."""
@@ -157,8 +228,10 @@ def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: s
     model = hf_models.tiny_model(family)
     sizes = {"max_batch": 3, "max_length": 96}
     runner = ModuleRunner(model, **sizes)
-    drafter = ModelDrafter(ModuleRunner(model, **sizes), vocab_size=runner.vocab_size, **sizes)
-    plan = TreePlan(nodes=9, branches=3, depth=3, draw=draw)
+    drafter: Any = ModelDrafter(ModuleRunner(model, **sizes), vocab_size=runner.vocab_size, **sizes)
+    plan = TreePlan(nodes=9, branches=3, depth=3, draw="deterministic" if draw == "ngram" else draw)
+    if draw == "ngram":
+        drafter = NgramDrafter()
     session = Session(vocab_size=runner.vocab_size, drafter=drafter, tree=plan, **sizes)
     for row, prompt in enumerate(hf_models.random_prompts(7, 4, 9)):
         law = Sampling(seed=row, repetition_penalty=1.1) if row else GREEDY
@@ -220,7 +293,10 @@ def test_generate_says_what_it_says_on_the_host(monkeypatch, toys, sampled: bool
 
 def test_what_a_device_has_no_trees_for_says_so(monkeypatch, ahead, toys) -> None:
     for reason, options in {
-        "tree: n-gram drafts are chains on a device": {"drafter": "ngram", "tree": TreePlan()},
+        "tree: n-gram drafts are at most 32 deep on a device": {
+            "drafter": "ngram",
+            "tree": TreePlan(nodes=60, depth=33),
+        },
         "tree: 5 nodes are no more than a chain of 5": {"drafter": toys[1], "tree": TreePlan(nodes=5)},
     }.items():
         options["do_sample"] = False
@@ -230,8 +306,8 @@ def test_what_a_device_has_no_trees_for_says_so(monkeypatch, ahead, toys) -> Non
     model = BlindModel(table(VOCAB, 3), 1, LENGTH)
     drafter = ModelDrafter(model, max_batch=1, vocab_size=VOCAB, max_length=LENGTH)
     sizes = {"max_batch": 1, "vocab_size": VOCAB, "max_length": 8}
-    with pytest.raises(ValueError, match="tree: expected None with an NgramDrafter on cpu, where its drafts"):
-        ahead(drafter=NgramDrafter(), tree=TreePlan(), **sizes)
+    with pytest.raises(ValueError, match="tree: expected a depth of at most 32 with an NgramDrafter on cpu"):
+        ahead(drafter=NgramDrafter(), tree=TreePlan(nodes=60, depth=33), **sizes)
     with pytest.raises(ValueError, match="tree: expected more nodes than drafts one behind the other on cpu"):
         ahead(drafter=drafter, tree=TreePlan(nodes=5), **sizes)
     assert ahead(drafter=drafter, tree="auto", **sizes)._context.tree is None

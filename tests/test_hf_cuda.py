@@ -164,7 +164,6 @@ def test_bug_55_texts_grow_across_every_threshold_with_the_addresses_of_the_capt
     captured: Any = runner._captured
     shape = captured._shapes[captured.key(on_gpu(step_of([[1]], [5], [1])))]
     assert shape.graph is not None
-    assert any(kept.data_ptr() for kept in shape.keeps[0])
 
 
 def test_bug_56_texts_do_not_depend_on_when_results_arrive() -> None:

@@ -64,7 +64,8 @@ PYTHON = {
     "pair": LOOP | {"generate", "hf"},
     "demo": LOOP | {"generate", "hf", "pair", "info", "foretoken"},
     "info": {"_core", "foretoken"},
-    "cli": {"hf", "pair", "info", "demo", "foretoken"},
+    "plot": set(),
+    "cli": {"hf", "pair", "info", "demo", "plot", "foretoken"},
     "__main__": {"cli"},
     "__init__": LOOP | {"cache", "generate", "hf", "pair"},
 }

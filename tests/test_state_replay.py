@@ -48,12 +48,18 @@ def expected(layer, text):
     return make_run(layer)((embed(torch.tensor([text], dtype=torch.int64)),), states)
 
 
-def forward(replay, slots, lengths, rows, *, final=False, provisional=False, fail=None):
+def forward(replay, slots, lengths, rows, *, final=False, provisional=False, join=0, fail=None):
     """One step; the states in front of it, by layer."""
     width = max(map(len, rows))
     tokens = torch.tensor([[*row, *[999] * (width - len(row))] for row in rows])
     plan = replay.reserve(
-        slots, lengths, [len(row) for row in rows], num_tokens=width, final=final, provisional=provisional
+        slots,
+        lengths,
+        [len(row) for row in rows],
+        num_tokens=width,
+        final=final,
+        provisional=provisional,
+        join=join,
     )
     inputs = embed(tokens)
     fronts = []
@@ -62,7 +68,9 @@ def forward(replay, slots, lengths, rows, *, final=False, provisional=False, fai
             raise ZeroDivisionError
         run = make_run(layer)
         given = (inputs,) * len(kinds.inputs)
-        states = replay.append(plan, layer, given, run)
+        states = replay.append(plan, layer, given if layer == 0 else None, run)
+        if plan.lead:
+            states = run(replay.lead(plan, layer), states)
         fronts.append(tuple(state.clone() for state in states))
         replay.keep(plan, layer, given, run(given, states), run)
     replay.commit(plan)
@@ -86,6 +94,7 @@ def test_random_programs_against_token_lists(entries, seed):
     slots = 4
     replay = StateReplay(LAYERS, slots=slots, entries=entries)
     texts = [[] for _ in range(slots)]
+    join = choose.choice([0, 12])
     drawn = lambda count: [choose.randrange(90) for _ in range(count)]  # noqa: E731
     for _ in range(90):
         rows = sorted(choose.sample(range(slots), choose.randrange(1, slots + 1)))
@@ -113,7 +122,7 @@ def test_random_programs_against_token_lists(entries, seed):
             with pytest.raises(ZeroDivisionError):
                 forward(replay, rows, lengths, fed, fail=choose.randrange(2))
             fed = [drawn(len(row)) for row in fed]
-        check_fronts(forward(replay, rows, lengths, fed), fronts_of)
+        check_fronts(forward(replay, rows, lengths, fed, join=join), fronts_of)
         if kind == "round":
             for slot, row in zip(rows, fed, strict=True):
                 texts[slot] += row[: choose.randrange(1, len(row) + 1)]
@@ -129,6 +138,7 @@ def test_random_programs_against_token_lists(entries, seed):
                 [len(texts[rows[i]]) + len(tails[i]) for i in live],
                 new := [drawn(1) for _ in live],
                 provisional=True,
+                join=join,
             )
             check_fronts(fronts, [texts[rows[i]] + tails[i] for i in live])
             for i, row in zip(live, new, strict=True):
@@ -155,6 +165,30 @@ def test_accepting_everything_and_drafting_nothing_runs_no_token_twice():
         replay.commit(plan)
         length += accepted
     assert tokens == [1]
+
+
+def test_rejected_rounds_run_accepted_tokens_in_front_of_the_next_ones():
+    replay = StateReplay(LAYERS[:1], slots=1)
+    alone, leads, text = [], [], []
+
+    def run(inputs, states):
+        alone.append(inputs[0].shape[1])
+        return make_run(0)(inputs, states)
+
+    for turn in range(9):
+        plan = replay.reserve([0], [len(text)], [4], join=12)
+        tokens = [10 * turn + i for i in range(4)]
+        inputs = (embed(torch.tensor([tokens])),)
+        states = replay.append(plan, 0, inputs, run)
+        leads.append(plan.lead)
+        if plan.lead:
+            states = make_run(0)(replay.lead(plan, 0), states)
+        assert torch.equal(states[0], expected(0, text)[0])
+        replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
+        replay.commit(plan)
+        text += tokens[:3]
+    assert leads == [0, 3, 6, 0, 3, 6, 0, 3, 6]
+    assert alone == [9, 9]
 
 
 def test_going_back_to_where_nothing_is_kept():

@@ -14,6 +14,8 @@ using attend::Task;
 
 struct Limits {
   int multiprocessors = 0, shared_bytes = 0, major = 0;
+  int shared_bytes_of_two = 0;  // of each of two blocks on a multiprocessor
+  bool hopper = false;
 };
 
 Limits limits_on(int device) {
@@ -28,6 +30,13 @@ Limits limits_on(int device) {
       "device attributes");
   throw_if_failed(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device),
                   "device attributes");
+  limits.hopper = attend::runs_hopper_code();
+  int all = 0, reserved = 0;
+  throw_if_failed(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                  "device attributes");
+  throw_if_failed(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device),
+                  "device attributes");
+  limits.shared_bytes_of_two = all / 2 - reserved;
   if (device < kKept) kept[device] = limits;
   return limits;
 }
@@ -74,23 +83,26 @@ LaunchPlan plan_of(const TreeAttentionArgs& args, int batch, const Limits& limit
   plan.teams = plan.head_size == 128 && queries > attend::kTeamRows ? 2 : 1;
   const int64_t rows = plan.teams * attend::kTeamRows;
   plan.row_blocks = static_cast<int>((queries + rows - 1) / rows);
-  plan.groups = std::max(1, std::min(limits.multiprocessors, attend::kMostBlocks) / plan.row_blocks);
+  const bool float8 = is_float8(args.k_cache.dtype);
+  const bool two = limits.hopper && plan.head_size == 128 && plan.teams == 1 && !float8;
+  const int blocks = std::min((two ? 2 : 1) * limits.multiprocessors, attend::kMostBlocks);
+  plan.groups = std::max(1, blocks / plan.row_blocks);
   // A group's stretch, at most: pieces of it that do not begin a pair leave a partial result for each
   // segment, and for each chunk in front of the first.
   const int64_t tiles = (slots_of(args) + attend::kTile - 1) / attend::kTile;
   const int64_t stretch = 4 * (tiles * batch * kv_heads / plan.groups) / 3 + 32;
   const int64_t segment = attend::kChunkTiles * attend::kSegmentChunks;
   plan.partial_slots = static_cast<int>(std::min(tiles, stretch) / segment) + 2 + attend::kSegmentChunks + 2;
-  const bool float8 = is_float8(args.k_cache.dtype);
   if (plan.head_size == 256) {
-    float8 ? attend::plan_shared<256, 1, true>(plan, limits.shared_bytes, batch)
-           : attend::plan_shared<256, 1, false>(plan, limits.shared_bytes, batch);
+    float8 ? attend::plan_shared<256, 1, true>(plan, limits.shared_bytes, batch, limits.hopper)
+           : attend::plan_shared<256, 1, false>(plan, limits.shared_bytes, batch, limits.hopper);
   } else if (plan.teams == 1) {
-    float8 ? attend::plan_shared<128, 1, true>(plan, limits.shared_bytes, batch)
-           : attend::plan_shared<128, 1, false>(plan, limits.shared_bytes, batch);
+    float8 ? attend::plan_shared<128, 1, true>(plan, limits.shared_bytes, batch, limits.hopper)
+           : attend::plan_shared<128, 1, false>(plan, two ? limits.shared_bytes_of_two : limits.shared_bytes,
+                                                batch, limits.hopper);
   } else {
-    float8 ? attend::plan_shared<128, 2, true>(plan, limits.shared_bytes, batch)
-           : attend::plan_shared<128, 2, false>(plan, limits.shared_bytes, batch);
+    float8 ? attend::plan_shared<128, 2, true>(plan, limits.shared_bytes, batch, limits.hopper)
+           : attend::plan_shared<128, 2, false>(plan, limits.shared_bytes, batch, limits.hopper);
   }
   return plan;
 }
@@ -206,7 +218,7 @@ void launch_matrix(const TreeAttentionArgs& args, char* workspace, const Limits&
     task.counters = reinterpret_cast<uint32_t*>(workspace);
     task.partials = reinterpret_cast<float*>(workspace + kAttentionCounterBytes);
     char* const totals = workspace + kAttentionCounterBytes + plan.partial_bytes;
-    task.totals = plan.shared_totals ? nullptr : reinterpret_cast<float*>(totals);
+    task.totals = reinterpret_cast<float*>(totals);
     if (is_float8(args.k_cache.dtype)) {
       attend::launch_float8(plan, task, maps, device, stream);
     } else if (args.q.dtype == DType::bfloat16) {

@@ -5,21 +5,33 @@
 
 namespace foretoken::cuda::attend {
 
+// Whether registers can be handed from those that load to those that compute; only devices that can do that
+// have shared memory for more than the ring. Code for the host has to ask the device.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kIsHopper = false;
+#else
+constexpr bool kIsHopper = true;
+#endif
+
 // Sizes and places in a block's shared memory.
 template <int kD, int kTeams, bool kFloat8>
 struct SharedPlan {
   static constexpr int kBufferBytes = kTile * kD * 2;  // a tile of K or V; a warpgroup's queries
   static constexpr int kTotalBytes = kTeamRows * kD * 4;
-  static constexpr int kTiles = kD == 256 || kFloat8 ? 1 : 2;  // of a round
+  static constexpr bool kSharesTotals = kIsHopper && kTeams == 2 && !kFloat8;  // else they are in memory
   static constexpr int kStages = !kFloat8 ? 0 : kD == 256 ? 4 : kTeams == 1 ? 8 : 6;
   static constexpr int kStageBytes = kStages * kTile * kD;
   static constexpr int kMostBuffers = 16;
+  // Few queries keep a multiprocessor busy only in two blocks, which take turns at waiting.
+  static constexpr int kBlocksAtOnce = kIsHopper && kTeams == 1 && kD == 128 && !kFloat8 ? 2 : 1;
+  static constexpr bool kGivesRegisters = kTeams == 2 || kBlocksAtOnce == 2;
   static constexpr int kBarrierBytes = kMostBuffers * (16 + 4);  // and what is lost
 
-  static FORETOKEN_HD int64_t bytes(int buffers, bool totals, int batch, int groups) {
-    return 1024 + kTeams * kBufferBytes + (totals ? kTeams * kTotalBytes : 0) +
-           static_cast<int64_t>(buffers) * kBufferBytes + kStageBytes + kBarrierBytes +
-           kTeams * static_cast<int64_t>(sizeof(Queries)) + 16 + 4 * (batch + 1) + 4 * (groups + 1);
+  static int64_t total_bytes(bool hopper) { return hopper && kSharesTotals ? kTeams * kTotalBytes : 0; }
+  static int64_t bytes(int buffers, int batch, int groups, bool hopper) {
+    return 1024 + kTeams * kBufferBytes + total_bytes(hopper) + static_cast<int64_t>(buffers) * kBufferBytes +
+           kStageBytes + kBarrierBytes + kTeams * static_cast<int64_t>(sizeof(Queries)) + 16 +
+           static_cast<int64_t>(sizeof(SharedPair)) + 4 * (batch + 1) + 4 * (groups + 1);
   }
 };
 
@@ -29,16 +41,16 @@ class Consumer {
  public:
   using Product = Products<Element, kD>;
   using Slot = PartialSlot<kD, kTeams>;
-  static constexpr int kTiles = SharedPlan<kD, kTeams, kFloat8>::kTiles;
-  static constexpr int kChunkRounds = kChunkTiles / kTiles;
 
   __device__ Consumer(const Task& task, const Layout& layout, const Ring& ring, char* matrix,
-                      Queries& queries, uint64_t& unfit, float4* totals, int team, int thread)
+                      Queries& queries, const SharedPair& shared, uint64_t& unfit, float4* totals, int team,
+                      int thread)
       : task_(task),
         layout_(layout),
         ring_(ring),
         matrix_(matrix),
         queries_(queries),
+        shared_(shared),
         unfit_(unfit),
         totals_(totals),
         team_(team),
@@ -54,8 +66,14 @@ class Consumer {
       const TeamPiece at = team_piece(task_, piece, row_block_, team_);
       if (at.queries <= row_block_ * task_.block_queries) continue;
       sync_team();
-      take_queries<Element, kD>(task_, at, matrix_, queries_, thread_);
+      if (__builtin_expect(task_.aligned_q, 1)) {
+        take_queries<Element, kD, true>(task_, at, matrix_, queries_, thread_);
+      } else {
+        take_queries<Element, kD, false>(task_, at, matrix_, queries_, thread_);
+      }
       publish_to_matrix_units();
+      if (task_.boxes > 0 && !taken_) arrive_at(2 + kTeams, kTeams * kTeam + 32);
+      taken_ = true;
       sync_team();
       walk(at);
       if (piece.whole()) continue;
@@ -89,79 +107,64 @@ class Consumer {
         task_.k_scale ? task_.scale * task_.k_scale[piece.head * task_.k_scale_head] : task_.scale,
         task_.softcap);
     const uint32_t queries = shared_address(matrix_);
-    const int start = piece.first_round<kTiles>();
+    const int start = piece.from;
     Values<kD> values;
     Rows rows, done;
     Folded folded;
-    float scores[kTiles][32], factors[2];
-    uint32_t weights[kTiles][16] = {};
+    float scores[32], factors[2];
+    uint32_t weights[16] = {};
     rows.clear();
-    for (int tile = start;; tile += kTiles) {
+    for (int tile = start;; ++tile) {
       const bool scored = tile<piece.to, valued = tile> start;
       const bool begins = tile % kChunkTiles == 0 || !valued;  // a chunk
-      const bool alone = tile - kTiles <= start || (tile - kTiles) % kChunkTiles == 0;
-      Ring before[kTiles], keys[kTiles];  // the values of the round before, the keys of this one
-      for (int i = 0; i < kTiles; ++i) {
-        before[i] = ring_;
-        if (valued) ring_.advance();
-      }
+      const bool alone = tile - 1 == start || (tile - 1) % kChunkTiles == 0;
+      const Ring before = ring_;  // the values of the round before
+      if (valued) ring_.advance();
+      const Ring keys = ring_;
       bool lost = false;
-      for (int i = 0; i < kTiles; ++i) {
-        keys[i] = ring_;
-        if (scored) {
-          await_tile(ring_);
-          lost = lost || ring_.lost[ring_.index] != 0;
-          ring_.advance();
-        }
+      if (scored) {
+        await_tile(ring_);
+        lost = ring_.lost[ring_.index] != 0;
+        ring_.advance();
       }
-      for (int i = 0; i < kTiles; ++i) Product::settle(scores[i]);
+      Product::settle(scores);
       Product::begin();
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) Product::add_scores(scores[i], queries, keys[i].buffer());
+      Product::add_scores(scores, queries, keys.buffer());
       Product::commit();
-      if (valued) {
-        for (int i = 0; i < kTiles; ++i) await_values(at, tile - kTiles + i, before[i], rows);
-      }
+      if (valued) await_values(at, tile - 1, before, rows);
       Product::settle(values);
       Product::begin();
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        Product::add_values(values, weights[i], before[i].buffer(), alone && i == 0);
-      }
+      Product::add_values(values, weights, before.buffer(), alone);
       Product::commit();
       if (begins || !scored) {
         done = rows;
         rows.clear();
       }
       Product::template wait<1>();
-      for (int i = 0; i < kTiles; ++i) Product::settle(scores[i]);
+      Product::settle(scores);
       if (scored) {
-        for (int i = 0; i < kTiles; ++i) release(keys[i]);
+        release(keys);
         const float factor = scores_of(scores, scale);
-        if (!at.plain(tile) || !at.plain(tile + kTiles - 1)) {
-          for (int i = 0; i < kTiles; ++i) hide(scores[i], sight(at, 0, tile + i), sight(at, 1, tile + i));
-        }
+        if (!at.plain(tile)) hide(scores, sight(at, 0, tile), sight(at, 1, tile));
         weigh(scores, factor, rows, factors);
         if (__builtin_expect(lost, 0)) lose_rows(at, tile, rows);
       }
       Product::template wait<0>();
       Product::settle(values);
       if (valued) {
-        for (int i = 0; i < kTiles; ++i) release(before[i]);
-        if (begins || !scored) end_chunk(at, (tile - kTiles) / kChunkTiles, values, done, folded);
+        release(before);
+        if (begins || !scored) end_chunk(at, (tile - 1) / kChunkTiles, values, done, folded);
       }
       if (!scored) return;
       if (!begins) scale_values(values, factors);
-      for (int i = 0; i < kTiles; ++i) pack_weights<Element>(scores[i], weights[i]);
+      pack_weights<Element>(scores, weights);
     }
   }
 
   // Rows that see anything of a round that could not be read.
   __device__ void lose_rows(const TeamPiece& at, int tile, Rows& rows) const {
     for (int i = 0; i < 2; ++i) {
-      for (int j = 0; j < kTiles; ++j) {
-        if (sight(at, i, tile + j) != 0) rows.sum[i] = __int_as_float(0x7fffffff);
-      }
+      if (sight(at, i, tile) != 0) rows.sum[i] = __int_as_float(0x7fffffff);
     }
   }
 
@@ -192,7 +195,9 @@ class Consumer {
       put_partial(slot(task_.partial_slots - 1), team_, thread_, values, rows);
       return;
     }
-    if (folded.has_whole) put_behind(values, rows, whole.values(team_, thread_), folded.whole);
+    if (folded.has_whole) {
+      put_behind(values, rows, Resting<false>(whole.values(team_, thread_)), folded.whole);
+    }
     if (last && piece.whole()) {
       write(at, values, rows);
       return;
@@ -227,16 +232,13 @@ class Consumer {
   // The tiles of a piece that has no queries for this warpgroup.
   __device__ void pass_by(const TeamPiece& at) {
     Rows rows;
-    for (int tile = at.piece.first_round<kTiles>(); tile < at.piece.to; tile += kTiles) {
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        if (i < kTiles) {
-          await_tile(ring_);
-        } else {
-          await_values(at, tile + i - kTiles, ring_, rows);
-        }
-        release(ring_);
-        ring_.advance();
-      }
+    for (int tile = at.piece.from; tile < at.piece.to; ++tile) {
+      await_tile(ring_);
+      release(ring_);
+      ring_.advance();
+      await_values(at, tile, ring_, rows);
+      release(ring_);
+      ring_.advance();
     }
   }
 
@@ -288,39 +290,56 @@ class Consumer {
   // more to do had that piece first of all, so that nobody waits for a block that waits.
   __device__ void merge(const Piece& piece) {
     const TeamPiece at = team_piece(task_, piece, row_block_, team_);
-    // The ring is done with.
-    Listed* const list = reinterpret_cast<Listed*>(matrix_ + (ring_.buffers - shared_address(matrix_)));
-    const Sharing sharing = share_pair(task_, layout_, piece, group_, leads() ? list : nullptr);
-    int* const partials = reinterpret_cast<int*>(&unfit_);
+    sync_threads_of(2 + kTeams, kTeams * kTeam + 32);  // with the warp that has found out who shares the pair
+    const Sharing sharing = shared_.sharing;
+    const Listed* list = shared_.list;
+    if (sharing.partials > kMostListed) {
+      // The ring is done with.
+      auto* const long_list = reinterpret_cast<Listed*>(matrix_ + (ring_.buffers - shared_address(matrix_)));
+      if (team_ == 0 && thread_ < 32) {
+        share_pair(task_, layout_, piece, group_, row_block_, long_list, sharing.partials);
+      }
+      list = long_list;
+    }
     uint32_t* const counters = this->counters(piece);
     if (leads()) {
-      *partials = sharing.partials;
       while (load_acquire(counters) < static_cast<uint32_t>(sharing.arrivals)) {
       }
       __threadfence();
     }
     sync_teams();
-    const int listed = *partials;
     const auto mergers = static_cast<unsigned>(sharing.mergers);
     if (leads() && atomicInc(counters + 1, mergers - 1) + 1 == mergers) *counters = 0;
     if (!at.active()) return;
     constexpr int kQuads = Values<kD>::kQuads;
-    char* const room = reinterpret_cast<char*>(list) + kListBytes;
-    const int rooms = (ring_.size * ring_.bytes - kListBytes) / (kTeams * kTeam * 16);
-    Merger<Element, kD, kTeams>(task_, at, list, listed, row_block_, team_, thread_,
-                                room + team_ * rooms * (kTeam * 16), rooms)
+    Merger<Element, kD, kTeams>(task_, at, list, sharing.partials, team_, thread_)
         .run(sharing.rank * kQuads / sharing.mergers, (sharing.rank + 1) * kQuads / sharing.mergers);
   }
 
   const Task& task_;
   const Layout& layout_;
   Ring ring_;
+  bool taken_ = false;  // the first queries
   char* const matrix_;
   Queries& queries_;
-  uint64_t& unfit_;  // slots of a tile, or how many partial results are listed
-  float4* const totals_;
+  const SharedPair& shared_;
+  uint64_t& unfit_;  // slots of a tile
+  const Resting<SharedPlan<kD, kTeams, kFloat8>::kSharesTotals> totals_;
   const int team_, thread_, group_, row_block_;
 };
+
+// By a warp, while others compute: who shares the pair that a stretch ends with, unless that is all its own.
+template <int kTeams>
+__device__ void tell_who_shares(const Task& task, const Layout& layout, int start, int stop, int row_block,
+                                int group, SharedPair& shared) {
+  if (start >= stop) return;
+  const Piece last = piece_at(task, layout, stop - 1, stop);
+  if (start <= last.pair && stop >= last.pair + last.end - last.first) return;
+  if (row_shape(task, last.b).nodes * task.group <= row_block * task.block_queries) return;
+  const Sharing sharing = share_pair(task, layout, last, group, row_block, shared.list, kMostListed);
+  if (threadIdx.x % 32 == 0) shared.sharing = sharing;
+  arrive_at(2 + kTeams, kTeams * kTeam + 32);
+}
 
 // Nodes that do not exist, and rows that cannot be served, by one warpgroup.
 __device__ inline void fill_rest(const Task& task, int thread) {
@@ -343,19 +362,23 @@ __device__ inline void fill_rest(const Task& task, int thread) {
 }
 
 template <class Element, int kD, int kTeams, bool kFloat8>
-__global__ void __launch_bounds__((kTeams + 1) * kTeam, 1)
+__global__ void __launch_bounds__((kTeams + 1) * kTeam, (SharedPlan<kD, kTeams, kFloat8>::kBlocksAtOnce))
     tree_attention_kernel(const __grid_constant__ Task task, const __grid_constant__ Maps maps) {
   using Plan = SharedPlan<kD, kTeams, kFloat8>;
   extern __shared__ char raw[];
   char* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
   char* const buffers = shared + kTeams * Plan::kBufferBytes;
   char* const stages = buffers + task.ring * Plan::kBufferBytes;
-  char* const totals = stages + Plan::kStageBytes;
-  char* const barriers = totals + (task.totals ? 0 : kTeams * Plan::kTotalBytes);
+  char* const totals = Plan::kSharesTotals
+                           ? stages + Plan::kStageBytes
+                           : reinterpret_cast<char*>(task.totals) +
+                                 static_cast<int64_t>(blockIdx.x) * kTeams * Plan::kTotalBytes;
+  char* const barriers = stages + Plan::kStageBytes + (Plan::kSharesTotals ? kTeams * Plan::kTotalBytes : 0);
   auto* const queries = reinterpret_cast<Queries*>(barriers + Plan::kBarrierBytes);
   auto* const unfit = reinterpret_cast<uint64_t*>(queries + kTeams);
   Layout layout;
-  layout.before = reinterpret_cast<int32_t*>(unfit + 2);
+  auto* const shared_pair = reinterpret_cast<SharedPair*>(unfit + 2);
+  layout.before = reinterpret_cast<int32_t*>(shared_pair + 1);
   layout.cuts = layout.before + task.batch + 1;
   Ring ring;
   ring.buffers = shared_address(buffers);
@@ -379,24 +402,21 @@ __global__ void __launch_bounds__((kTeams + 1) * kTeam, 1)
   const int team = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kTeam, 0);
   const int thread = static_cast<int>(threadIdx.x) % kTeam;
   if (team == kTeams) {
-    if constexpr (kTeams == 2) leave_registers<40>();
+    if constexpr (Plan::kGivesRegisters) leave_registers<40>();
     if constexpr (kFloat8) {
-      Float8Loader<kD, Plan::kTiles, Plan::kStages>(task, ring, stages, thread)
-          .load(layout, start, stop, row_block);
+      Float8Loader<kD, Plan::kStages>(task, ring, stages, thread).load(layout, start, stop, row_block);
     } else if (task.boxes > 0) {
-      if (thread < 32) load_boxes<kD, Plan::kTiles>(task, layout, maps, start, stop, row_block, ring, thread);
+      if (thread < 32) load_boxes<kD, kTeams>(task, layout, maps, start, stop, row_block, ring, thread);
     } else {
-      load_tiles<kD, Plan::kTiles>(task, layout, start, stop, row_block, ring, thread);
+      load_tiles<kD>(task, layout, start, stop, row_block, ring, thread);
     }
+    if (thread < 32) tell_who_shares<kTeams>(task, layout, start, stop, row_block, group, *shared_pair);
     fill_rest(task, thread);
   } else {
-    if constexpr (kTeams == 2) take_registers<232>();
-    float4* const own =
-        task.totals ? reinterpret_cast<float4*>(task.totals) +
-                          (static_cast<int64_t>(blockIdx.x) * kTeams + team) * (Plan::kTotalBytes / 16)
-                    : reinterpret_cast<float4*>(totals + team * Plan::kTotalBytes);
+    if constexpr (Plan::kGivesRegisters) take_registers<kTeams == 2 ? 232 : 216>();
+    auto* const own = reinterpret_cast<float4*>(totals + team * Plan::kTotalBytes);
     Consumer<Element, kD, kTeams, kFloat8>(task, layout, ring, shared + team * Plan::kBufferBytes,
-                                           queries[team], *unfit, own + thread, team, thread)
+                                           queries[team], *shared_pair, *unfit, own + thread, team, thread)
         .run(start, stop);
   }
 }

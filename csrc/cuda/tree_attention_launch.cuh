@@ -16,29 +16,24 @@ constexpr int kMostRows = 1024;                                            // of
 struct LaunchPlan {
   int head_size = 0;  // of the kernel: 128 or 256
   int teams = 0, row_blocks = 0, groups = 0, ring = 0, partial_slots = 0;
-  bool shared_totals = true;
   int64_t shared_bytes = 0, partial_bytes = 0, total_bytes = 0;
 
   int blocks() const { return groups * row_blocks; }
   int64_t workspace() const { return kAttentionCounterBytes + partial_bytes + total_bytes; }
 };
 
-// Of `limit` bytes of shared memory, with as many buffers as fit; running totals go to memory rather than
-// leave fewer than four.
+// Of `limit` bytes of shared memory, with as many buffers as fit.
 template <int kD, int kTeams, bool kFloat8>
-void plan_shared(LaunchPlan& plan, int64_t limit, int batch) {
+void plan_shared(LaunchPlan& plan, int64_t limit, int batch, bool hopper) {
   using Plan = SharedPlan<kD, kTeams, kFloat8>;
-  const auto buffers = [&](bool totals) {
-    const int64_t left = limit - Plan::bytes(0, totals, batch, plan.groups);
-    return static_cast<int>(std::min<int64_t>(left / Plan::kBufferBytes, Plan::kMostBuffers));
-  };
-  plan.shared_totals = buffers(true) >= 4;
-  plan.ring = buffers(plan.shared_totals);
+  const int64_t left = limit - Plan::bytes(0, batch, plan.groups, hopper);
+  plan.ring = static_cast<int>(std::min<int64_t>(left / Plan::kBufferBytes, Plan::kMostBuffers));
   if (plan.ring < 2) throw std::runtime_error("tree_attention: this device has too little shared memory");
-  plan.shared_bytes = Plan::bytes(plan.ring, plan.shared_totals, batch, plan.groups);
+  plan.shared_bytes = Plan::bytes(plan.ring, batch, plan.groups, hopper);
   const int64_t slot_bytes = PartialSlot<kD, kTeams>::kFloats * static_cast<int64_t>(sizeof(float));
   plan.partial_bytes = plan.blocks() * plan.partial_slots * slot_bytes;
-  plan.total_bytes = plan.shared_totals ? 0 : plan.blocks() * int64_t{kTeams} * Plan::kTotalBytes;
+  const bool shared = Plan::total_bytes(hopper) > 0;
+  plan.total_bytes = shared ? 0 : plan.blocks() * int64_t{kTeams} * Plan::kTotalBytes;
 }
 
 template <class Element, int kD, int kTeams, bool kFloat8>
@@ -76,6 +71,9 @@ void launch_kind(const LaunchPlan& plan, const Task& task, const Maps& maps, int
   if (plan.teams == 1) return launch<Element, 128, 1, kFloat8>(plan, task, maps, device, stream);
   return launch<Element, 128, 2, kFloat8>(plan, task, maps, device, stream);
 }
+
+// Whether the code that this device runs was made with kIsHopper.
+bool runs_hopper_code();
 
 void launch_bfloat16(const LaunchPlan& plan, const Task& task, const Maps& maps, int device,
                      cudaStream_t stream);

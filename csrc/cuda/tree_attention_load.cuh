@@ -1,4 +1,4 @@
-// The warpgroup that fills the ring: the tiles of K of a round, those of V, the next round's, and so on.
+// The warpgroup that fills the ring: a tile of K, that of V, the next tile's, and so on.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -69,10 +69,9 @@ struct Pass {
   __device__ int locator(int pass) const { return pass * kWarpRows + lane / kPieces; }
 };
 
-// Copies tiles of one piece, a round of one or two at a time. A lane locates one row of each 16 that its warp
-// copies of a tile, those from 16 on of the second tile: it asks the block table one round ahead, and tells
-// the others.
-template <int kRowBytes, int kElementBytes, int kTiles>
+// Copies the tiles of one piece. A lane below 16 locates one row of the 16 that its warp copies of a tile: it
+// asks the block table one tile ahead, and tells the others.
+template <int kRowBytes, int kElementBytes>
 class TileReader {
  public:
   static constexpr int kPasses = Pass<kRowBytes>::kPasses;
@@ -90,7 +89,7 @@ class TileReader {
     end_ = static_cast<int>(row.slots());
     k_ = task_.k_cache + static_cast<uint64_t>(piece.head) * task_.k_head + pass_.piece();
     v_ = task_.v_cache + static_cast<uint64_t>(piece.head) * task_.v_head + pass_.piece();
-    look_up(piece.first_round<kTiles>());
+    look_up(piece.from);
     return true;
   }
 
@@ -111,21 +110,19 @@ class TileReader {
     v_there_ = __ballot_sync(0xffffffffu, wanted && usable);
     const unsigned all = __ballot_sync(0xffffffffu, wanted);
     k_there_ = pass_.piece() == 0 ? all : v_there_;
-    look_up(tile + kTiles);
+    look_up(tile + 1);
   }
 
-  __device__ void copy_k(int tile, uint32_t to, const uint32_t (&places)[kPasses]) const {
-    copy(k_, k_place_, k_there_, tile, to, places);
+  __device__ void copy_k(uint32_t to, const uint32_t (&places)[kPasses]) const {
+    copy(k_, k_place_, k_there_, to, places);
   }
-  __device__ void copy_v(int tile, uint32_t to, const uint32_t (&places)[kPasses]) const {
-    copy(v_, v_place_, v_there_, tile, to, places);
+  __device__ void copy_v(uint32_t to, const uint32_t (&places)[kPasses]) const {
+    copy(v_, v_place_, v_there_, to, places);
   }
   __device__ const Pass<kRowBytes>& pass() const { return pass_; }
 
  private:
-  __device__ int slot_of_lane(int tile) const {
-    return (tile + (kTiles == 2 ? pass_.lane / 16 : 0)) * kTile + pass_.located_row();
-  }
+  __device__ int slot_of_lane(int tile) const { return tile * kTile + pass_.located_row(); }
 
   __device__ void look_up(int tile) {
     const int slot = slot_of_lane(tile);
@@ -137,18 +134,18 @@ class TileReader {
     entry_ = table_[entry * task_.block_table_entry];
   }
 
-  __device__ void copy(const uint4* cache, uint64_t place, unsigned there, int tile, uint32_t to,
+  __device__ void copy(const uint4* cache, uint64_t place, unsigned there, uint32_t to,
                        const uint32_t (&places)[kPasses]) const {
     const uint4* from[kPasses];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const int locator = pass_.locator(i) + 16 * tile;
+      const int locator = pass_.locator(i);
       const uint64_t offset = __shfl_sync(0xffffffffu, place, locator);
       from[i] = cache + ((there >> locator & 1u) != 0 ? offset : 0);
     }
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      copy16(to + places[i], from[i], (there >> (pass_.locator(i) + 16 * tile) & 1u) != 0 ? copied_ : 0);
+      copy16(to + places[i], from[i], (there >> pass_.locator(i) & 1u) != 0 ? copied_ : 0);
     }
   }
 
@@ -163,10 +160,10 @@ class TileReader {
 };
 
 // 16-bit caches: copied to where they are used.
-template <int kD, int kTiles>
+template <int kD>
 __device__ void load_tiles(const Task& task, const Layout& layout, int start, int stop, int row_block,
                            Ring ring, int thread) {
-  using Reader = TileReader<2 * kD, 2, kTiles>;
+  using Reader = TileReader<2 * kD, 2>;
   Reader reader(task, thread);
   uint32_t places[Reader::kPasses];
 #pragma unroll
@@ -177,14 +174,14 @@ __device__ void load_tiles(const Task& task, const Layout& layout, int start, in
     const Piece piece = piece_at(task, layout, x, stop);
     x += piece.to - piece.from;
     if (!reader.begin(piece, row_block)) continue;
-    for (int tile = piece.first_round<kTiles>(); tile < piece.to; tile += kTiles) {
+    for (int tile = piece.from; tile < piece.to; ++tile) {
       reader.advance(tile);
-      for (int i = 0; i < 2 * kTiles; ++i) {
+      for (int i = 0; i < 2; ++i) {
         barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
-        if (i < kTiles) {
-          reader.copy_k(i, ring.buffer(), places);
+        if (i == 0) {
+          reader.copy_k(ring.buffer(), places);
         } else {
-          reader.copy_v(i - kTiles, ring.buffer(), places);
+          reader.copy_v(ring.buffer(), places);
         }
         barrier_arrive_behind_copies(ring.full_barrier());
         ring.advance();
@@ -193,17 +190,21 @@ __device__ void load_tiles(const Task& task, const Layout& layout, int start, in
   }
 }
 
-// 16-bit caches whose pages hold whole boxes: by the copy engine, and one warp. A lane has a box of a round,
-// and asks for its page one round ahead. What a box has beyond the row's slots is hidden or taken out later.
-template <int kD, int kTiles>
+// 16-bit caches whose pages hold whole boxes: by the copy engine, and one warp. Its lanes have the boxes of
+// as many tiles as there are lanes for, and ask for the pages of as many again ahead. What a box has beyond
+// the row's slots is hidden or taken out later. Once the first keys are on their way it waits for the
+// queries, which would otherwise stand behind all that the ring can hold.
+template <int kD, int kTeams>
 __device__ void load_boxes(const Task& task, const Layout& layout, const Maps& maps, int start, int stop,
                            int row_block, Ring ring, int lane) {
-  const int boxes = task.boxes, slots = kTile / boxes, own = lane / boxes;  // this lane's tile of a round
+  const int boxes = task.boxes, slots = kTile / boxes, tiles = 32 / boxes, own = lane / boxes;
+  const unsigned lanes = boxes == 32 ? ~0u : (1u << boxes) - 1;
   const uint32_t place = static_cast<uint32_t>(lane % boxes * slots * 128);
   if (lane == 0) {
     prefetch_map(&maps.k);
     prefetch_map(&maps.v);
   }
+  bool first = true;
   for (int x = start; x < stop;) {
     const Piece piece = piece_at(task, layout, x, stop);
     x += piece.to - piece.from;
@@ -212,38 +213,41 @@ __device__ void load_boxes(const Task& task, const Layout& layout, const Maps& m
     const int begin = row.first * kTile, end = static_cast<int>(row.slots());
     const int32_t* const table =
         task.block_table ? task.block_table + piece.b * task.block_table_row : nullptr;
-    const int start_tile = piece.first_round<kTiles>();
     const auto page_of = [&](int slot) {
-      if (own >= kTiles || slot < begin || slot >= end) return kNoPage;
+      if (slot < begin || slot >= end) return kNoPage;
       if (table == nullptr) return piece.b;
       return table[static_cast<int64_t>(slot >> task.page_shift) * task.block_table_entry];
     };
-    int slot = (start_tile + own) * kTile + lane % boxes * slots;
+    int slot = piece.from * kTile + lane * slots;
     int next = page_of(slot);
-    for (int tile = start_tile; tile < piece.to; tile += kTiles) {
-      const bool wanted = own < kTiles && slot >= begin && slot < end;
+    for (int batch = piece.from; batch < piece.to; batch += tiles) {
+      const bool wanted = slot >= begin && slot < end;
       const bool usable = !wanted || (next >= 0 && next < task.pages);
       const int page = wanted && usable ? next : task.pages;  // none: zeros
       const int within = table == nullptr ? slot : slot & (task.page_size - 1);
       const unsigned lost = __ballot_sync(0xffffffffu, !usable);
-      slot += kTiles * kTile;
+      slot += tiles * kTile;
       next = page_of(slot);
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const bool keys = i < kTiles;
-        barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
-        if (lane == 0) {
-          if (keys) ring.lost[ring.index] = (lost >> (i * boxes) & ((1u << boxes) - 1)) != 0 ? 1 : 0;
-          barrier_expect(ring.full_barrier(), kTile * kD * 2);
-        }
-        if (own == i % kTiles) {
-#pragma unroll
-          for (int block = 0; block < kD / 64; ++block) {
-            copy_box(ring.buffer() + static_cast<uint32_t>(block * kTile * 128) + place,
-                     keys ? &maps.k : &maps.v, 64 * block, within, piece.head, page, ring.full_barrier());
+      for (int i = 0; i < tiles && batch + i < piece.to; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          const bool keys = half == 0;
+          barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
+          if (lane == 0) {
+            if (keys) ring.lost[ring.index] = (lost >> (i * boxes) & lanes) != 0 ? 1 : 0;
+            barrier_expect(ring.full_barrier(), kTile * kD * 2);
           }
+          if (own == i) {
+#pragma unroll
+            for (int block = 0; block < kD / 64; ++block) {
+              copy_box(ring.buffer() + static_cast<uint32_t>(block * kTile * 128) + place,
+                       keys ? &maps.k : &maps.v, 64 * block, within, piece.head, page, ring.full_barrier());
+            }
+          }
+          __syncwarp();
+          ring.advance();
+          if (first) sync_threads_of(2 + kTeams, kTeams * kTeam + 32);
+          first = false;
         }
-        __syncwarp();
-        ring.advance();
       }
     }
   }
@@ -251,10 +255,10 @@ __device__ void load_boxes(const Task& task, const Layout& layout, const Maps& m
 
 // 8-bit caches: copied to a stage, where each thread finds what it has copied itself, and on to the ring as
 // halves, which hold every such number.
-template <int kD, int kTiles, int kStages>
+template <int kD, int kStages>
 class Float8Loader {
  public:
-  using Reader = TileReader<kD, 1, kTiles>;
+  using Reader = TileReader<kD, 1>;
   static constexpr int kStageBytes = kTile * kD;
 
   __device__ Float8Loader(const Task& task, const Ring& ring, char* stages, int thread)
@@ -268,16 +272,12 @@ class Float8Loader {
       const Piece piece = piece_at(task_, layout, x, stop);
       x += piece.to - piece.from;
       if (!reader_.begin(piece, row_block)) continue;
-      for (int tile = piece.first_round<kTiles>(); tile < piece.to; tile += kTiles) {
+      for (int tile = piece.from; tile < piece.to; ++tile) {
         reader_.advance(tile);
-        for (int i = 0; i < 2 * kTiles; ++i) {
-          if (i < kTiles) {
-            reader_.copy_k(i, shared_address(stage(copied_)), places);
-          } else {
-            reader_.copy_v(i - kTiles, shared_address(stage(copied_)), places);
-          }
-          follow();
-        }
+        reader_.copy_k(shared_address(stage(copied_)), places);
+        follow();
+        reader_.copy_v(shared_address(stage(copied_)), places);
+        follow();
       }
     }
     while (converted_ < copied_) {

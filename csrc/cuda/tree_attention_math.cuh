@@ -60,32 +60,70 @@ struct Scales {
   __device__ float sum(float a, float b) const { return __fmaf_rn(b, right, a * left); }
 };
 
-// Merges with the left of two partial results, which is at rest: groups of four values, each group of all
-// threads of a warpgroup side by side.
-template <int kD>
-__device__ void put_behind(Values<kD>& right, Rows& rows, const float4* left, const Rows& left_rows) {
+// Values at rest: groups of four, each group of all threads of a warpgroup side by side. A thread reads what
+// it has written itself.
+template <bool kShared>
+class Resting {
+ public:
+  __device__ explicit Resting(float4* values) : values_(values) {}
+
+  __device__ float4 get(int quad) const {
+    float4 value;
+    if constexpr (kShared) {
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                   : "r"(shared_address(values_ + quad * kTeam)));
+    } else {
+      asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                   : "l"(__cvta_generic_to_global(values_ + quad * kTeam)));
+    }
+    return value;
+  }
+  __device__ void put(int quad, const float* from) const {
+    if constexpr (kShared) {
+      asm volatile("st.shared.v4.f32 [%4], {%0, %1, %2, %3};" ::"f"(from[0]), "f"(from[1]), "f"(from[2]),
+                   "f"(from[3]), "r"(shared_address(values_ + quad * kTeam)));
+    } else {
+      asm volatile("st.global.v4.f32 [%4], {%0, %1, %2, %3};" ::"f"(from[0]), "f"(from[1]), "f"(from[2]),
+                   "f"(from[3]), "l"(__cvta_generic_to_global(values_ + quad * kTeam)));
+    }
+  }
+
+ private:
+  float4* const values_;
+};
+
+// Merges with the left of two partial results, which is at rest. Groups are asked for some at a time, as
+// memory is far away and registers are few.
+template <int kD, bool kShared>
+__device__ void put_behind(Values<kD>& right, Rows& rows, const Resting<kShared>& left,
+                           const Rows& left_rows) {
   const Scales first(left_rows.max[0], rows.max[0], rows.max[0]);
   const Scales second(left_rows.max[1], rows.max[1], rows.max[1]);
   rows.sum[0] = first.sum(left_rows.sum[0], rows.sum[0]);
   rows.sum[1] = second.sum(left_rows.sum[1], rows.sum[1]);
+  constexpr int kAhead = kShared ? 4 : 8;
 #pragma unroll
-  for (int i = 0; i < Values<kD>::kQuads; ++i) {
-    const float4 values = left[i * kTeam];
-    float* const quad = right.quad(i);
-    quad[0] = first.sum(values.x, quad[0]);
-    quad[1] = first.sum(values.y, quad[1]);
-    quad[2] = second.sum(values.z, quad[2]);
-    quad[3] = second.sum(values.w, quad[3]);
+  for (int begin = 0; begin < Values<kD>::kQuads; begin += kAhead) {
+    float4 values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) values[i] = left.get(begin + i);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      float* const quad = right.quad(begin + i);
+      quad[0] = first.sum(values[i].x, quad[0]);
+      quad[1] = first.sum(values[i].y, quad[1]);
+      quad[2] = second.sum(values[i].z, quad[2]);
+      quad[3] = second.sum(values[i].w, quad[3]);
+    }
   }
 }
 
-template <int kD>
-__device__ void put_down(Values<kD>& values, float4* to) {
+template <int kD, bool kShared>
+__device__ void put_down(Values<kD>& values, const Resting<kShared>& to) {
 #pragma unroll
-  for (int i = 0; i < Values<kD>::kQuads; ++i) {
-    const float* const quad = values.quad(i);
-    to[i * kTeam] = {quad[0], quad[1], quad[2], quad[3]};
-  }
+  for (int i = 0; i < Values<kD>::kQuads; ++i) to.put(i, values.quad(i));
 }
 
 // The products of one warpgroup. Between begin() and commit() they are given to the matrix units, which may
@@ -227,49 +265,66 @@ __device__ inline void hide(float (&scores)[32], uint64_t first_sees, uint64_t s
 }
 
 // Products become scores where that is more than a factor. What is hidden is hidden afterwards.
-template <int kTiles>
-__device__ inline float scores_of(float (&products)[kTiles][32], const ScoreScale& scale) {
+__device__ inline float scores_of(float (&products)[32], const ScoreScale& scale) {
   if (__builtin_expect(scale.cap == 0.0f && scale.factor > 0.0f, 1)) return scale.factor;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      // The largest product is not the largest score if the factor is negative.
-      products[tile][i] =
-          scale.cap > 0.0f ? scale.capped(products[tile][i]) : products[tile][i] * scale.factor;
-    }
+  for (int i = 0; i < 32; ++i) {
+    // The largest product is not the largest score if the factor is negative.
+    products[i] = scale.cap > 0.0f ? scale.capped(products[i]) : products[i] * scale.factor;
   }
   return 1.0f;
 }
 
 // Scores, but for a positive factor, become weights. What was summed before is to be scaled by `factors`.
-template <int kTiles>
-__device__ inline void weigh(float (&scores)[kTiles][32], float factor, Rows& rows, float (&factors)[2]) {
+// Both rows go side by side, so that what depends on each other is not all that a warp has to do.
+__device__ inline void weigh(float (&scores)[32], float factor, Rows& rows, float (&factors)[2]) {
+  float high[2], low[2], sums[2][2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float high = fmaxf(scores[0][2 * row], scores[0][2 * row + 1]);
+    high[row] = fmaxf(scores[2 * row], scores[2 * row + 1]);
+    low[row] = fmaxf(scores[4 + 2 * row], scores[4 + 2 * row + 1]);
+  }
 #pragma unroll
-    for (int j = 1; j < 8 * kTiles; ++j) {
-      const float* const pair = &scores[j / 8][4 * (j % 8) + 2 * row];
-      high = fmaxf(high, fmaxf(pair[0], pair[1]));
+  for (int j = 2; j < 8; j += 2) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      high[row] = fmaxf(high[row], fmaxf(scores[4 * j + 2 * row], scores[4 * j + 2 * row + 1]));
+      low[row] = fmaxf(low[row], fmaxf(scores[4 * j + 4 + 2 * row], scores[4 * j + 4 + 2 * row + 1]));
     }
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-    const float max = fmaxf(rows.max[row], high * factor);
-    const float reference = max == minus_infinity() ? 0.0f : max;
-    factors[row] = exp2_fast(rows.max[row] - reference);
-    rows.max[row] = max;
-    float sums[2] = {0.0f, 0.0f};
+  }
 #pragma unroll
-    for (int j = 0; j < 8 * kTiles; ++j) {
+  for (int row = 0; row < 2; ++row) high[row] = fmaxf(high[row], low[row]);
+#pragma unroll
+  for (int reach = 1; reach < 4; reach *= 2) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      high[row] = fmaxf(high[row], __shfl_xor_sync(0xffffffffu, high[row], reach));
+    }
+  }
+  float reference[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float max = fmaxf(rows.max[row], high[row] * factor);
+    reference[row] = max == minus_infinity() ? 0.0f : max;
+    factors[row] = exp2_fast(rows.max[row] - reference[row]);
+    rows.max[row] = max;
+    sums[row][0] = sums[row][1] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float& score = scores[j / 8][4 * (j % 8) + 2 * row + i];
-        score = exp2_fast(__fmaf_rn(score, factor, -reference));
-        sums[i] += score;
+        float& score = scores[4 * j + 2 * row + i];
+        score = exp2_fast(__fmaf_rn(score, factor, -reference[row]));
+        sums[row][i] += score;
       }
     }
-    rows.sum[row] = __fmaf_rn(rows.sum[row], factors[row], sums[0] + sums[1]);
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    rows.sum[row] = __fmaf_rn(rows.sum[row], factors[row], sums[row][0] + sums[row][1]);
   }
 }
 

@@ -115,6 +115,11 @@ __device__ inline void sync_threads_of(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Waits for nobody.
+__device__ inline void arrive_at(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 __device__ inline bool any_of_threads(int barrier, int threads, bool mine) {
   int result;
   asm volatile(
@@ -220,7 +225,7 @@ __device__ inline void keep_in_place(float (&values)[kCount]) {
 class Matrix {
  public:
   __device__ Matrix(uint32_t address, uint32_t apart)
-      : low_(__shfl_sync(0xffffffffu, address >> 4 | apart >> 4 << 16, 0)) {}  // the same in all lanes
+      : low_(address >> 4 | apart >> 4 << 16) {}  // to be the same in all lanes
   __device__ uint64_t at(uint32_t bytes) const {
     constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;
     return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));

@@ -78,14 +78,18 @@ __device__ inline uint32_t halves_of_bfloats(uint32_t pair) {
                       fabsf(high) > kMost ? copysignf(kMost, high) : high);
 }
 
-__device__ inline uint4 load_piece(const Task& task, const uint16_t* from) {
-  if (__builtin_expect(task.aligned_q, 1)) return *reinterpret_cast<const uint4*>(from);
-  uint32_t pairs[4];
+template <bool kAligned>
+__device__ inline uint4 load_piece(const uint16_t* from) {
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = static_cast<uint32_t>(from[2 * i + 1]) << 16 | static_cast<uint32_t>(from[2 * i]);
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = static_cast<uint32_t>(from[2 * i + 1]) << 16 | static_cast<uint32_t>(from[2 * i]);
+    }
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
-  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // What the query of this number among a warpgroup's sees.
@@ -95,7 +99,7 @@ __device__ inline void take_sight(const Task& task, const TeamPiece& at, Queries
   int32_t from = 0;
   for (int i = 0; i < kWords; ++i) words[i] = 0;
   if (query < at.queries) {
-    NodeWords node(task, at.piece.b, at.row.nodes, query / task.group);
+    NodeWords node(task, at.piece.b, at.row.nodes, task.node_of(query));
     if (task.window > 0) {
       from = static_cast<int32_t>(max(at.row.length + node.depth - task.window + 1, int64_t{0}));
       if (task.window <= at.row.nodes) node.narrow(task, at.piece.b, at.row.nodes);
@@ -106,28 +110,35 @@ __device__ inline void take_sight(const Task& task, const TeamPiece& at, Queries
 }
 
 // By one warpgroup: its queries and what they see, into shared memory. Behind it a barrier is due.
-template <class Element, int kD>
+template <class Element, int kD, bool kAligned>
 __device__ void take_queries(const Task& task, const TeamPiece& at, char* matrix, Queries& queries,
                              int thread) {
   const auto* const q = static_cast<const uint16_t*>(task.q) + at.piece.b * task.q_row;
-  constexpr int kPieces = kD / 8;
-#pragma unroll 4
-  for (int i = thread; i < kTeamRows * kPieces; i += kTeam) {
-    const int row = i / kPieces, piece = i % kPieces, query = at.first_query + row;
-    uint4 raw = {};
+  constexpr int kPieces = kD / 8, kEach = kTeamRows * kPieces / kTeam;
+  uint4 all[kEach];  // asked for together
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int number = i * kTeam + thread, piece = number % kPieces;
+    const int query = at.first_query + number / kPieces;
+    all[i] = {};
     if (query < at.queries && piece * 8 < task.head_size) {
-      const int node = query / task.group, head = at.piece.head * task.group + query % task.group;
-      raw = load_piece(task, q + node * task.q_node + head * task.q_head + piece * 8);
+      const int node = task.node_of(query), head = (at.piece.head - node) * task.group + query;
+      all[i] = load_piece<kAligned>(q + node * task.q_node + head * task.q_head + piece * 8);
     }
+  }
+  if (thread < kTeamRows) take_sight(task, at, queries, thread);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int number = i * kTeam + thread;
+    uint4 raw = all[i];
     if constexpr (std::is_same_v<Element, __half>) {
       if (task.q_is_bfloat) {
         raw = {halves_of_bfloats(raw.x), halves_of_bfloats(raw.y), halves_of_bfloats(raw.z),
                halves_of_bfloats(raw.w)};
       }
     }
-    *reinterpret_cast<uint4*>(matrix + place_of(row, piece)) = raw;
+    *reinterpret_cast<uint4*>(matrix + place_of(number / kPieces, number % kPieces)) = raw;
   }
-  if (thread < kTeamRows) take_sight(task, at, queries, thread);
 }
 
 // Bits of the tile's slots that a query sees.
@@ -181,7 +192,7 @@ class ResultWriter {
       out_[i] = nullptr;
       factor_[i] = 0.0f;
       if (query >= at.queries) continue;
-      const int node = query / task.group, head = at.piece.head * task.group + query % task.group;
+      const int node = task.node_of(query), head = (at.piece.head - node) * task.group + query;
       const RowResult result(task, at.piece, head, rows.max[i], rows.sum[i]);
       factor_[i] = result.factor;
       out_[i] = static_cast<uint16_t*>(task.out) + at.piece.b * task.out_row + node * task.out_node +

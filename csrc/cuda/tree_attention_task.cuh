@@ -46,7 +46,7 @@ struct Task {
   int64_t lse_row, lse_node, lse_head;
   uint32_t* counters;  // two for each (row, kv head, block of a group)
   float* partials;     // partial_slots for each block
-  float* totals;       // for each block, null: in shared memory
+  float* totals;       // for each block
   int64_t slots, window;
   int32_t pages;       // rows or pages of the caches
   int32_t page_size;   // slots of a page; contiguous: of a row
@@ -60,6 +60,9 @@ struct Task {
   int32_t partial_slots;  // the last two for a pair's first stretch
   float scale, softcap;
   bool long_lengths, q_is_bfloat, float8_e5m2, aligned_q, aligned_out;
+
+  // Of a query, below 4096, the node: group is 16 at most, so that the rounded reciprocal is good enough.
+  __device__ int node_of(int query) const { return query * (65536 / group + 1) >> 16; }
 };
 
 // The tiles of a row that any of its nodes sees; none of an unusable row.
@@ -100,11 +103,6 @@ struct Piece {
   int pair;  // where the pair begins among all tiles
   int first, end, from, to;
 
-  // Whole rounds; what they have beyond the pair's tiles nobody sees.
-  template <int kTiles>
-  __device__ int first_round() const {
-    return from / kTiles * kTiles;
-  }
   __device__ bool begins() const { return from == first; }
   __device__ bool whole() const { return from == first && to == end; }
 };

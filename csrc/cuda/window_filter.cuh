@@ -4,6 +4,8 @@
 // ends.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/filter_scratch.cuh"
 
 namespace foretoken::cuda {
@@ -39,57 +41,82 @@ class WindowFilter {
 
  private:
   static constexpr int kSamples = 4096, kHeld = kSamples / kThreads;
-  static constexpr int kWindow = kParts * kBins;  // the bins are idle meanwhile
-  static constexpr int kSteps = 15;
+  static constexpr int kWindow = 4 * kList;
+  static constexpr int kBinsPerBit = 32;
+  static constexpr int kRoom = kParts * kBins / kWarps;  // of a warp, in what else are bins
+  static_assert(offsetof(FilterScratch, ids) - offsetof(FilterScratch, masses) == 12 * kList,
+                "the window is listed where the list is otherwise");
+  static_assert(kRoom >= kWarpSize * 8, "a quarter of a tile fits");
 
   struct Window {
     float low, high;  // elements in [low, high) are listed
   };
 
+  __device__ uint32_t* list() const { return reinterpret_cast<uint32_t*>(scratch_.masses); }
+
   __device__ float weight(const RowLaw& law, float x) const {
     return weight_of_logit(x, law.max, law.scale, law.cut);
   }
 
-  // The sum over the block, the same in all threads.
-  __device__ float sum_of_floats(float mine) {
-    mine = sum_of_warp(mine);
-    float* const words = reinterpret_cast<float*>(scratch_.warp_words);
-    __syncthreads();
-    if (lane_id() == 0) words[threadIdx.x / kWarpSize] = mine;
-    __syncthreads();
-    return sum_of_warp(lane_id() < kWarps ? words[lane_id()] : 0.0f);
-  }
-
-  // Where the elements below weigh about `rest`, in weights of the row.
+  // Where the elements below weigh about `rest`, in weights of the row. A sample of them is counted in bins of a
+  // thirty-second of a bit; the last one has all that weigh next to nothing.
   __device__ Window guess(const RowLaw& law, double rest) {
     constexpr float kLess = 0.92f, kMore = 1.08f;  // of it; some three times the sample's own error
+    constexpr int kEach = kBins / kThreads;
     const int64_t size = task_.row.size;
-    float x[kHeld], weights[kHeld];
+    const float fine = law.scale * static_cast<float>(kBinsPerBit);
+    clear_bins(scratch_);
+    if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = 0;
+    __syncthreads();
+    float x[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t sample = threadIdx.x + static_cast<int64_t>(i) * kThreads;
       x[i] = element_at(task_.row, sample * size / kSamples);
     }
-    const float share = static_cast<float>(size) / kSamples;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) weights[i] = share * weight(law, x[i]);
-    const float wanted = static_cast<float>(rest);
-    Window below{law.cut, law.cut},
-        above{law.max, law.max};  // what is known to be left and right of the ends
-#pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const Window middle{below.low + (above.low - below.low) * 0.5f,
-                          below.high + (above.high - below.high) * 0.5f};
-      float of_low = 0.0f, of_high = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        of_low += x[i] < middle.low ? weights[i] : 0.0f;
-        of_high += x[i] < middle.high ? weights[i] : 0.0f;
-      }
-      (sum_of_floats(of_low) < kLess * wanted ? below : above).low = middle.low;
-      (sum_of_floats(of_high) < kMore * wanted ? below : above).high = middle.high;
+    for (int i = 0; i < kHeld; ++i) {
+      count_in_bin(scratch_, static_cast<uint32_t>(fminf((law.max - x[i]) * fine, kBins - 1.0f)));
     }
-    return {below.low, above.high};
+    __syncthreads();
+    // From the lightest bin on: the first thread has the last bins.
+    const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
+    const float share = static_cast<float>(size) / kSamples;
+    float below[kEach], own = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float middle = (static_cast<float>(first - i) + 0.5f) / kBinsPerBit;
+      own += share * static_cast<float>(scratch_.parts[first - i]) * exp2f(-middle);
+      below[i] = own;
+    }
+    float up_to = own;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const float other = __shfl_up_sync(kAllLanes, up_to, step);
+      if (lane_id() >= step) up_to += other;
+    }
+    float* const words = reinterpret_cast<float*>(scratch_.warp_words);
+    if (lane_id() == kWarpSize - 1) words[threadIdx.x / kWarpSize] = up_to;
+    float before = __shfl_up_sync(kAllLanes, up_to, 1);
+    if (lane_id() == 0) before = 0.0f;
+    __syncthreads();
+    float warps_before = 0.0f;
+    for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) warps_before += words[warp];
+    // Each thread begins with the very number that the one before it ends with, so that one bin is found.
+    const float wanted = static_cast<float>(rest);
+    float at = before + warps_before;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float next = i + 1 < kEach ? before + warps_before + below[i] : up_to + warps_before;
+      if (at < kLess * wanted && next >= kLess * wanted) scratch_.listed = first - i + 1;
+      if (at < kMore * wanted && next >= kMore * wanted) scratch_.grouped = first - i;
+      at = next;
+    }
+    __syncthreads();
+    const int low = scratch_.listed, high = scratch_.grouped;
+    __syncthreads();
+    const float lowest = low < kBins ? law.max - static_cast<float>(low) / fine : law.cut;
+    return {fmaxf(law.cut, lowest), law.max - static_cast<float>(high) / fine};
   }
 
   // Lists what lies in the window; returns the mass of what lies above.
@@ -106,23 +133,33 @@ class WindowFilter {
     return sum_of_block(scratch_, above);
   }
 
+  // What lies above is few in a tile: it is put side by side first, so that lanes do not weigh what does not
+  // count.
   template <bool kWhole>
   __device__ __forceinline__ uint64_t look_through_tile(const RowLaw& law, const Window& window,
                                                         int64_t index) {
     TileReader<kWhole> tile(task_.row, index, false);
+    uint32_t* const room = scratch_.parts + threadIdx.x / kWarpSize * kRoom;
+    const uint32_t lanes_before = (1u << lane_id()) - 1;
     LaneMass mass;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       const Eight eight = tile.next();
+      int count = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float x = eight.x[j];
-        mass.add(x >= window.high ? weight(law, x) : 0.0f);
+        const uint32_t above = __ballot_sync(kAllLanes, x >= window.high);
+        if (x >= window.high) room[count + __popc(above & lanes_before)] = __float_as_uint(x);
+        count += __popc(above);
         if (x >= window.low && x < window.high) {
           const int place = atomicAdd(&scratch_.listed, 1);
-          if (place < kWindow) scratch_.parts[place] = key_of(x);
+          if (place < kWindow) list()[place] = key_of(x);
         }
       }
+      __syncwarp();
+      for (int i = lane_id(); i < count; i += kWarpSize) mass.add(weight(law, __uint_as_float(room[i])));
+      __syncwarp();
     }
     return mass.total();
   }
@@ -136,23 +173,28 @@ class WindowFilter {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int place = static_cast<int>(threadIdx.x) + i * kThreads;
-      keys[i] = place < listed ? scratch_.parts[place] : 0;
+      keys[i] = place < listed ? list()[place] : 0;
       masses[i] = place < listed ? mass_of(weight(law, value_of(keys[i]))) : 0;
     }
-    const auto reaches = [&](uint32_t key) {
-      uint64_t mine = 0;
+    clear_bins(scratch_);
+    __syncthreads();
+    KeyRange range{key_of(window.low), key_of(window.high)};
+    while (true) {
+      const int shift = range.shift();
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) mine += keys[i] >= key ? masses[i] : 0;
-      return sum_of_block(scratch_, mine) >= need;
-    };
-    uint32_t low = key_of(window.low), high = key_of(window.high);  // reaches(low), not reaches(high)
-    if (!reaches(low)) return -infinity();
-#pragma unroll 1
-    while (high - low > 1) {
-      const uint32_t middle = low + (high - low) / 2;
-      (reaches(middle) ? low : high) = middle;
+      for (int i = 0; i < kEach; ++i) {
+        if (masses[i] != 0 && range.holds(keys[i])) {
+          add_to_bin(scratch_, (range.top - keys[i]) >> shift, masses[i]);
+        }
+      }
+      __syncthreads();
+      uint64_t before = 0;
+      const int bin = bin_reaching(scratch_, need, before);
+      if (bin < 0) return -infinity();
+      need -= before;
+      range.narrow(shift, static_cast<uint32_t>(bin));
+      if (shift == 0) return value_of(range.top);
     }
-    return value_of(low);
   }
 
   // The sums of the first pass contain what the filters have removed since.

@@ -20,7 +20,7 @@ globals().pop("generate")
 
 __version__ = "0.1.0"
 
-StopStrings, decode = _loop.StopStrings, _loop.decode
+StopStrings, complete, decode, interrupt = _loop.StopStrings, _loop.complete, _loop.decode, _loop.interrupt
 
 if TYPE_CHECKING:
     from foretoken import hf, pair
@@ -72,9 +72,11 @@ __all__ = [
     "StopStrings",
     "TreePlan",
     "Verdict",
+    "complete",
     "decode",
     "generate",
     "hf",
+    "interrupt",
     "ops",
     "pair",
     "stream",

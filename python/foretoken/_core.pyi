@@ -183,6 +183,25 @@ class DraftSteps:
         ...
     def truncate(self, slot: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+class LoopGraph:
+    """
+    See foretoken.device.LoopGraph.
+    """
+    def __init__(self, graph: typing.SupportsInt | typing.SupportsIndex, next_drafts: typing.Any, slots: typing.Any, record: typing.Any, history: typing.Any, most_rounds: typing.Any, progress: typing.Any) -> None:
+        ...
+    def cancel(self) -> None:
+        """
+        End after the round that runs.
+        """
+    def launch(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        On a stream, given by its handle.
+        """
+    @property
+    def nodes(self) -> int:
+        """
+        Of the round.
+        """
 class OutOfPagesError(RuntimeError):
     pass
 class PageTable:
@@ -516,6 +535,10 @@ def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any
     """
     See foretoken.ops.commit.
     """
+def commit_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, path: typing.Any, num_accepted: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.commit.
+    """
 def compact(plan: CachePlan, lengths: typing.Any, path: typing.Any, num_accepted: typing.Any, block_table: typing.Any, status: typing.Any) -> None:
     """
     See foretoken.ops.compact.
@@ -553,6 +576,10 @@ def num_threads() -> int:
 def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> int:
     """
     See foretoken.ops.record_width.
+    """
+def reserve_states(current: typing.Any, reserved: typing.Any, entries: typing.SupportsInt | typing.SupportsIndex, slots: typing.Any, parents: typing.Any, num_nodes: typing.Any, read: typing.Any, write: typing.Any, status: typing.Any) -> None:
+    """
+    See foretoken.cache.StateRing.reserve.
     """
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """

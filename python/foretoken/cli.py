@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 import foretoken
-from foretoken import demo, info
+from foretoken import demo, info, plot
 
-_COMMANDS = (info, demo)
+_COMMANDS = (info, demo, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from foretoken.device import by_host, completions_of
 from foretoken.drafters import Forward, compact_of
 from foretoken.session import Event, Request, Session, Step
 
-__all__ = ["Decodes", "StopStrings", "TextTail", "decode", "stream"]
+__all__ = ["Decodes", "StopStrings", "TextTail", "complete", "decode", "interrupt", "stream"]
 
 _TOKENS_PER_CHARACTER = 4  # byte-level vocabularies spend up to one token a byte
 _UNFINISHED = "�"  # what a decoder shows for the bytes of half a character
@@ -159,6 +160,45 @@ def decode(
     for event in stream(session, forward, stop_strings=stop_strings):
         if on_event is not None:
             on_event(event)
+
+
+def complete(session: Session, forward: Forward) -> int:
+    """Run every request of a session to its end; on a CUDA device in one launch, as nobody looks in between.
+
+    A round (drafts, target forward, verification, commit) is captured once as a CUDA graph, and the device
+    repeats it until all texts have ended: the host reads no result before. Prompts, and rounds while requests
+    wait for a slot, are issued by the host; elsewhere all rounds are. Events come afterwards.
+
+    Parameters
+    ----------
+    session, forward
+        ``forward(step) -> logits [B, T, V]``, and that of the draft model, can be captured: they read
+        nothing of a step on the host, wait for nothing, and attend by the lengths on the device, up to the
+        bound ``step.max_length_after``. With draft trees ``forward`` has a method ``compact``.
+
+    Returns
+    -------
+    int
+        Rounds.
+
+    Raises
+    ------
+    ValueError
+        A round that cannot be repeated on the device, and what in it.
+    """
+    if session._ahead is not None:
+        return completions_of(session._ahead).run(forward, session._seat)
+    rounds = 0
+    while (step := session.plan()) is not None:
+        rounds += step.kind == "decode"
+        by_host(session, forward, step)
+    return rounds
+
+
+def interrupt(session: Session) -> None:
+    """End the launch of :func:`complete` behind the round that runs; from another thread. It can go on."""
+    if session._ahead is not None:
+        completions_of(session._ahead).cancel()
 
 
 def _stop(session: Session, request: Request, stops: StopStrings, tails: dict[int, TextTail]) -> None:

@@ -104,6 +104,17 @@ class Request:
         """Its counters."""
         return Counters.read(self._native.request_counters(self.id))
 
+    def record(self) -> dict[str, Any]:
+        """What came of it, ready for JSON."""
+        return {
+            "id": self.id,
+            "prompt_tokens": self.prompt_length,
+            "generated_tokens": self.num_generated,
+            "finish_reason": self.finish_reason,
+            "status": [str(flag.name) for flag in ops.Status if flag in self.status],
+            **self.metrics.record(),
+        }
+
 
 @dataclass(slots=True, eq=False)
 class Event:

@@ -168,7 +168,7 @@ class Session:
                 self._table,
                 self._requests,
                 device_drafter,
-                self.metrics.seconds,
+                self.metrics,
                 vocab_size=vocab_size,
                 max_length=max_length,
                 num_drafts=num_drafts,

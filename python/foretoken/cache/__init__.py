@@ -6,6 +6,7 @@ from foretoken._core import OutOfPagesError
 from foretoken.cache.paged import PagedCache, Round
 from foretoken.cache.quantised import QuantisedCache
 from foretoken.cache.replay import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
+from foretoken.cache.state_ring import StateRing
 
 __all__ = [
     "OutOfPagesError",
@@ -15,5 +16,6 @@ __all__ = [
     "ReplayPlan",
     "Round",
     "StateReplay",
+    "StateRing",
     "TensorSpec",
 ]

@@ -60,6 +60,10 @@ class ReplayPlan:
     """By row: tokens between its source and its first token, which are run again."""
     replays: list[_Group] = field(default_factory=list)
     closings: list[_Group] = field(default_factory=list)
+    lead: int = 0
+    """Tokens of every row that are run in front of the step's."""
+    late: set[int] = field(default_factory=set)
+    """Layers whose inputs are to come with `StateReplay.keep`."""
     memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -125,6 +129,7 @@ class StateReplay:
         num_tokens: int | None = None,
         final: bool = False,
         provisional: bool = False,
+        join: int = 0,
     ) -> ReplayPlan:
         """Lay out a step: row b takes in ``counts[b]`` tokens behind the ``lengths[b]`` first of its slot.
 
@@ -140,6 +145,9 @@ class StateReplay:
             No later step begins inside this one, as in a prompt: no inputs are kept.
         provisional
             A later step may begin before this one's lengths, as after the drafts of a model.
+        join
+            Where all rows have gone equally far since their states, and no more than `join` columns come of
+            it, those tokens are to be run in front of the step's and not on their own: ``plan.lead`` of them.
 
         Raises
         ------
@@ -148,39 +156,50 @@ class StateReplay:
         """
         width = max(counts) if num_tokens is None else num_tokens
         plan = ReplayPlan(tuple(slots), tuple(lengths), tuple(counts), width, final, provisional)
+        plan.sources = [self._go_back(slot, length) for slot, length in zip(slots, lengths, strict=True)]
+        begins = [
+            0 if source == _EMPTY else self._held[slot][source]
+            for slot, source in zip(slots, plan.sources, strict=True)
+        ]
+        plan.behind = [length - begin for length, begin in zip(lengths, begins, strict=True)]
+        if not final and len(set(plan.behind)) == 1 and plan.behind[0] + width <= join:
+            plan.lead = plan.behind[0]
         reach = 0
-        for slot, length, count in zip(slots, lengths, counts, strict=True):
-            source = self._go_back(slot, length)
-            begin = 0 if source == _EMPTY else self._held[slot][source]
-            anchor = self._anchors[slot] if provisional else length
-            taken = {source}
-            if provisional and anchor > 0:
-                taken.add(self._held[slot].index(anchor) if anchor in self._held[slot] else _EMPTY)
-            start = source if begin == length else self._free(slot, taken)
+        for row, (slot, length, count) in enumerate(zip(slots, lengths, counts, strict=True)):
+            source, begin = plan.sources[row], begins[row]
+            taken, back = {source}, begin
+            if provisional:
+                kept, back = self._last(slot, self._anchors[slot])
+                taken.add(kept)
+            start = source if begin == length or plan.lead else self._free(slot, taken)
             taken.add(start)
             whole = count > 0 and (count == width or final)
-            plan.sources.append(source)
             plan.starts.append(start)
-            plan.behind.append(length - begin)
             plan.ends.append(self._free(slot, taken) if whole else _EMPTY)
             if not final:
-                reach = max(reach, length + count - min(begin, anchor))
+                reach = max(reach, length + count - min(begin, back))
         while reach > self._history:
             self._grow()
-        plan.replays = _alike(plan.behind, lambda row: plan.behind[row] > 0)
+        if not plan.lead:
+            plan.replays = _alike(plan.behind, lambda row: plan.behind[row] > 0)
         plan.closings = _alike(plan.counts, lambda row: final and 0 < plan.counts[row] < width)
         return plan
 
-    def append(self, plan: ReplayPlan, layer: int, inputs: Sequence[Tensor], run: Run) -> States:
-        """Take in a step's `inputs` ``[B, T, ...]`` of one layer; the states in front of it, ``[B, ...]``.
+    def append(self, plan: ReplayPlan, layer: int, inputs: Sequence[Tensor] | None, run: Run) -> States:
+        """Take in a step's `inputs` ``[B, T, ...]`` of one layer; the states ``[B, ...]`` in front of it, or
+        of `lead`.
 
         Parameters
         ----------
+        inputs
+            None: they come to light while the layer runs, and are told to `keep`.
         run
             ``run(inputs, states)`` puts ``[b, t, ...]`` of some rows through the layer, from `states` on, and
             returns those behind.
         """
-        if not plan.final:
+        if inputs is None:
+            plan.late.add(layer)
+        elif not plan.final:
             self._write_inputs(plan, layer, inputs)
         for group in plan.replays:
             again = self._read_inputs(plan, layer, group)
@@ -188,10 +207,16 @@ class StateReplay:
             self._write(plan, layer, "starts", group.rows, states)
         return self._read(plan, layer, "starts", tuple(range(len(plan.slots))))
 
+    def lead(self, plan: ReplayPlan, layer: int) -> States:
+        """Inputs ``[B, plan.lead, ...]`` that go before those of the step, of which they are no part."""
+        return self._read_inputs(plan, layer, _Group(tuple(range(len(plan.slots))), plan.lead))
+
     def keep(
         self, plan: ReplayPlan, layer: int, inputs: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> None:
         """What one layer came to: `states` ``[B, ...]`` behind all columns of the step."""
+        if layer in plan.late and not plan.final:
+            self._write_inputs(plan, layer, inputs)
         whole = tuple(row for row, count in enumerate(plan.counts) if count == plan.num_tokens)
         kept = tuple(row for row in whole if plan.ends[row] != _EMPTY)
         if kept:
@@ -205,7 +230,7 @@ class StateReplay:
         """All layers have run: what the step left holds from here on."""
         for row, slot in enumerate(plan.slots):
             length, end = plan.lengths[row], plan.lengths[row] + plan.counts[row]
-            if plan.starts[row] != _EMPTY:
+            if plan.starts[row] != _EMPTY and not plan.lead:
                 self._held[slot][plan.starts[row]] = length
             if plan.ends[row] != _EMPTY:
                 self._held[slot][plan.ends[row]] = end
@@ -247,8 +272,7 @@ class StateReplay:
         for entry, tokens in enumerate(held):
             if tokens > length:
                 held[entry] = _EMPTY
-        last = max(held)
-        begin = max(last, 0)
+        entry, begin = self._last(slot, length)
         first, end = self._seen[slot]
         first, end = (length, length) if length > end else (min(first, length), length)
         self._seen[slot] = first, end
@@ -257,7 +281,13 @@ class StateReplay:
                 f"slot {slot}: cannot begin behind {length} tokens, a state is kept behind "
                 f"{begin} of them and inputs from there on are not"
             )
-        return _EMPTY if last == _EMPTY else held.index(last)
+        return entry
+
+    def _last(self, slot: int, length: int) -> tuple[int, int]:
+        """The slot's last entry behind at most `length` tokens, and how many: -1 and 0 for none."""
+        held = self._held[slot]
+        tokens = max((tokens for tokens in held if tokens <= length), default=_EMPTY)
+        return (_EMPTY, 0) if tokens == _EMPTY else (held.index(tokens), tokens)
 
     def _free(self, slot: int, taken: set[int]) -> int:
         """An entry to write to, the one furthest back; it holds nothing until the commit."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from foretoken.device.completion import by_host, completions_of
 from foretoken.device.drafting import DeviceDrafter, drafter_on
+from foretoken.device.loop import LoopGraph, is_unrolled
 from foretoken.device.places import place_of, runs_ahead, why_no_edits_on, why_not_on
 from foretoken.device.rounds import DeviceRounds
 from foretoken.step import numbers
@@ -10,7 +12,11 @@ from foretoken.step import numbers
 __all__ = [
     "DeviceDrafter",
     "DeviceRounds",
+    "LoopGraph",
+    "by_host",
+    "completions_of",
     "drafter_on",
+    "is_unrolled",
     "numbers",
     "place_of",
     "runs_ahead",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import ops
+from foretoken.device import ngram
 from foretoken.device.rows import Rows
 from foretoken.device.trees import DeviceTreeRows
 from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal, compact_of
@@ -90,9 +91,9 @@ def drafter_on(
     if drafter is None:
         return None
     if type(drafter) is NgramDrafter:
-        if tree is not None:
+        if tree is not None and tree.depth > ngram.MOST_DEPTH:
             raise ValueError(
-                f"tree: expected None with an NgramDrafter on {device}, where its drafts are chains, "
+                f"tree: expected a depth of at most {ngram.MOST_DEPTH} with an NgramDrafter on {device}, "
                 f"got {tree}"
             )
         return TextDrafter(drafter)
@@ -117,20 +118,19 @@ class TextDrafter:
         # Whole blocks, so that shapes stay the same for a while; what lies behind a text is never a match.
         longest = context.longest + -context.longest % BLOCK
         text = context.rows.of(context.state.text)[:, :longest]
-        width = text.shape[1]
-        last = (context.base - 1)[:, None]
-        places = numbers(width, text.device)
-        first = last + (1 - self._max)
-        suffix = text.gather(1, (first + numbers(self._max, text.device)).clamp_min(0))
-        windows = pad(text, (self._max - 1, 0), value=-1).unfold(1, self._max, 1)
-        same = (windows == suffix[:, None]).flip(2)
-        matched = same.to(torch.int32).cumprod(2).sum(2)
-        usable = (matched >= self._min) & (places < last)
-        # The longest match wins, the most recent of equals.
-        best, place = torch.where(usable, matched * width + places, -1).max(1, keepdim=True)
-        ahead = numbers(most, text.device) % (last - place).clamp_min(1)
-        drafts = text.gather(1, (place + 1 + ahead).clamp_max(width - 1)).long()
-        found = torch.where(best[:, 0] >= 0, most, 0).to(torch.int32)
+        matches = ngram.matches_in(text, context.base, self._min, self._max)
+        if context.tree is not None and context.nodes is not None:
+            grown = ngram.trees(
+                matches,
+                context.budget.minimum(context.nodes),
+                context.nodes,
+                branches=context.tree.branches,
+                most_depth=most,
+                most_nodes=context.tree.nodes,
+            )
+            return Proposal(grown.tokens, grown.num_drafts, parents=grown.parents)
+        drafts, known = ngram.chains(matches, most)
+        found = torch.where(known, most, 0).to(torch.int32)
         return Proposal(drafts, torch.minimum(context.budget, found))
 
     def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from foretoken import ops
+from foretoken.device.clock import DeviceClock
 from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.results import Results
 from foretoken.device.rows import Rows
 from foretoken.device.trees import tree_of
 from foretoken.drafters import Proposal
-from foretoken.metrics import Seconds
+from foretoken.metrics import Metrics
 from foretoken.ops import RequestState
 from foretoken.ops._commit import upload
 from foretoken.request import Request
@@ -43,7 +44,7 @@ class DeviceRounds:
         table: SamplingTable,
         requests: Mapping[int, Request],
         drafter: DeviceDrafter | None,
-        seconds: Seconds,
+        metrics: Metrics,
         *,
         vocab_size: int,
         max_length: int,
@@ -58,7 +59,7 @@ class DeviceRounds:
         self._native, self._views, self._table = native, views, table
         self._requests = requests
         self._drafter = drafter
-        self._seconds = seconds
+        self._metrics, self._seconds = metrics, metrics.seconds
         self._vocab_size = vocab_size
         self._rule: ops.Rule = rule
         self._rules: Tensor | None = None
@@ -70,6 +71,8 @@ class DeviceRounds:
         self._held_until = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tree = tree
         most = num_drafts if tree is None else tree.nodes
+        metrics.device_counters = ops.RoundCounters.empty(slots, num_drafts, most, device=device)
+        self._clock = DeviceClock()
         self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
         self._version = -1
@@ -81,6 +84,7 @@ class DeviceRounds:
         self._kept: Tensor | None = None  # which of them are left, None: all
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
+        self.completions: Any = None  # of `foretoken.device.completion`, once there are any
         # Kernels are launched on the current device.
         self._there: AbstractContextManager[object] = nullcontext()
         if device.type == "cuda":
@@ -140,7 +144,9 @@ class DeviceRounds:
             self._settle()  # nothing can be issued without knowing more
         if shape[0] == 0:
             self._step = self._mark = None
+            self._clock_mark(None)
             return None
+        self._clock_mark("rest")
         if self._mark is not None:
             self._seconds.rest += began - self._mark
         moved = version != self._version
@@ -152,6 +158,7 @@ class DeviceRounds:
             self._step = self._prefill(shape)
         elif not again or moved or self._step is None:
             began += self._decode(shape, most, again)
+            self._clock_mark("draft")
         self._mark = perf_counter()
         self._seconds.rest += self._mark - began
         return self._step
@@ -162,6 +169,7 @@ class DeviceRounds:
             raise RuntimeError("commit: no step is planned")
         began = perf_counter()
         waited = began - (began if self._mark is None else self._mark)
+        self._clock_mark("prefill_forward" if step.kind == "prefill" else "target_forward")
         verdict = None
         if step.kind == "prefill":
             self._native.commit_prefill()
@@ -170,14 +178,28 @@ class DeviceRounds:
             verdict = self._verify(step, logits)
             self._seconds.target_forward += waited
         self._step = None
+        self._clock_mark("verify_commit")
         while self._native.in_flight > AHEAD:
             self._settle()
         self._mark = perf_counter()
         self._seconds.verify_commit += self._mark - began
         return verdict
 
+    def _clock_mark(self, part: str | None) -> None:
+        """What was issued since the last mark belongs to this part; None: nothing is issued for a while."""
+        seconds = self._metrics.device_seconds
+        if seconds is None:
+            return
+        if part is None:
+            self._clock.stop()
+        else:
+            self._clock.mark(part)
+        self._clock.read(seconds)
+
     def _settle(self) -> None:
-        record = self._results.receive()
+        self._settle_record(self._results.receive())
+
+    def _settle_record(self, record: Tensor) -> None:
         width = record.shape[1]
         fields = ops.record_width(0)
         self._native.settle(record, (width - fields) // (2 if self._logprobs else 1))
@@ -282,7 +304,15 @@ class DeviceRounds:
     def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:
         if self._planned is None:
             raise RuntimeError("commit: no step is planned")
-        rows, base, proposal = self._planned
+        verdict, record = self._issue(step, logits, *self._planned)
+        self._native.launch()
+        self._results.send(record)
+        return verdict
+
+    def _issue(
+        self, step: Step, logits: Tensor | None, rows: Rows, base: Tensor, proposal: Proposal
+    ) -> tuple[ops.Verdict, Tensor]:
+        """What follows a forward on the device: the verdict, and the record that it leaves."""
         columns = step.tokens.shape[1]
         expected = rows.count, columns, self._vocab_size
         if logits is None:
@@ -325,12 +355,11 @@ class DeviceRounds:
             parents=proposal.parents,
             slots=rows.slots,
             record=record,
+            counters=self._metrics.device_counters,
         )
-        self._native.launch()
-        self._results.send(record)
         if self._drafter is not None:
             self._drafter.observe(rows, self._kept, step.lengths, verdict)
-        return verdict
+        return verdict, record
 
     def _verdict(self, rows: int, columns: int) -> ops.Verdict:
         verdict = self._verdicts.get((rows, columns))

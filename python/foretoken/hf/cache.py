@@ -71,10 +71,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class _Store:
-    """The buffers of all layers of one shape: one allocation, so that one slice serves all these layers.
+    """The buffers of all layers of one shape.
 
     Where rounds run ahead of the host, the heads of a token lie together and slots are whole pages, so that
-    slots in any order are pages of `ops.tree_attention`; elsewhere, the tokens of a head do.
+    slots in any order are pages of `ops.tree_attention`; and each buffer has memory of its own, as a compiler
+    copies what shares it. Elsewhere the tokens of a head lie together, in one allocation, so that one slice
+    serves all these layers.
     """
 
     def __init__(self, shape: LayerShape, layers: int, max_batch: int, rows: int) -> None:
@@ -83,40 +85,43 @@ class _Store:
         if self.paged:
             self.rows = rows = rows + -rows % PAGE_ROWS
 
-        def zeros(count: int, size: int) -> Tensor:
-            place = (rows, shape.heads) if self.paged else (shape.heads, rows)
+        def zeros(*size: int) -> Tensor:
             with torch.inference_mode(False):  # else nobody could write to it outside inference mode
-                return torch.zeros((count, max_batch, *place, size), dtype=shape.dtype, device=shape.device)
+                return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
-        self._blocks: tuple[Tensor, ...]
-        if shape.key_size == shape.value_size:
-            self._blocks = (zeros(2 * layers, shape.key_size),)
-        else:
-            self._blocks = (zeros(layers, shape.key_size), zeros(layers, shape.value_size))
         self._layers = layers
-        whole = [part for block in self._blocks for part in block.unbind(0)]
-        flat = [part.view(-1, part.shape[-1]) for part in whole]
-        self.flat = flat[:layers], flat[layers:]
+        self._blocks: list[Tensor] = []
+        sizes = shape.key_size, shape.value_size
         if self.paged:
-            pages = [part.view(-1, PAGE_ROWS, *part.shape[2:]) for part in whole]
+            parts = [zeros(max_batch, rows, shape.heads, size) for size in sizes for _ in range(layers)]
+            pages = [part.view(-1, PAGE_ROWS, *part.shape[2:]) for part in parts]
             self.pages = pages[:layers], pages[layers:]
-        steps = (shape.heads, 1) if self.paged else (1, rows)
-        self._row_step, self._head_step = steps
-        self._heads = torch.arange(shape.heads, device=shape.device) * self._head_step
+            self.page_numbers = torch.arange(rows // PAGE_ROWS, dtype=torch.int32, device=shape.device)
+        else:
+            one = sizes[0] == sizes[1]
+            shapes = [(2 * layers, sizes[0])] if one else [(layers, size) for size in sizes]
+            self._blocks = [zeros(count, max_batch, shape.heads, rows, size) for count, size in shapes]
+            parts = [part for block in self._blocks for part in block.unbind(0)]
+        self._parts = parts
+        flat = [part.view(-1, part.shape[-1]) for part in parts]
+        self._flat = flat[:layers], flat[layers:]
+        self._row_step, head_step = (shape.heads, 1) if self.paged else (1, rows)
+        self._heads = torch.arange(shape.heads, device=shape.device) * head_step
         self._targets = self._heads
 
     def slices(self, slots: slice, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of every layer, ``[slots, G, rows, D]`` each, without a copy."""
-        parts: list[Tensor] = []
+        cut: list[Tensor] = []
+        if self.paged:
+            cut = [part[slots, rows].transpose(1, 2) for part in self._parts]
         for block in self._blocks:
-            heads_first = block.transpose(2, 3) if self.paged else block
-            parts.extend(heads_first[:, slots, :, rows].unbind(0))
-        return parts[: self._layers], parts[self._layers :]
+            cut.extend(block[:, slots, :, rows].unbind(0))
+        return cut[: self._layers], cut[self._layers :]
 
     def clear(self) -> None:
         """Zero all rows."""
-        for block in self._blocks:
-            block.zero_()
+        for part in self._blocks or self._parts:
+            part.zero_()
 
     def aim(self, slots: Sequence[int], lengths: Sequence[int], num_tokens: int) -> None:
         """Set where `scatter` writes; columns past the end of a slot are padding, for the spare last row."""
@@ -137,7 +142,7 @@ class _Store:
 
     def scatter(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Write ``[B, G, T, D]`` of the store's layer `index` to the rows set by `aim`."""
-        for flat, states in zip(self.flat, (keys, values), strict=True):
+        for flat, states in zip(self._flat, (keys, values), strict=True):
             flat[index].index_copy_(0, self._targets, states.transpose(1, 2).reshape(-1, states.shape[-1]))
 
     def append(
@@ -296,7 +301,7 @@ class SlotCache(Cache):
             end += -end % END_STEP
         end = min(end, self.max_length)
         store = self._stores[0][0]
-        pages = page_table(step.slots, store.rows) if store.paged else None
+        pages = page_table(step.slots, store.page_numbers) if store.paged else None
         plan = DevicePlan(step, end, pages, self._scratch.get(step.tokens.device))
         for each, _ in self._stores:
             if not each.paged:
@@ -357,11 +362,6 @@ class SlotCache(Cache):
                 num_accepted=num_accepted.to(device, torch.int32),
                 block_table=slots.to(device)[:, None],  # a slot is a page
             )
-
-    @property
-    def workspaces(self) -> list[Tensor]:
-        """What attention writes to beside its results, at present."""
-        return [scratch.buffer for scratch in self._scratch.values() if scratch.buffer is not None]
 
     def reset(self) -> None:
         """Zero all rows."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from foretoken.device import is_unrolled
 from foretoken.step import Step, StepTree
 
 RunnerKind = Literal["auto", "module", "graph", "compiled"]
@@ -81,7 +82,6 @@ class _Shape:
     graph: Any = None
     logits: Tensor | None = None
     filled: int = 0
-    keeps: list[Any] = field(default_factory=list)
     views: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     def fill(self, step: Step) -> None:
@@ -117,8 +117,6 @@ class CapturedForwards:
         Runs a step; what it launches becomes the graph.
     bounded
         Whether that depends on ``max_length_after``: attention that does not go by lengths on the device.
-    keeps
-        What the forward writes to beside its arguments, to be kept as long as a graph of it.
     """
 
     def __init__(
@@ -129,13 +127,11 @@ class CapturedForwards:
         max_length: int,
         bounded: bool,
         device: torch.device,
-        keeps: Callable[[], Any] = lambda: None,
     ) -> None:
         self._forward = forward
         self._max_batch, self._max_length = max_batch, max_length
         self._bounded = bounded
         self._device = device
-        self._keeps = keeps
         self._shapes: dict[ShapeKey, _Shape] = {}
         self._pool: Any = None
         self.widest = 1
@@ -153,6 +149,7 @@ class CapturedForwards:
             self.why_not is None
             and step.kind == "decode"
             and step.tokens.shape[1] <= MOST_COLUMNS
+            and not is_unrolled()
             and not torch.cuda.is_current_stream_capturing()
         )
 
@@ -245,7 +242,6 @@ class CapturedForwards:
             if collects:
                 gc.enable()
         shape.graph, shape.logits = graph, logits
-        shape.keeps.append(self._keeps())
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken.device import why_no_edits_on
+from foretoken.device.ngram import MOST_DEPTH
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.families import UnsupportedModelError
@@ -254,9 +255,9 @@ class Decoding:
             self.why_on_host = self._why_trees_on_host(self._tree)
 
     def _why_trees_on_host(self, tree: TreePlan) -> str | None:
-        if self._draft_runner is None:
-            return "tree: n-gram drafts are chains on a device"
         depth = min(self._num_drafts, tree.depth)
+        if self._draft_runner is None and tree.depth > MOST_DEPTH:
+            return f"tree: n-gram drafts are at most {MOST_DEPTH} deep on a device"
         return None if tree.nodes > depth else f"tree: {tree.nodes} nodes are no more than a chain of {depth}"
 
     def _drafter(self) -> Any:

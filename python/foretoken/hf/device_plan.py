@@ -38,20 +38,21 @@ def is_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def page_table(slots: Tensor, rows: int) -> Tensor:
+def page_table(slots: Tensor, page_numbers: Tensor) -> Tensor:
     """int32 ``[B, pages]``: the pages of each slot."""
-    pages = rows // PAGE_ROWS
-    return (slots[:, None] * pages + numbers(pages, slots.device)).to(torch.int32)
+    return torch.add(page_numbers, slots[:, None].to(torch.int32), alpha=len(page_numbers))
 
 
 class Scratch:
     """The workspace that the attention calls of a cache share, one behind the other on a stream.
 
-    It grows before a graph is captured, never inside one; a graph keeps the one that it was captured with.
+    It grows before a graph is captured, never inside one; and as graphs go on using the one that they were
+    captured with, none is given up.
     """
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
+        self.kept: list[Tensor] = []
         self._known: set[tuple[Any, ...]] = set()
 
     def fit(self, call: tuple[Any, ...]) -> Tensor | None:
@@ -70,8 +71,10 @@ class Scratch:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         arguments: list[Any] = [*call, out, None, None]
         missing = _core.tree_attention(*arguments)
-        if missing > (0 if self.buffer is None else self.buffer.numel()):
-            self.buffer = torch.zeros(missing, dtype=torch.uint8, device=query.device)
+        room = 0 if self.buffer is None else self.buffer.numel()
+        if missing > room:
+            self.buffer = torch.zeros(max(missing, 2 * room), dtype=torch.uint8, device=query.device)
+            self.kept.append(self.buffer)
         self._known.add(shape)
         return self.buffer
 

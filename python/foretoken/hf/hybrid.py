@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from foretoken.hf.cache import LayerShape, SlotCache, SlotLayer
+from foretoken.hf.carrying import RecurrentStates
 from foretoken.hf.masks import TreeMasks
 from foretoken.hf.plan import SlotPlan, Trace
-from foretoken.hf.recurrent import RecurrentStates, RecurrentUnit, StateLayer
+from foretoken.hf.recurrent import RecurrentUnit, StateLayer
 
 
 class _StateSlotLayer(StateLayer, SlotLayer):  # type: ignore[misc, no-untyped-call, override]

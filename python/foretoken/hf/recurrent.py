@@ -1,8 +1,8 @@
-"""Modules that keep a recurrent state in transformers' cache: found by a probe, run so that they go back."""
+"""Modules that keep a recurrent state in transformers' cache, and what stands in for their layers of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from foretoken.cache import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
-from foretoken.hf.attention import NAME
+from foretoken.cache import TensorSpec
 from foretoken.hf.families import UnsupportedModelError
 
 Argument = int | str
-States = tuple[Tensor, ...]
 
 
 class RecurrentUnit(NamedTuple):
@@ -30,6 +28,8 @@ class RecurrentUnit(NamedTuple):
     inputs: tuple[TensorSpec, ...]
     call: tuple[tuple[Any, ...], dict[str, Any]]
     """Arguments of the plain forward, over transformers' cache."""
+    chunk_size: int | None
+    """What the module pads its tokens to, if that is an attribute of it."""
 
 
 class StateLayer(LinearAttentionLayer):
@@ -44,6 +44,7 @@ class StateLayer(LinearAttentionLayer):
         self.is_recurrent_states_initialized = dict(like.is_recurrent_states_initialized)
         self.has_previous_state = dict.fromkeys(like.has_previous_state, True)
         self.dtype, self.device = like.dtype, like.device
+        self.seen: dict[int, Tensor] = {}  # columns that went into each window in the last call
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -52,6 +53,7 @@ class StateLayer(LinearAttentionLayer):
         window: Any = self.conv_states[state_idx]
         full = torch.cat([window, conv_states], dim=-1)
         self.conv_states[state_idx] = full[..., full.shape[-1] - window.shape[-1] :]
+        self.seen[state_idx] = conv_states
         return full
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
@@ -169,6 +171,7 @@ class UnitFinder:
             tuple(key for key, _ in tokens),
             tuple(TensorSpec(tuple(v.shape[2:]), v.dtype, v.device) for _, v in tokens),
             (args, kwargs),
+            chunk if isinstance(chunk := getattr(module, "chunk_size", None), int) else None,
         )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,228 +190,3 @@ class UnitFinder:
             self._states[layer, name, index] = path
             self._calls.update({module: (given, named) for module, given, named in self._stack})
         return update(*args, **kwargs)
-
-
-class RecurrentStates:
-    """States of all units for the slots of a cache, and hooks that carry them through a forward.
-
-    Parameters
-    ----------
-    units, kept
-        As found by a forward over the cache `kept`.
-    layers
-        Of the cache in use, what stands in for the layers of the units.
-    """
-
-    def __init__(
-        self, units: Sequence[RecurrentUnit], kept: Cache, layers: Mapping[int, StateLayer], *, slots: int
-    ) -> None:
-        self.units = tuple(units)
-        self.replay = StateReplay(
-            [ReplayLayer(_specs(unit, kept.layers[unit.layer]), unit.inputs) for unit in units], slots=slots
-        )
-        self._layers = layers
-        self._stepwise = [False] * len(self.units)
-        self._plan: ReplayPlan | None = None
-
-    def check(self, model: nn.Module, cache: Cache, tolerance: Callable[[torch.dtype], float]) -> None:
-        """Find out how each unit goes on from a state: over several tokens at once, or one after the other.
-
-        Raises
-        ------
-        UnsupportedModelError
-            Neither gives what it gives for all tokens from the first on.
-        """
-        for index, unit in enumerate(self.units):
-            args, named = _over(cache, unit.call[0]), unit.call[1]
-            kwargs = dict(zip(named, _over(cache, named.values()), strict=True))
-            errors = []
-            for stepwise in (False, True):
-                carrier = _Carrier(unit, self._layers[unit.layer], stepwise=stepwise)
-                carrier.bind(args, kwargs)
-                with torch.inference_mode():
-                    errors.append(carrier.fault(self._zeros(index), tolerance))
-                if errors[-1] is None:
-                    self._stepwise[index] = stepwise
-                    break
-            else:
-                raise UnsupportedModelError(model, f"{type(unit.module).__name__} {errors[-1]}", unit.layer)
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether a unit takes tokens one after the other, as it cannot go on with several at once."""
-        return any(self._stepwise)
-
-    def plan(
-        self,
-        slots: Sequence[int],
-        lengths: Sequence[int],
-        counts: Sequence[int],
-        *,
-        num_tokens: int,
-        final: bool,
-        provisional: bool,
-    ) -> None:
-        """Lay out the next forward, see `StateReplay.reserve`."""
-        self._plan = self.replay.reserve(
-            slots, lengths, counts, num_tokens=num_tokens, final=final, provisional=provisional
-        )
-
-    @contextmanager
-    def running(self, cache: Cache) -> Iterator[None]:
-        """Inside, one forward over `cache` does what was planned; if it fails, nothing has happened."""
-        plan, self._plan = self._plan, None
-        if plan is None:
-            raise RuntimeError("running: no forward is planned")
-        handles: list[Any] = []
-        for index, unit in enumerate(self.units):
-            carrier = _Carrier(unit, self._layers[unit.layer], stepwise=self._stepwise[index])
-            hooks = _Hooks(self.replay, plan, index, carrier, cache)
-            handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
-            handles.append(unit.module.register_forward_hook(hooks.after))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.replay.commit(plan)
-
-    def reset(self) -> None:
-        """Forget what all slots hold."""
-        for slot in range(self.replay.slots):
-            self.replay.free(slot)
-
-    def _zeros(self, index: int) -> States:
-        specs = self.replay.layers[index].states
-        return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in specs)
-
-
-class _Carrier:
-    """Calls a unit's module with states that are lent to its layer of the cache, and takes them back."""
-
-    def __init__(self, unit: RecurrentUnit, layer: StateLayer, *, stepwise: bool) -> None:
-        self.unit, self.stepwise = unit, stepwise
-        self._layer = layer
-        self._args: tuple[Any, ...] = ()
-        self._kwargs: dict[str, Any] = {}
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
-        """Take everything but tokens from a call's arguments; its tokens ``[B, T, ...]``."""
-        # What attention is told stays away: kernels take no keywords that they do not know.
-        self._args, self._kwargs = args, {name: value for name, value in kwargs.items() if name != NAME}
-        return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in self.unit.arguments)
-
-    def arguments(self, inputs: States) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Those of a call with other tokens."""
-        args, kwargs = list(self._args), dict(self._kwargs)
-        for key, value in zip(self.unit.arguments, inputs, strict=True):
-            if isinstance(key, int):
-                args[key] = value
-            else:
-                kwargs[key] = value
-        return tuple(args), kwargs
-
-    def run(self, inputs: States, states: States) -> States:
-        """The states behind `inputs`."""
-        return self.call(inputs, states)[1]
-
-    def call(self, inputs: States, states: States) -> tuple[Any, States]:
-        """Output ``[B, T, ...]`` and the states behind; one token after the other if that is the way."""
-        tokens = inputs[0].shape[1]
-        if not self.stepwise or tokens == 1:
-            self.lend(states)
-            args, kwargs = self.arguments(inputs)
-            return self.unit.module.forward(*args, **kwargs), self.take()
-        outputs = []
-        for i in range(tokens):
-            output, states = self.call(tuple(tensor[:, i : i + 1] for tensor in inputs), states)
-            outputs.append(output)
-        return torch.cat(outputs, 1), states
-
-    def lend(self, states: Sequence[Tensor | None]) -> None:
-        """Let the module find these states."""
-        convolutions = len(self.unit.convolutions)
-        self._layer.conv_states.update(zip(self.unit.convolutions, states[:convolutions], strict=True))
-        self._layer.recurrent_states.update(zip(self.unit.recurrences, states[convolutions:], strict=True))
-
-    def take(self) -> States:
-        """What the module left."""
-        layer: Any = self._layer
-        states = (
-            *(layer.conv_states[i] for i in self.unit.convolutions),
-            *(layer.recurrent_states[i] for i in self.unit.recurrences),
-        )
-        self.lend((None,) * len(states))
-        return states
-
-    def fault(self, zeros: States, tolerance: Callable[[torch.dtype], float]) -> str | None:
-        """None if the tokens that were bound, cut in two, come to what they come to as a whole."""
-        inputs = self.bind(self._args, self._kwargs)
-        tokens = inputs[0].shape[1]
-        whole = _Carrier(self.unit, self._layer, stepwise=False)
-        whole.bind(self._args, self._kwargs)
-        expected = whole.call(inputs, tuple(state.clone() for state in zeros))  # modules write into them
-        front = self.run(tuple(tensor[:, : tokens // 2] for tensor in inputs), zeros)
-        output, states = self.call(tuple(tensor[:, tokens // 2 :] for tensor in inputs), front)
-        if not isinstance(output, Tensor):
-            return f"gives no tensor of what its tokens become but {type(output).__name__}"
-        pairs = [(output, expected[0][:, tokens // 2 :]), *zip(states, expected[1], strict=True)]
-        error = max(
-            float((ours.double() - plain.double()).norm() / plain.double().norm().clamp_min(1e-30))
-            for ours, plain in pairs
-        )
-        allowed = tolerance(output.dtype)
-        if error <= allowed:
-            return None
-        return f"does not go on from a recurrent state: off by {error:.2g} of its norm, allowed {allowed:g}"
-
-
-class _Hooks:
-    """Brings a unit's states before its forward, and takes them back after it."""
-
-    def __init__(
-        self, replay: StateReplay, plan: ReplayPlan, index: int, carrier: _Carrier, cache: Cache
-    ) -> None:
-        self._replay, self._plan, self._index = replay, plan, index
-        self._carrier, self._cache = carrier, cache
-        self._inputs: States | None = None
-        self._front: list[Tensor] = []
-
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not any(value is self._cache for value in (*args, *kwargs.values())):
-            return None  # somebody else's forward
-        carrier = self._carrier
-        inputs = self._inputs = carrier.bind(args, kwargs)
-        states = self._replay.append(self._plan, self._index, inputs, carrier.run)
-        if self._plan.empty:
-            carrier.stepwise = False
-        self._front = []
-        tokens = inputs[0].shape[1]
-        if carrier.stepwise and tokens > 1:
-            output, states = carrier.call(tuple(tensor[:, :-1] for tensor in inputs), states)
-            self._front = [output]
-            inputs = tuple(tensor[:, -1:] for tensor in inputs)
-        carrier.lend(states)
-        return carrier.arguments(inputs)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        inputs, self._inputs = self._inputs, None
-        if inputs is None:
-            return None
-        self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._carrier.run)
-        return torch.cat([*self._front, output], 1) if self._front else None
-
-
-def _over(cache: Cache, values: Iterable[Any]) -> tuple[Any, ...]:
-    """The arguments of a call, with another cache."""
-    return tuple(cache if isinstance(value, Cache) else value for value in values)
-
-
-def _specs(unit: RecurrentUnit, layer: Any) -> tuple[TensorSpec, ...]:
-    states = [
-        *(layer.conv_states[i] for i in unit.convolutions),
-        *(layer.recurrent_states[i] for i in unit.recurrences),
-    ]
-    return tuple(TensorSpec(tuple(state.shape[1:]), state.dtype, state.device) for state in states)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from foretoken.device import runs_ahead, why_not_on
+from foretoken.device import is_unrolled, runs_ahead, why_not_on
 from foretoken.hf.attention import NAME
 from foretoken.hf.cache import SlotCache
 from foretoken.hf.captured import CapturedForwards, RunnerKind, check_kind
@@ -132,12 +132,13 @@ class ModuleRunner:
             else SlotCache(self._shapes, max_batch=max_batch, max_length=max_length)
         )
         if isinstance(self.cache, HybridCache):
-            self.cache.states.check(model, self.cache, tolerance)
+            self.cache.states.try_out(model, self.cache, tolerance)
         self._mask_dtype = self._shapes[0].dtype if shapes else model.dtype
         self._layer_devices = {shape.device for shape in self._shapes}
         self.why_on_host: str | None = "its steps have not been tried on the device"
         self._captured: CapturedForwards | None = None
         self._bounded = True
+        self._repeated: Any = model  # what graphs are of
         self.mode = self._find_mode(tokens, logits)
         self.why_on_host = self._find_why_on_host(tokens, logits)
         self._probe = tokens, logits
@@ -252,11 +253,11 @@ class ModuleRunner:
         if self._captured is not None and self._captured.takes(step):
             with torch.inference_mode():
                 return self._captured(step)
-        return self._call_on_device(step, self.model)
+        return self._call_on_device(step, self._repeated if is_unrolled() else self.model)
 
     def _call_on_device(self, step: Step, module: Any) -> Tensor:
         positions = step.positions
-        if step.max_length_after > self._last_position:
+        if self.max_positions is not None and step.max_length_after > self.max_positions:
             positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
             if self.position_table is not None:  # a request that has ended is fed its last token
                 positions = positions.clamp_max(self.position_table - 1)
@@ -360,16 +361,14 @@ class ModuleRunner:
             if wanted in ("graph", "compiled"):
                 raise ValueError(f'runner: expected "auto" or "module", got "{wanted}": {self._why_module}')
             return None
-        module: Any = self.model
         if wanted == "compiled":
-            module = torch.compile(self.model, dynamic=False)
+            self._repeated = torch.compile(self.model, dynamic=False)
         return CapturedForwards(
-            lambda step: self._call_on_device(step, module),
+            lambda step: self._call_on_device(step, self._repeated),
             max_batch=self.max_batch,
             max_length=self.max_length,
             bounded=self._bounded,
             device=self._device,
-            keeps=lambda: self.cache.workspaces,
         )
 
     def _find_why_module(self) -> str | None:

@@ -1,18 +1,12 @@
-"""What a session counts, and where its time goes.
-
-Names mirror vLLM's (``vllm:spec_decode_num_drafts`` is ``foretoken_drafts`` here, and so on). Two of them are
-often mixed up: the **acceptance rate** is accepted drafts over checked drafts and knows nothing of closing
-tokens; the
-**acceptance length** is tokens emitted by a round that checked drafts, *including* the closing token, so it
-is 1 when nothing is ever accepted.
-"""
+"""Sums over rounds, of a request and of a session, and time by part."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Counters", "Metrics", "Seconds"]
+from foretoken import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +63,15 @@ class Counters:
         """The counters under their published names."""
         return {prefix + field.name: getattr(self, field.name) for field in fields(Counters)}
 
+    def record(self) -> dict[str, Any]:
+        """The counters and what follows from them, ready for JSON."""
+        found = {field.name: getattr(self, field.name) for field in fields(Counters)}
+        found["acceptance_rate"] = self.acceptance_rate
+        found["acceptance_length"] = self.acceptance_length
+        found["tokens_per_round"] = self.tokens_per_round
+        found["acceptance_by_position"] = self.acceptance_rate_per_pos
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
     @classmethod
     def read(cls, sums: dict[str, Any]) -> Counters:
         """From the native dict, which may hold more."""
@@ -110,6 +113,11 @@ class Metrics:
     ----------
     seconds : Seconds
         Host time by part. Time while nothing was live is not counted.
+    device_seconds : Seconds or None
+        The device's time by part, once :meth:`measure_device` was called; what it waits for the host for is
+        counted in the part that it waits in. None: not measured.
+    device_counters : RoundCounters or None
+        What a session on a device has counted there, ahead of what the host knows; None: on the CPU.
 
     Examples
     --------
@@ -123,6 +131,31 @@ class Metrics:
         self._native = native
         self._drafter = drafter
         self.seconds = Seconds()
+        self.device_seconds: Seconds | None = None
+        self.device_counters: ops.RoundCounters | None = None
+
+    def measure_device(self) -> None:
+        """Measure the device's time from now on: by four events a round, which are read without waiting.
+
+        Raises
+        ------
+        ValueError
+            The session is not on a CUDA device.
+        """
+        if self.device_counters is None or not self.device_counters.sums.is_cuda:
+            raise ValueError("measure_device: expected a session on a CUDA device, got one on the CPU")
+        if self.device_seconds is None:
+            self.device_seconds = Seconds()
+
+    @property
+    def requests_running(self) -> int:
+        """Requests in slots."""
+        return int(self._native.live)
+
+    @property
+    def requests_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return int(self._native.waiting)
 
     @property
     def counters(self) -> Counters:
@@ -154,3 +187,24 @@ class Metrics:
             result[f"foretoken_seconds_{field.name}"] = getattr(self.seconds, field.name)
         result["foretoken_seconds_draft_forward"] = self.draft_forward_seconds
         return result
+
+    def record(self, requests: Iterable[RequestLike] = ()) -> dict[str, Any]:
+        """Counters, times and the records of some requests, ready for JSON; ``foretoken plot`` draws it."""
+        times = {"seconds": self.seconds, "device_seconds": self.device_seconds}
+        return {
+            **self.counters.record(),
+            "steps": self.steps,
+            "bad_drafts": self.bad_drafts,
+            **{name: seconds_of(part) for name, part in times.items() if part is not None},
+            "requests": [request.record() for request in requests],
+        }
+
+
+class RequestLike(Protocol):
+    """What has a record of its own."""
+
+    def record(self) -> dict[str, Any]: ...
+
+
+def seconds_of(seconds: Seconds) -> dict[str, float]:
+    return {field.name: getattr(seconds, field.name) for field in fields(Seconds)}

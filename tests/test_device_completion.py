@@ -1,0 +1,200 @@
+"""Completions in one launch, with a loop that calls the round where a device would repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from foretoken import _core
+from foretoken.device import LoopGraph, completion, places
+from foretoken.drafters import ModelDrafter
+from foretoken.generate import complete, interrupt
+from foretoken.sampling import Sampling
+from foretoken.session import Session
+from rounds_ahead import LENGTH, GatherModel, asks, pair
+from toys import GREEDY, VOCAB, Ask, alike, table
+
+
+class CalledLoop:
+    """As the kernel behind a round does it."""
+
+    launches = 0
+
+    def __init__(self, round_: completion.Round) -> None:
+        self._round, self.history, self.most = round_, None, 7
+        self.asked = False
+
+    def launch(self) -> None:
+        CalledLoop.launches += 1
+        state, records = self._round._rounds._state, []
+        self.end = "running"
+        while self.end == "running":
+            records.append(self._round()[0].clone())
+            if not bool((state.next_drafts[self._round.rows.index] >= 0).any()):
+                self.end = "finished"
+            elif len(records) >= self.most:
+                self.end = "limit"
+            elif self.asked:
+                self.end = "cancelled"
+        self.asked = False
+        self.history = torch.stack(records)
+
+    def wait(self) -> tuple[int, str]:
+        return len(self.history), self.end
+
+    def cancel(self) -> None:
+        self.asked = True
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
+    def make(**options: Any) -> Session:
+        with monkeypatch.context() as patch:
+            patch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+            return Session(**options)
+
+    monkeypatch.setattr(completion, "capture", CalledLoop)
+    CalledLoop.launches = 0
+    return make
+
+
+def texts(session: Session, forward: Any, wanted: list[Any], one_launch: bool) -> list[Any]:
+    requests = [ask.admit(session) for ask in wanted]
+    if one_launch:
+        complete(session, forward)
+    else:
+        while (step := session.plan()) is not None:
+            logits = forward(step)
+            session.commit(None if step.kind == "prefill" else logits)
+    told: dict[int, list[int]] = {request.id: [] for request in requests}
+    for event in session.events():
+        told[event.request.id] += event.tokens
+    assert [told[request.id] for request in requests] == [session.generated(r) for r in requests]
+    return [(session.generated(r), r.finish_reason, r.metrics) for r in requests]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("num_drafts", [0, 1, 4])
+@pytest.mark.parametrize("kind", ["none", "ngram", "model"])
+def test_texts_are_those_of_the_host(ahead, kind: str, num_drafts: int, sampled: bool, seed: int) -> None:
+    """Seven requests through three slots: admission, ends of all kinds, several launches."""
+    wanted = asks(100 * seed + num_drafts, sampled, num_drafts)
+    wanted[-2:] = (Ask([number, 5], 50, wanted[number].sampling) for number in range(2))
+    host, device = pair(ahead, kind, num_drafts=num_drafts, prefill_chunk=8)
+    mine = texts(*device, wanted, one_launch=True)
+    assert mine == texts(*host, wanted, one_launch=False)
+    assert CalledLoop.launches > 0
+
+
+def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(round_: completion.Round) -> CalledLoop:
+        made.append(round_)
+        return CalledLoop(round_)
+
+    monkeypatch.setattr(completion, "capture", counted)
+    host, device = pair(ahead, "model", num_drafts=3)
+    for seed in range(4):
+        wanted = [Ask([seed, number], 40, Sampling(seed=seed)) for number in range(2)]
+        assert texts(*device, wanted, True) == texts(*host, wanted, False)
+    assert CalledLoop.launches >= 8
+    assert len(made) <= 3
+
+
+def test_an_interrupted_completion_goes_on(ahead) -> None:
+    logits = table(VOCAB, 3)
+    plain = ahead(max_batch=1, vocab_size=VOCAB, max_length=LENGTH)
+    session = ahead(max_batch=1, vocab_size=VOCAB, max_length=LENGTH)
+    results = []
+    for each, one_launch in ((plain, False), (session, True)):
+        forward = GatherModel(logits, 1, LENGTH)
+        request = each.admit([3, 4], GREEDY, max_new_tokens=40)
+        if one_launch:
+            calls = 0
+
+            def watched(step: Any, forward: Any = forward) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == 6:
+                    interrupt(session)
+                return forward(step)
+
+            rounds = complete(each, watched)
+            assert 0 < rounds < 40
+            assert request.finish_reason is None
+            rounds += complete(each, watched)
+            assert rounds == 40
+        else:
+            while (step := each.plan()) is not None:
+                each.commit(forward(step))
+        results.append(each.generated(request))
+    assert results[0] == results[1]
+
+
+def test_on_the_host_rounds_are_issued_one_by_one() -> None:
+    logits = table(VOCAB, 3)
+    drafter = ModelDrafter(
+        GatherModel(alike(logits, 7, 0.8), 2, LENGTH), max_batch=2, vocab_size=VOCAB, max_length=LENGTH
+    )
+    session = Session(max_batch=2, vocab_size=VOCAB, max_length=LENGTH, drafter=drafter)
+    request = session.admit([1, 2, 3], Sampling(seed=4), max_new_tokens=20)
+    assert 0 < complete(session, GatherModel(logits, 2, LENGTH)) <= 20
+    assert len(session.generated(request)) == 20
+    interrupt(session)
+
+
+def test_rules_that_differ_in_their_noise_are_refused(ahead) -> None:
+    session = ahead(max_batch=2, vocab_size=VOCAB, max_length=LENGTH, num_drafts=2, drafter=None)
+    session.admit([1], max_new_tokens=9, rule="coupled")
+    session.admit([1], max_new_tokens=9)
+    with pytest.raises(ValueError, match="rule: expected"):
+        complete(session, GatherModel(table(VOCAB, 3), 2, LENGTH))
+
+
+# ---- loops ----
+
+
+class Handle:
+    def raw_cuda_graph(self) -> int:
+        return 1
+
+
+def test_loops_are_refused_in_words_without_a_device() -> None:
+    state = {"next_drafts": torch.zeros(2, dtype=torch.int32), "slots": torch.zeros(1, dtype=torch.int32)}
+    with pytest.raises(
+        ValueError, match="next_drafts: expected a tensor on cuda, where graphs are, got one on cpu"
+    ):
+        LoopGraph(Handle(), max_rounds=4, **state)
+    with pytest.raises(ValueError, match="max_rounds: expected at least 1, got 0"):
+        LoopGraph(Handle(), max_rounds=0, **state)
+    with pytest.raises(
+        ValueError, match=r"graph: expected a torch.cuda.CUDAGraph of torch 2.8 .* got object"
+    ):
+        LoopGraph(object(), max_rounds=4, **state)
+
+
+def test_arguments_of_a_loop_are_checked() -> None:
+    ints = lambda *size: torch.zeros(size, dtype=torch.int32)  # noqa: E731
+
+    def make(**changes: Any) -> Any:
+        arguments = {
+            "graph": 1, "next_drafts": ints(3), "slots": ints(2), "record": ints(2, 8),
+            "history": ints(5, 2, 8), "most_rounds": ints(1), "progress": ints(2),
+        } | changes  # fmt: skip
+        return _core.LoopGraph(**arguments)
+
+    for changes, message in (
+        ({"graph": 0}, "graph: expected the handle of a captured graph, got 0"),
+        ({"slots": ints(3)}, r"record: expected int32 \[3, W >= 1\]"),
+        ({"history": None}, "history: expected one beside a record, and none without"),
+        ({"history": ints(5, 2, 7)}, "history: expected int32"),
+        ({"progress": ints(1)}, r"progress: expected int32 \[2\]"),
+        ({"next_drafts": torch.zeros(3)}, r"next_drafts: expected int32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            make(**changes)
