@@ -200,8 +200,12 @@ class QuantisedCache(PagedCache):
         k_codes, v_codes = (part.view(torch.float8_e4m3fn) for part in codes)
         return ops.append(k_codes, v_codes, *self.layer(layer), **at)
 
-    def commit(self, verdict: Verdict | Tensor | None = None, *, tree: bool = False) -> Tensor:
-        """As :meth:`PagedCache.commit`. With a scale a page, pages that are full get theirs."""
+    def commit(
+        self, verdict: Verdict | Tensor | None = None, *, tree: bool = False, lazy: bool = False
+    ) -> Tensor:
+        """As :meth:`PagedCache.commit`, never lazily. With a scale a page, pages that are full get theirs."""
+        if lazy:
+            raise ValueError("lazy: expected False, as rows of eight bits are moved at once, got True")
         if self.scales != "page":
             return super().commit(verdict, tree=tree)
         current = self._open_round("commit")
