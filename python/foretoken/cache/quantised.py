@@ -38,7 +38,8 @@ def decoded(codes: Tensor, kind: Kind) -> Tensor:
 def scale_of(rows: Tensor, dims: Sequence[int], kind: Kind) -> Tensor:
     """By which the largest of rows becomes the largest code; 1 where all are 0, NaN where one is NaN."""
     largest = rows.abs().amax(tuple(dims)).float()
-    return torch.where(largest == 0, 1.0, largest / LARGEST[kind])
+    # By a tensor: torch divides by a number on the CPU, and multiplies by its reciprocal on CUDA devices.
+    return torch.where(largest == 0, 1.0, largest / largest.new_full((), LARGEST[kind]))
 
 
 class QuantisedCache(PagedCache):
