@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ States = tuple[Tensor, ...]
 _SMALLEST_CHUNK = 16
 # Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
 _FEW = 4
+# Modules that are padded to less than their chunk now: how many forwards need it, and what the chunk was.
+_narrowed: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+_narrowing_lock = Lock()
 # Elements that are read or written in the time that one operation takes beside them.
 _OPERATION = 1 << 15
 _OPERATION_ON_DEVICE = 1 << 22
@@ -62,14 +67,11 @@ class RecurrentStates:
         for index, unit in enumerate(self.units):
             args, named = _over(cache, unit.call[0]), unit.call[1]
             kwargs = dict(zip(named, _over(cache, named.values()), strict=True))
-            with torch.inference_mode():
+            with torch.inference_mode(), _narrowing([unit.module]):
                 carriers = [_Carrier(unit, self._layers[unit.layer], single) for single in (0.0, inf)]
                 for carrier in carriers:
                     carrier.bind(args, kwargs)
-                try:
-                    trials = [carrier.trial(self._zeros(index), tolerance) for carrier in carriers]
-                finally:
-                    carriers[0].widen()
+                trials = [carrier.trial(self._zeros(index), tolerance) for carrier in carriers]
             (fault, at_once), (other, in_turn) = trials
             if fault is None and other is None:
                 self._single[index] = at_once / max(in_turn, 1e-9)
@@ -121,20 +123,17 @@ class RecurrentStates:
         if plan is None:
             raise RuntimeError("running: no forward is planned")
         handles: list[Any] = []
-        carriers: list[_Carrier] = []
-        for index, unit in enumerate(self.units):
-            carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
-            carriers.append(carrier)
-            hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
-            handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
-            handles.append(unit.module.register_forward_hook(hooks.after))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for carrier in carriers:
-                carrier.widen()
+        with _narrowing([unit.module for unit in self.units]):
+            for index, unit in enumerate(self.units):
+                carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
+                hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
+                handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
+                handles.append(unit.module.register_forward_hook(hooks.after))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
         self.replay.commit(plan)
 
     def reset(self) -> None:
@@ -144,6 +143,27 @@ class RecurrentStates:
 
     def _zeros(self, index: int) -> States:
         return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in self._states[index])
+
+
+@contextmanager
+def _narrowing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, modules may be narrowed; the last of several threads puts back what the first one found."""
+    with _narrowing_lock:
+        for module in modules:
+            size: Any = getattr(module, "chunk_size", None)
+            if isinstance(size, int):
+                users, before = _narrowed.get(module, (0, size))
+                _narrowed[module] = users + 1, before
+    try:
+        yield
+    finally:
+        with _narrowing_lock:
+            for module in modules:
+                users, before = _narrowed.pop(module, (0, 0))
+                if users > 1:
+                    _narrowed[module] = users - 1, before
+                elif users == 1:
+                    vars(module)["chunk_size"] = before
 
 
 class _Carrier:
@@ -194,16 +214,10 @@ class _Carrier:
 
     def narrow(self, tokens: int) -> None:
         """Have a few tokens padded to a few."""
-        chunk: Any = self.unit.chunk_size
-        if chunk is not None:
+        entry = _narrowed.get(self.unit.module)
+        if entry is not None:
             fitting = max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
-            self.unit.module.chunk_size = min(chunk, fitting)
-
-    def widen(self) -> None:
-        """As it was."""
-        chunk: Any = self.unit.chunk_size
-        if chunk is not None:
-            self.unit.module.chunk_size = chunk
+            vars(self.unit.module)["chunk_size"] = min(entry[1], fitting)
 
     def lend(self, states: Sequence[Tensor | None]) -> None:
         """Let the module find these states."""
@@ -292,14 +306,17 @@ class _Hooks:
         self._carrier, self._cache = carrier, cache
         self._windows = windows
         self._run = _slide if windows else carrier.run
+        self._thread = get_ident()  # others may use the model, too
         self._inputs: States | None = None
         self._front: list[Tensor] = []
 
     def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if get_ident() != self._thread or kwargs is None:  # none for a hook that was removed meanwhile
+            return None
         if not any(value is self._cache for value in (*args, *kwargs.values())):
-            return None  # somebody else's forward
+            return None
         carrier, plan = self._carrier, self._plan
         inputs = self._inputs = carrier.bind(args, kwargs)
         states = self._replay.append(
@@ -325,9 +342,9 @@ class _Hooks:
         return carrier.arguments(inputs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        inputs, self._inputs = self._inputs, None
-        if inputs is None:
+        if get_ident() != self._thread or self._inputs is None:
             return None
+        inputs, self._inputs = self._inputs, None
         if self._windows:
             inputs = self._carrier.columns()
         self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._run)
