@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from foretoken.cache import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
-from foretoken.hf.attention import NAME
 from foretoken.hf.families import UnsupportedModelError
 from foretoken.hf.recurrent import RecurrentUnit, StateLayer
 
@@ -25,7 +24,7 @@ _SMALLEST_CHUNK = 16
 # Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
 _FEW = 4
 # Elements that are read or written in the time that one operation takes beside them.
-_OPERATION = 1 << 13
+_OPERATION = 1 << 15
 _OPERATION_ON_DEVICE = 1 << 22
 
 
@@ -87,7 +86,7 @@ class RecurrentStates:
             kinds.append(ReplayLayer(states, columns if self._windows[index] else unit.inputs))
         self.replay = StateReplay(kinds, slots=self.slots)
         in_bulk = [single < _FEW for single in self._single]
-        self._join = _SMALLEST_CHUNK if all(in_bulk) and not all(self._windows) else 0
+        self._join = _SMALLEST_CHUNK if all(in_bulk) and not any(self._windows) else 0
 
     @property
     def stepwise(self) -> bool:
@@ -158,8 +157,7 @@ class _Carrier:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
         """Take everything but tokens from a call's arguments; its tokens ``[B, T, ...]``."""
-        # What attention is told stays away: kernels take no keywords that they do not know.
-        self._args, self._kwargs = args, {name: value for name, value in kwargs.items() if name != NAME}
+        self._args, self._kwargs = args, kwargs
         return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in self.unit.arguments)
 
     def arguments(self, inputs: States) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -236,12 +234,12 @@ class _Carrier:
         whole = _Carrier(self.unit, self._layer, 0.0)
         whole.bind(self._args, self._kwargs)
         expected = whole.call(inputs, tuple(state.clone() for state in zeros))  # modules write into them
+        if not isinstance(expected[0], Tensor):
+            return f"makes no tensor of its tokens but {type(expected[0]).__name__}", 0.0
         front = self.run(tuple(tensor[:, : tokens // 2] for tensor in inputs), zeros)
         with _Work() as work:
             output, states = self.call(tuple(tensor[:, tokens // 2 :] for tensor in inputs), front)
         cost = work.total / (tokens - tokens // 2) if self.single else work.total
-        if not isinstance(output, Tensor):
-            return f"gives no tensor of what its tokens become but {type(output).__name__}", cost
         pairs = [(output, expected[0][:, tokens // 2 :]), *zip(states, expected[1], strict=True)]
         error = max(
             float((ours.double() - plain.double()).norm() / plain.double().norm().clamp_min(1e-30))
@@ -304,13 +302,16 @@ class _Hooks:
             return None  # somebody else's forward
         carrier, plan = self._carrier, self._plan
         inputs = self._inputs = carrier.bind(args, kwargs)
-        states = self._replay.append(plan, self._index, None if self._windows else inputs, self._run)
+        states = self._replay.append(
+            plan,
+            self._index,
+            None if self._windows else inputs,
+            self._run,
+            single=0.0 if self._windows else carrier.single,
+        )
         if plan.lead:
             lead = self._replay.lead(plan, self._index)
-            if self._windows:
-                states = _slide(lead, states)
-            else:
-                inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
+            inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
         if plan.empty and carrier.single == inf:
             carrier.single = 0.0  # from the first token on all modules take several
         self._front = []
