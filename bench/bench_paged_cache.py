@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from cuda_timing import Captured, host_us, once_us
+from foretoken import ops
 from foretoken.cache import PagedCache
+from foretoken.ops import Verdict
 
 COUNT, KEPT, PROMPT = 6, 4, 500
 PAGE = 16
@@ -165,6 +167,61 @@ def forking(device: str, layers: int = 32) -> tuple[Callable[[], None], PagedCac
     return call, cache
 
 
+def trees(device: str, lazy: bool, layers: int, batch: int, length: int = 1000) -> Result:
+    """Rounds of trees of eight nodes with two accepted drafts, moved together every round or lazily: median
+    microseconds of attention in a layer, and of the end of a round, the moves that follow later included.
+    """
+    cache = PagedCache.allocate(
+        layers, pages=batch * 90, page_size=PAGE, heads=8, head_size=128, max_slots=batch, max_length=1300,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device,
+    )  # fmt: skip
+    dtype, nodes = cache.caches[0].dtype, 8
+    cache.reserve(range(batch), length)
+    cache.commit()
+    cache.length(0)
+    parents = torch.tensor([[0, 0, 1, 2, 2, 3, 5]] * batch, device=device)
+    words = ops.tree_index(parents).ancestors
+    verdict = Verdict.empty(batch, nodes - 1, device=device)
+    verdict.num_emitted.fill_(3)
+    verdict.num_accepted.fill_(2)
+    verdict.path[:, 0], verdict.path[:, 1] = 2, 5
+    q = torch.randn(batch, nodes, 32, 128, device=device).to(dtype)
+    new = torch.randn(batch, nodes, 8, 128, device=device).to(dtype)
+    attending, closing = [], []
+
+    def close() -> None:
+        cache.commit(verdict, tree=True, lazy=lazy)
+        if not cache._apart.takes(tuple(range(batch)), [nodes] * batch):
+            cache.gather()
+
+    for number in range(25):
+        cache.reserve(range(batch), nodes)
+        cache.append(0, new, new)
+        if number:
+            attending.append(once_us(lambda: cache.attend(0, q, ancestors=words), device))
+        closing.append(once_us(close, device))
+    cache.gather()
+    assert cache.lengths.tolist() == [length + 25 * 3] * batch
+    rows = cache.layer(0)[0][cache.pages(0)].flatten(0, 1)[length:]
+    assert torch.equal(rows[: 25 * 3], new[0, [0, 2, 5]].repeat(25, 1, 1))
+    name = "lazily" if lazy else "every round"
+    return {
+        "row": f"{device} trees moved {name}, {layers} layers, B={batch}",
+        "attend_us": round(median(attending), 1),
+        "close_us": round(sum(closing) / len(closing), 1),
+    }
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def bench_trees(benchmark: Any, device: str, lazy: bool) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    layers = 4 if device == "cpu" else 32
+    benchmark.extra_info.update(trees(device, lazy, layers, 4))
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 128])
 def bench_round_cpu(benchmark: Any, batch: int) -> None:
     benchmark.extra_info.update(on_cpu(batch))
@@ -205,6 +262,10 @@ def main() -> int:
     for batch in (1, 8, 32, 128):
         result = on_cuda(batch) if given.device == "cuda" else on_cpu(batch)
         sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
+    for batch in (1, 4) if given.device == "cpu" else (1, 32):
+        for lazy in (False, True):
+            result = trees(given.device, lazy, 4 if given.device == "cpu" else 32, batch)
+            sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
     call, _ = forking(given.device)
     sys.stdout.write(
         f"fork, copy of a page in 32 layers, free: host {host_us(call, given.device, 200, 20):.1f} us\n"

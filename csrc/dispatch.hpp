@@ -273,6 +273,22 @@ inline void keep_rows(const KeepRowsArgs& args, Device device, [[maybe_unused]] 
 #endif
 }
 
+inline void keep_apart(const KeepApartArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::keep_apart(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::keep_apart(args, stream);
+#endif
+}
+
+inline void gather_apart(const GatherApartArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::gather_apart(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::gather_apart(args, stream);
+#endif
+}
+
 inline void copy_pages(const CopyPagesArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::copy_pages(args);
 #ifdef FORETOKEN_HAS_CUDA

@@ -22,7 +22,8 @@ MOST_NODES = 9
 EVENTS = (
     "admit", "draft", "tree", "skip", "verify", "accept none", "accept all", "reject some", "cancel", "fork",
     "share a prefix", "free", "evict", "readmit", "freed in a round", "forked in a round", "out of pages",
-    "too long", "page edge -1", "page edge +0", "page edge +1", "impossible", "copied",
+    "too long", "lazy", "lazy again", "gathered", "page edge -1", "page edge +0", "page edge +1",
+    "impossible", "copied",
 )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Machine:
         self.round: Round | None = None
         self.rows: list[Row] = []
         self.tree = False
+        self.lazy = True
         self.seen: collections.Counter[str] = collections.Counter()
         slots = np.arange(setting.max_length)
         self.column, self.within = slots // setting.page_size, slots % setting.page_size
@@ -156,12 +158,20 @@ class Machine:
     def reserve(self) -> None:
         dice, setting = self.dice, self.setting
         self.tree = dice.random() < 0.4
+        if self.apart and dice.random() < 0.2:
+            self.cache.gather()
+            self.seen["gathered"] += 1
         chosen = [slot for slot in range(setting.slots) if dice.random() < 0.6]
         if dice.random() < 0.4:
             dice.shuffle(chosen)
+        apart = self.apart and dice.random() < 0.8
+        if apart:
+            chosen = list(self.cache._apart.slots)
         evicted = list(self.evicted)
         rows = [self.row_for(slot) for slot in chosen]
         counts = [len(row.tokens) for row in rows]
+        if self.apart and not apart:
+            self.cache.gather()
         before = self.snapshot()
         lengths = [len(self.texts[slot] or []) for slot in chosen]
         too_long = any(a + b > setting.max_length for a, b in zip(lengths, counts, strict=True))
@@ -171,13 +181,15 @@ class Machine:
         except (OutOfPagesError, ValueError) as error:
             self.seen["too long" if too_long else "out of pages"] += 1
             assert too_long == isinstance(error, ValueError)  # noqa: PT017
-            assert too_long or needed > self.cache.free_pages
-            assert not self.exact or self.snapshot() == before
+            assert apart or too_long or needed > self.cache.free_pages
+            assert apart or not self.exact or self.snapshot() == before
             self.evicted = evicted
             return self.make_room()
         assert not too_long
         self.rows = rows
-        self.seen["copied"] += needed - sum(self.new_columns(row) for row in rows)
+        self.seen["lazy again"] += self.apart > 0
+        if not self.apart:
+            self.seen["copied"] += needed - sum(self.new_columns(row) for row in rows)
         self.append()
 
     def make_room(self) -> None:
@@ -249,7 +261,9 @@ class Machine:
         else:
             for name in ("num_emitted", "num_accepted", "path"):
                 setattr(verdict, name, getattr(verdict, name).to(on))
-            status = self.cache.commit(verdict, tree=self.tree)
+            lazy = self.lazy and self.dice.random() < 0.5
+            status = self.cache.commit(verdict, tree=self.tree, lazy=lazy)
+            self.seen["lazy"] += self.apart > 0
         assert status.tolist() == expected
         for row, nodes in zip(self.rows, stay, strict=True):
             if row.live and nodes:
@@ -264,7 +278,14 @@ class Machine:
         self.round, self.rows = None, []
         self.seen["cancel"] += 1
 
+    @property
+    def apart(self) -> int:
+        """Rows behind the lengths that lazy commits have left there."""
+        return self.cache._apart.first
+
     def fork(self) -> None:
+        if self.apart and self.round is not None:
+            return
         reserved = {row.slot for row in self.rows if row.tokens and row.live}
         sources = [slot for slot, text in enumerate(self.texts) if text]
         targets = [slot for slot, text in enumerate(self.texts) if text is None and slot not in reserved]
@@ -298,6 +319,8 @@ class Machine:
         return first >= max(self.cache.length(slot) - window + 1, 0) // self.setting.page_size
 
     def free(self) -> None:
+        if self.apart and self.round is not None:
+            return
         slot = self.dice.randrange(self.setting.slots)
         self.cache.free(slot)
         self.texts[slot] = None
@@ -345,9 +368,13 @@ class Machine:
         for slot, text in enumerate(self.texts):
             low, high = self.cache.bounds(slot)
             assert low <= len(text or []) <= high
-            assert not self.exact or low == high
+            assert not self.exact or high - low in (0, self.apart)
 
     def check_rows(self) -> None:
+        if self.apart and self.round is not None:
+            self.check_round()
+        if self.apart:
+            return
         table, setting = self.tables(), self.setting
         lengths = np.array([len(text or []) for text in self.texts])
         assert self.cache.lengths.tolist() == lengths.tolist()
@@ -398,6 +425,7 @@ class Machine:
         assert self.round is not None
         table, size = self.round.block_table.cpu().numpy(), self.setting.page_size
         counts, lengths = self.round.num_nodes.tolist(), self.round.lengths.tolist()
+        starts = self.round.starts.tolist()
         pool = self.pool[0].cpu().numpy()
         places = set()
         for b, row in enumerate(self.rows):
@@ -406,7 +434,7 @@ class Machine:
                 continue
             assert lengths[b] == len(self.texts[row.slot] or [])
             for node, token in enumerate(row.tokens):
-                slot = lengths[b] + node
+                slot = starts[b] + node
                 place = table[b, slot // size], slot % size
                 assert pool[place][0, 0] == token
                 assert place not in places

@@ -68,6 +68,40 @@ def test_paths_agree_bit_by_bit(vocab, dtype, paths):
                     assert torch.equal(one.view(torch.int32), other.view(torch.int32)), name
 
 
+@pytest.mark.parametrize("draw", ["iid", "without_replacement"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sound_records_beside_other_logits(temperature, draw, paths):
+    """A law that was recorded before its row was damaged, or that is another row's: the same tokens on every
+    path, from what the two laws leave.
+    """
+    size, drafts, vocab = 60, 3, 1500
+    generator = torch.Generator().manual_seed(0)
+    target = 2.0 * torch.randn(size, drafts + 1, vocab, generator=generator)
+    draft = target[:, :drafts] + 1.5 * torch.randn(size, drafts, vocab, generator=generator)
+    base = torch.arange(1, size + 1)
+    table = ft.Sampling(temperature=temperature, seed=4).prepare(size)
+    records = torch.zeros(size, drafts, 4, dtype=torch.int64)
+    tokens = torch.zeros(size, drafts, dtype=torch.int64)
+    for i in range(drafts):
+        call = {"sampling": table, "base": base, "step": i, "purpose": "draft"}
+        tokens[:, i] = ft.ops.sample(draft[:, i], records=records[:, i], **call)
+    others = torch.rand(draft.shape, generator=generator) < 0.01
+    others.scatter_(2, tokens[:, :, None], False)
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 60.0, 300.0, 4000.0])
+    damage = values[torch.randint(len(values), draft.shape, generator=generator)]
+    draft = torch.where(others, damage, draft)
+
+    def verdicts() -> list:
+        given = {"draft_logits": draft, "draft_records": records, "sampling": table, "base": base}
+        return [ft.ops.verify(target, tokens, draw=draw, rule=rule, **given) for rule in ("token", "block")]
+
+    seen = paths(verdicts)
+    assert all(verdict.status.eq(0).all() and verdict.num_accepted.lt(drafts).any() for verdict in verdicts())
+    for found in seen.values():
+        for mine, first in zip(found, seen["portable"], strict=True):
+            assert torch.equal(mine.tokens, first.tokens)
+
+
 # The NaN of x86, that of CUDA, a signalling one, one whose payload looks like an exponent.
 NANS = {torch.float32: [0x7FC00000, -0x400000, 0x7FFFFFFF, 0x7F800001, 0x7FC4AB5F]}
 NANS |= {torch.bfloat16: [0x7FC0, -0x40, 0x7FFF, 0x7F81], torch.float16: [0x7E00, -0x200, 0x7FFF, 0x7C01]}

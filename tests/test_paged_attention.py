@@ -143,3 +143,89 @@ def test_forks_and_prefixes(device):
         both.cache.commit(verdict_of(paths, device))
         for b, slot in enumerate(current.slots):
             both.keep(slot, new[:, b], [0, *paths[b]])
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("size", [3, 16])
+@pytest.mark.parametrize("late", [False, True])
+def test_rows_that_are_left_apart_are_seen_where_they_are(device, size, window, late):
+    """Nodes see what was kept, whatever lies between; moved together at last, it is what moves every round
+    would have left.
+    """
+    dice, both = random.Random(size), Beside(device, page_size=size, window=window, pages=80)
+    both.cache._behind = max(both.cache._behind, int(late))
+    both.prompt(0, 9)
+    both.prompt(1, 4)
+    for slot in range(2):
+        both.cache.length(slot)
+    apart = []
+    for number in range(24):
+        counts, slots = [dice.randint(1, 7), dice.choice([0, 5])], [1, 0]
+        parents = [tree_of(dice, 7), tree_of(dice, 7)]
+        words = ops.tree_index(torch.tensor(parents, device=device)).ancestors
+        current = both.cache.reserve(slots, counts)
+        new, q = both.new(2, 7), torch.randn(2, 7, 2 * HEADS, SIZE, device=device)
+        both.cache.append(0, *new)
+        both.poison()
+        found = both.cache.attend(0, q, ancestors=words)
+        plain = torch.zeros(2, 2, 200, HEADS, SIZE, device=device)
+        for b, slot in enumerate(slots):
+            length = both.rows[slot].shape[1]
+            assert int(current.lengths[b]) == length
+            plain[:, b, :length] = both.rows[slot]
+            plain[:, b, length : length + 7] = new[:, b]
+        expected = ops.tree_attention(
+            q, *plain, lengths=current.lengths, num_nodes=current.num_nodes, ancestors=words, window=window
+        )
+        assert torch.allclose(found, expected, atol=1e-5)
+        paths = [
+            path_to(above, dice.randrange(max(count, 1)))
+            for above, count in zip(parents, counts, strict=True)
+        ]
+        verdict = verdict_of(paths, device)
+        verdict.num_emitted[[count == 0 for count in counts]] = 0
+        if number % 5 == 3:
+            both.cache.cancel()
+            continue
+        assert not both.cache.commit(verdict, tree=True, lazy=True).any()
+        apart.append(both.cache._apart.first)
+        for b, slot in enumerate(slots):
+            both.keep(slot, new[:, b], [0, *paths[b]] if counts[b] else [])
+    assert max(apart) > 40
+    assert apart != sorted(apart)  # 64 rows were full
+    both.cache.gather()
+    for slot in range(2):
+        length = both.rows[slot].shape[1]
+        assert both.cache.length(slot) == length
+        first = max(length - (window or length) + 1, 0)
+        rows = torch.arange(first, length)
+        pages = torch.tensor(both.cache.pages(slot))[rows // size]
+        for half in range(2):
+            moved = both.cache.layer(0)[half][pages.to(device), (rows % size).to(device)]
+            assert torch.equal(moved, both.rows[slot][half, first:])
+
+
+def test_a_lazy_commit_moves_nothing():
+    """Of 64 rows in three rounds, none; what else is asked of the cache moves them."""
+    both = Beside(torch.device("cpu"), page_size=16)
+    both.prompt(0, 5)
+    device = torch.device("cpu")
+    for first in (0, 21, 42):
+        current = both.cache.reserve([0], 21)
+        assert current.starts.tolist() == [5 + first]
+        new = both.new(1, 21)
+        both.cache.append(0, *new)
+        before = both.cache.caches[0].clone()
+        both.cache.commit(verdict_of([[3, 9, 20]], device), tree=True, lazy=True)
+        assert torch.equal(both.cache.caches[0], before)
+        both.keep(0, new[:, 0], [0, 3, 9, 20])
+    assert both.cache.bounds(0) == (5, 68)
+    assert both.cache.lengths.tolist()[0] == 5
+    both.cache.fork(0, 1)
+    assert both.cache.lengths.tolist() == [17, 17]
+    assert torch.equal(both.cache.layer(0)[0][both.cache.pages(1)].flatten(0, 1)[:17], both.rows[0][0])
+    both.cache.reserve([0], 3)
+    both.cache.commit(verdict_of([[1]], device), lazy=True)
+    both.cache.reserve([0], 3)
+    with pytest.raises(RuntimeError, match="free: a round is open behind rows left apart"):
+        both.cache.free(0)

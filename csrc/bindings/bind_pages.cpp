@@ -103,6 +103,47 @@ void keep_rows(const PageTable& table, py::handle block_table, py::handle length
   dispatch::keep_rows(args, intake.device(), intake.stream());
 }
 
+void resize(PageTable& table, const Numbers& counts) {
+  table.resize(counts.data(), static_cast<int64_t>(counts.size()));
+}
+
+void keep_apart(const PageTable& table, py::handle block_table, py::handle lengths, py::handle counts,
+                py::handle row_slots, int64_t first, py::handle kept, py::handle path,
+                py::handle num_accepted, py::handle apart, py::handle reached, py::handle status) {
+  if (first < 0 || first >= kMostApart) {
+    throw py::value_error("first: expected 0 to 63, got " + std::to_string(first));
+  }
+  Intake intake("commit");
+  KeepApartArgs args;
+  const int64_t rows = table.rows();
+  int64_t depth = 0;
+  args.state = read_state(intake, table, {block_table, lengths, counts, row_slots});
+  args.by_row_slots = !table.in_order();
+  args.first = first;
+  args.kept = intake.read(kept, "verdict.num_emitted", DType::int32, {rows}, Layout::any);
+  args.path =
+      intake.read(path, "verdict.path", boundary::kIndexDTypes, {rows, Dim::bind(depth, "D")}, Layout::any);
+  args.num_accepted = intake.read(num_accepted, "verdict.num_accepted", DType::int32, {rows}, Layout::any);
+  args.apart = intake.write(apart, "apart", DType::int64, {rows}, Layout::any);
+  args.reached = intake.write(reached, "reached", DType::int64, {rows}, Layout::any);
+  args.status = intake.write(status, "status", DType::int32, {rows}, Layout::any);
+  dispatch::keep_apart(args, intake.device(), intake.stream());
+}
+
+void gather_apart(py::handle apart, py::handle lengths, py::handle starts, py::handle path,
+                  py::handle num_accepted, py::handle kept) {
+  Intake intake("commit");
+  GatherApartArgs args;
+  int64_t rows = 0;
+  args.apart = intake.read(apart, "apart", DType::int64, {Dim::bind(rows, "B")}, Layout::any);
+  args.lengths = intake.read(lengths, "lengths", DType::int64, {rows}, Layout::any);
+  args.starts = intake.write(starts, "starts", DType::int64, {rows}, Layout::any);
+  args.path = intake.write(path, "path", DType::int32, {rows, kMostApart}, Layout::any);
+  args.num_accepted = intake.write(num_accepted, "num_accepted", DType::int32, {rows}, Layout::any);
+  args.kept = intake.write(kept, "kept", DType::int32, {rows}, Layout::any);
+  dispatch::gather_apart(args, intake.device(), intake.stream());
+}
+
 }  // namespace
 
 void register_pages(py::module_& module) {
@@ -115,6 +156,10 @@ void register_pages(py::module_& module) {
            py::kw_only(), py::arg("pages"), py::arg("page_size"), py::arg("max_slots"), py::arg("max_length"),
            py::arg("window"))
       .def("reserve", &reserve, py::arg("slots"), py::arg("counts"))
+      .def("resize", &resize, py::arg("counts"))
+      .def("keep_apart", &keep_apart, py::arg("block_table"), py::arg("lengths"), py::arg("counts"),
+           py::arg("row_slots"), py::arg("first"), py::arg("kept"), py::arg("path"), py::arg("num_accepted"),
+           py::arg("apart"), py::arg("reached"), py::arg("status"))
       .def("close", &PageTable::close)
       .def("cancel", &PageTable::cancel)
       .def("settle", &settle, py::arg("record"))
@@ -138,6 +183,8 @@ void register_pages(py::module_& module) {
       .def_property_readonly("rows", &PageTable::rows)
       .def_property_readonly("in_order", &PageTable::in_order)
       .def_property_readonly("unsettled", &PageTable::unsettled);
+  module.def("gather_apart", &gather_apart, py::arg("apart"), py::arg("lengths"), py::arg("starts"),
+             py::arg("path"), py::arg("num_accepted"), py::arg("kept"));
 }
 
 }  // namespace foretoken

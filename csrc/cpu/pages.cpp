@@ -53,6 +53,14 @@ void keep_rows(const KeepRowsArgs& args) {
   }
 }
 
+void keep_apart(const KeepApartArgs& args) {
+  for (int64_t b = 0; b < args.apart.shape[0]; ++b) keep_apart_row(args, b);
+}
+
+void gather_apart(const GatherApartArgs& args) {
+  for (int64_t b = 0; b < args.apart.shape[0]; ++b) gather_apart_row(args, b);
+}
+
 void copy_pages(const CopyPagesArgs& args) {
   constexpr int64_t kBytesPerElement = 4;  // copied in the time that parallel_for reckons with
   const CacheTensor& first = args.tensors[0];

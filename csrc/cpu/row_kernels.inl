@@ -357,7 +357,10 @@ FORETOKEN_HOT auto with_residual(TileRef target_ref, const RowLaw& target_law, T
   if (draft_law.kind == LawKind::probs) {
     return with_draft(ProbWeights<kMasses>(draft_law.scale, draft_law.cut));
   }
-  return with_draft(LogitWeights<kMasses>(draft_law.max, draft_law.scale, draft_law.cut));
+  // A law that was recorded may not be that of the row beside it, and then has no weight for what is larger
+  // than its largest element.
+  const LogitWeights<kMasses> of_logit(draft_law.max, draft_law.scale, draft_law.cut);
+  return with_draft([&](Floats x) FORETOKEN_HOT_LAMBDA { return of_logit(lesser_of(x, of_logit.max)); });
 }
 
 float sum_residual(TileRef target, const RowLaw& target_law, TileRef draft, const RowLaw& draft_law,

@@ -7,22 +7,23 @@
 // many: hence the inlining, the work dealt out to idle warps, and no structure that would live in memory.
 #pragma once
 
-#include "cuda/chain_rows.cuh"
+#include "cuda/chain_draw.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class ChainVerifier : ChainRows<kType> {
+class ChainVerifier : ChainDraw<kType, false> {
  public:
-  __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
+  __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
   __device__ __forceinline__ void run() {
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
+    const uint32_t rows = static_cast<uint32_t>(args_.most_drafts) * (args_.draft.data ? 2 : 1) + 1;
     typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                  size_ * kWarps * clusters - clusters, *this);
+                                  size_ * kWarps * clusters - clusters, 0, 1, rows, tiles_);
     RawTile<kType> raw;
-    if (!scouts && tiles.any()) tiles.load(raw);
+    if (!scouts && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
@@ -39,32 +40,32 @@ class ChainVerifier : ChainRows<kType> {
       __syncthreads();
       const ChainStep step = shared_.step;
       if (step.close) return close(step, turn);
-      sum_residual(step, ++turn);
+      this->sum_residual(step, ++turn);
       cluster_sync();
       if (warp_ == 0) go_on(shared_.draw.sums[turn % 2]);
     }
   }
 
  private:
-  using Rows = ChainRows<kType>;
-  using Rows::args_;
-  using Rows::b_;
-  using Rows::dense_;
-  using Rows::draft_row;
-  using Rows::drafts_;
-  using Rows::element;
-  using Rows::greedy_;
-  using Rows::part_;
-  using Rows::rank_;
-  using Rows::row_data;
-  using Rows::shared_;
-  using Rows::size_;
-  using Rows::stats;
-  using Rows::status_;
-  using Rows::tiles_;
-  using Rows::usable_;
-  using Rows::vocab_;
-  using Rows::warp_;
+  using Base = ChainDraw<kType, false>;
+  using Base::args_;
+  using Base::b_;
+  using Base::dense_;
+  using Base::draft_row;
+  using Base::drafts_;
+  using Base::element;
+  using Base::greedy_;
+  using Base::part_;
+  using Base::rank_;
+  using Base::shared_;
+  using Base::size_;
+  using Base::stats;
+  using Base::status_;
+  using Base::tiles_;
+  using Base::usable_;
+  using Base::vocab_;
+  using Base::warp_;
+  using typename Base::Rows;
 
   __device__ __forceinline__ bool walks_up() const {
     return !greedy_ && drafts_ > 0 &&
@@ -199,177 +200,10 @@ class ChainVerifier : ChainRows<kType> {
     then(step);
   }
 
-  __device__ __forceinline__ float gain_of(const ChainStep& step) const {
-    return gain_in_weights(step.gain, shared_.records[step.node].law.mass,
-                           shared_.records[draft_row(step.node)].law.mass);
-  }
-
-  // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
-  // target.
-  __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
-    const bool with_draft = step.gain >= 0.0;
-    const uint32_t target_row = static_cast<uint32_t>(step.node),
-                   other_row = with_draft ? draft_row(step.node) : target_row;
-    const float gain = with_draft ? gain_of(step) : 0.0f;
-    const RowLaw& target = shared_.records[target_row].law;
-    const RowLaw& draft = shared_.records[other_row].law;
-    const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
-    const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
-    const void* const target_data = row_data(target_row);
-    const void* const draft_data = row_data(other_row);
-#pragma unroll 1
-    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
-      RawTile<kType> target_tile, draft_tile;
-      TileOfRow<kType>::load(target_tile, target_data, vocab_, index, args_.aligned);
-      TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
-      PinnedSum sum;
-      LaneMass lane_mass;
-#pragma unroll 2
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        Eight weights = next_quarter(target_tile);
-        const Eight other = next_quarter(draft_tile);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          weights.x[j] =
-              residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
-                              weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
-          lane_mass.add(weights.x[j]);
-        }
-        sum.add(quarter, weights);
-      }
-      const uint64_t mass = sum_of_masses(lane_mass.total());
-      const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
-      if (static_cast<uint32_t>(lane_id()) < size_) {
-        DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-        there->masses[turn % 2][index] = mass;
-        there->sums[turn % 2][index] = of_sum;
-      }
-    }
-  }
-
-  // Every block draws for itself, so that all know whether the row has to be read once more.
-  __device__ __forceinline__ void close(ChainStep step, int turn) {
-    int64_t token = step.closing;
-    bool exact = step.gain >= 0.0;
-#pragma unroll 1
-    while (token < 0) {
-      if (exact && !step.summed) {
-        sum_residual(step, ++turn);
-        cluster_sync();
-        step.summed = true;
-      }
-      token = draw(step, turn, exact);
-      if (token == kUndecided) {
-        exact = true;
-      } else if (token < 0) {  // both laws agree to the last bit: what is left to draw from is the target
-        step.gain = -1.0;
-        step.removed = -1;
-        step.summed = false;
-      }
-    }
+  __device__ __forceinline__ void close(const ChainStep& step, int turn) {
+    const int64_t token = this->closing_token(step, turn, OneRemoved{step.removed, step.removed_mass});
     if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
     if (args_.stats == nullptr) cluster_sync();  // the others may still read the first block's memory
-  }
-
-  struct Running {
-    uint64_t before, total;  // of the threads before this one; of all
-  };
-
-  // Behind a barrier nobody reads what this leaves in shared memory.
-  __device__ __forceinline__ Running sum_up_to_thread(uint64_t mine) {
-    const uint64_t up_to = sum_up_to_lane(mine);
-    if (lane_id() == kWarpSize - 1) shared_.draw.warp_words[warp_] = up_to;
-    __syncthreads();
-    const uint32_t lane = static_cast<uint32_t>(lane_id());
-    const uint64_t word = lane < kWarps ? shared_.draw.warp_words[lane] : 0;
-    const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
-    return {of_warps + up_to - mine, sum_of_masses(word)};
-  }
-
-  // A token of the masses that sum_residual() left; where they are not `exact`, of those that follow from the
-  // row's statistics, if these decide. By all threads of a block, two tiles and then two elements each; see
-  // TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
-  __device__ __forceinline__ int64_t draw(const ChainStep& step, int turn, bool exact) {
-    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
-    const RowLaw& law = shared_.records[step.node].law;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      shared_.tile = -1;
-      shared_.drawn = kUndecided;
-    }
-    uint64_t mass[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t index = 2 * threadIdx.x + i;
-      mass[i] = 0;
-      if (index >= tiles_) continue;
-      if (exact) {
-        mass[i] = shared_.draw.masses[turn % 2][index];
-      } else {
-        const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
-        mass[i] = mass_of_stats({found.x, found.y}, law);
-      }
-      // Of an estimate a tile may have less than what is taken away.
-      if (step.removed >= 0 && step.removed / kTile == index)
-        mass[i] -= mass[i] < step.removed_mass ? mass[i] : step.removed_mass;
-    }
-    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
-    uint64_t reach = 0;
-    if (!exact) {
-      reach = reach_of_estimate(law.mass, tiles_, false);
-      if (of_tiles.total / 4 < reach) return kUndecided;
-    }
-    const uint64_t left_of_all = multiply_high(step.bits, of_tiles.total);
-    uint64_t begin = of_tiles.before;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint64_t left = left_of_all - begin;
-      if (left_of_all >= begin && left < mass[i]) {
-        const uint32_t index = 2 * threadIdx.x + i;
-        const bool near =
-            !exact && ((index != 0 && left < reach) || (index != tiles_ - 1 && mass[i] - left <= reach));
-        shared_.tile = near ? -1 : static_cast<int32_t>(index);
-        shared_.left = left;
-      }
-      begin += mass[i];
-    }
-    __syncthreads();
-    if (shared_.tile < 0) return exact ? -1 : kUndecided;
-    return draw_in_tile(step, static_cast<uint32_t>(shared_.tile), shared_.left, reach);
-  }
-
-  // The element in whose interval `left` falls, counted in exact masses from the tile's first.
-  __device__ __forceinline__ int64_t draw_in_tile(const ChainStep& step, uint32_t tile, uint64_t left,
-                                                  uint64_t reach) {
-    const RowLaw& target = shared_.records[step.node].law;
-    const uint32_t first = tile * kTile + 2 * threadIdx.x;
-    uint64_t mass[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      mass[i] = 0;
-      const uint32_t at = first + i;
-      if (at >= vocab_) continue;
-      float weight = weight_of_logit(element(static_cast<uint32_t>(step.node), at), target.max, target.scale,
-                                     target.cut);
-      if (step.gain >= 0.0) {
-        const RowLaw& draft = shared_.records[draft_row(step.node)].law;
-        weight = residual_weight(
-            weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
-            gain_of(step));
-      }
-      if (at != step.removed) mass[i] = mass_of(weight);
-    }
-    const Running running = sum_up_to_thread(mass[0] + mass[1]);
-    uint64_t begin = running.before;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint64_t end = begin + mass[i];
-      const bool near = reach != 0 && ((begin != 0 && left - begin < reach) || end - left <= reach);
-      if (begin <= left && left < end && !near) shared_.drawn = first + i;
-      begin = end;
-    }
-    __syncthreads();
-    return shared_.drawn;
   }
 
   // `emitted`: the drafts that are kept and the closing token; 0: nothing is. By a block, a warp for each

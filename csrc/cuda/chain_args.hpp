@@ -1,6 +1,6 @@
-// What the verification of plain chains needs of a call, in little enough room to be a kernel's parameter. To
-// sample a row is to verify a chain of no drafts, but for the numbers that are drawn and what is written
-// down.
+// What the verification of plain chains and of trees of chosen drafts needs of a call, in little enough room
+// to be a kernel's parameter. To sample a row is to verify a chain of no drafts, but for the numbers that are
+// drawn and what is written down.
 #pragma once
 
 #include "ops/verify.hpp"
@@ -36,6 +36,14 @@ struct ChainArgs {
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
+
+  // Of trees alone.
+  Numbers parents;          // no data: a chain
+  Numbers row_offsets;      // no data: T rows a request
+  int64_t num_rows = 0;     // of flattened logits
+  int32_t first_rows = 1;   // of each request, that are read before anything is decided
+  int32_t most_tokens = 0;  // columns of tokens
+  Numbers path_rows;
 
   // Of sampling alone.
   bool samples = false;

@@ -1,5 +1,5 @@
-// The rows of a chain, as the blocks of the clusters that share it see them: where they lie, how they are
-// read, and the laws that come of it.
+// The rows of a chain or a tree, as the blocks of the clusters that share it see them: where they lie, how
+// they are read, and the laws that come of it.
 #pragma once
 
 #include "cuda/chain_shared.cuh"
@@ -7,7 +7,7 @@
 
 namespace foretoken::cuda {
 
-template <DType kType>
+template <DType kType, bool kTree>
 class ChainRows {
  protected:
   __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
@@ -21,54 +21,76 @@ class ChainRows {
     part_ = cluster % clusters;
     vocab_ = static_cast<uint32_t>(args.vocab);
     tiles_ = static_cast<uint32_t>(tiles_of(args.vocab));
-    row_scratch_ = of_block(reinterpret_cast<RowScratch*>(&shared + 1), 0);
-    stats_ =
-        args.stats != nullptr ? args.stats + b_ * (2 * args.most_drafts + 3) * tiles_ : row_scratch_->stats;
+    if constexpr (kTree) {
+      find_rows();
+    } else {
+      row_scratch_ = of_block(reinterpret_cast<RowScratch*>(&shared + 1), 0);
+    }
+    stats_ = in_global() ? args.stats + b_ * (2 * args.most_drafts + 3) * tiles_ : row_scratch_->stats;
   }
 
-  // The tiles that a warp reads, one after the other. Rows 0 .. N of the target, then rows 0 .. N - 1 of the
-  // drafts, whatever number of them the request turns out to have.
+  __device__ __forceinline__ bool in_global() const { return kTree || args_.stats != nullptr; }
+
+  // The first of the target's rows that belong to the request, and how many there are; none if its offsets
+  // leave the tensor.
+  __device__ __forceinline__ void find_rows() {
+    int64_t first = b_ * (args_.most_drafts + 1), end = first + args_.most_drafts + 1;
+    int64_t offset = b_ * args_.target.strides[0];
+    if (args_.row_offsets.data != nullptr) {
+      first = read_number(args_.row_offsets, b_);
+      end = read_number(args_.row_offsets, b_ + 1);
+      const bool sound = first >= 0 && end >= first && end <= args_.num_rows;
+      offset = sound ? first * args_.target.strides[1] : 0;
+      if (!sound) end = first;
+    }
+    num_rows_ = static_cast<int32_t>(end - first < kMaxNodes ? end - first : kMaxNodes);
+    rows_ = static_cast<const char*>(args_.target.data) + offset * RawTile<kType>::kBytes;
+  }
+
+  // The tiles that a warp reads, one after the other: of `count` rows, `first` and those that follow
+  // `second`.
   class RowTiles {
    public:
-    __device__ __forceinline__ RowTiles(uint32_t worker, uint32_t workers, const ChainRows& chain)
-        : chain_(chain),
-          rows_(static_cast<uint32_t>(chain.args_.most_drafts) * (chain.args_.draft.data ? 2 : 1) + 1) {
-      row_ = worker / chain.tiles_;
-      index_ = worker % chain.tiles_;
-      row_step_ = workers / chain.tiles_;
-      index_step_ = workers % chain.tiles_;
+    __device__ __forceinline__ RowTiles(uint32_t worker, uint32_t workers, uint32_t first, uint32_t second,
+                                        uint32_t count, uint32_t tiles)
+        : first_(first), second_(second), count_(count), tiles_(tiles) {
+      place_ = worker / tiles;
+      index_ = worker % tiles;
+      place_step_ = workers / tiles;
+      index_step_ = workers % tiles;
     }
-    __device__ __forceinline__ bool any() const { return row_ < rows_; }
-    __device__ __forceinline__ uint32_t row() const { return row_; }
+    __device__ __forceinline__ bool any() const { return place_ < count_; }
+    __device__ __forceinline__ uint32_t row() const { return place_ == 0 ? first_ : second_ + place_ - 1; }
     __device__ __forceinline__ uint32_t index() const { return index_; }
-    __device__ __forceinline__ void load(RawTile<kType>& raw) const {
-      TileOfRow<kType>::load(raw, chain_.row_data(row_), chain_.vocab_, index_, chain_.args_.aligned);
-    }
     __device__ __forceinline__ void move_on() {
-      row_ += row_step_;
+      place_ += place_step_;
       index_ += index_step_;
-      if (index_ < chain_.tiles_) return;
-      index_ -= chain_.tiles_;
-      ++row_;
+      if (index_ < tiles_) return;
+      index_ -= tiles_;
+      ++place_;
     }
 
    private:
-    const ChainRows& chain_;
-    const uint32_t rows_;
-    uint32_t row_, index_, row_step_, index_step_;
+    uint32_t first_, second_, count_, tiles_;
+    uint32_t place_, index_, place_step_, index_step_;
   };
+
+  __device__ __forceinline__ void load(const RowTiles& tiles, RawTile<kType>& raw) const {
+    TileOfRow<kType>::load(raw, row_data(tiles.row()), vocab_, tiles.index(), args_.aligned);
+  }
 
   // Number of a draft's row among all.
   __device__ __forceinline__ uint32_t draft_row(int32_t node) const {
     return static_cast<uint32_t>(args_.most_drafts + 1 + node);
   }
   __device__ __forceinline__ bool of_target(uint32_t row) const {
-    return row <= static_cast<uint32_t>(args_.most_drafts);
+    return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
     return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
   }
   __device__ __forceinline__ const void* row_data(uint32_t row) const {
+    if constexpr (kTree) return rows_ + row * args_.target.strides[1] * RawTile<kType>::kBytes;
     const bool target = of_target(row);
     const ChainRowsView& view = target ? args_.target : args_.draft;
     const int64_t at = b_ * view.strides[0] + (target ? row : row - draft_row(0)) * view.strides[1];
@@ -80,7 +102,7 @@ class ChainRows {
   // Where other clusters may have written it, past the first-level cache.
   __device__ __forceinline__ float2 read(const TileStats* tile) const {
     const float2* words = reinterpret_cast<const float2*>(tile);
-    return args_.stats != nullptr ? __ldcg(words) : *words;
+    return in_global() ? __ldcg(words) : *words;
   }
   __device__ __forceinline__ TileStats* stats(uint32_t row) const { return stats_ + row * tiles_; }
 
@@ -94,10 +116,17 @@ class ChainRows {
       return false;
     }
     usable_ = requested >= 0 && requested <= args_.most_drafts;
+    if constexpr (kTree) {
+      usable_ = usable_ && requested < num_rows_;
+      if (num_rows_ < 1) {
+        status_ = kBadRow;
+        return false;
+      }
+    }
     drafts_ = usable_ ? static_cast<int32_t>(requested) : 0;
     seed_ = args_.sampling.seed + slot;
     greedy_ = args_.sampling.temperature[slot] == 0.0f;
-    dense_ = args_.draft.data != nullptr && !greedy_ && drafts_ > 0;
+    dense_ = !kTree && args_.draft.data != nullptr && !greedy_ && drafts_ > 0;
     if (warp_ < 2 && lane_id() == 0) {
       const SamplingView& sampling = warp_ == 0 ? args_.sampling : args_.draft_sampling;
       shared_.filters[warp_] = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
@@ -115,7 +144,7 @@ class ChainRows {
 
   __device__ __forceinline__ float* lanes(uint32_t row) const {
     if (!is_filtered(of_target(row) ? 0 : 1)) return nullptr;
-    if (args_.stats == nullptr) return tiles_ <= kLaneTiles ? row_scratch_->lanes : nullptr;
+    if (!in_global()) return tiles_ <= kLaneTiles ? row_scratch_->lanes : nullptr;
     if (args_.lanes == nullptr) return nullptr;
     return args_.lanes + ((b_ * (2 * args_.most_drafts + 3) + row) * tiles_) * kWarpSize;
   }
@@ -127,7 +156,7 @@ class ChainRows {
       const uint32_t row = tiles.row(), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
-      if (tiles.any()) tiles.load(next);
+      if (tiles.any()) load(tiles, next);
       if (is_wanted(row)) {
         float lane_max = -infinity();
         const TileStats found = stats_of_tile(raw, shared_.reading[of_target(row) ? 0 : 1], lane_max);
@@ -179,7 +208,7 @@ class ChainRows {
   __device__ __forceinline__ void make_laws() {
     const uint32_t rows = dense_ ? draft_row(drafts_) : static_cast<uint32_t>(drafts_) + 1;
     if (is_filtered(0) || (dense_ && is_filtered(1)))
-      return make_filtered_laws(args_, shared_, rows, drafts_, dense_);
+      return make_filtered_laws(args_, shared_, 0, rows, drafts_, dense_);
 #pragma unroll 1
     for (uint32_t row = warp_ * size_ + rank_; row < rows; row += size_ * kWarps) {
       if (is_wanted(row)) publish(row, law_of(row), node_of(row));
@@ -189,7 +218,7 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (node <= static_cast<uint32_t>(drafts_)) return *of_block(&shared_.nodes[node], 0);
+    if (!kTree && node <= static_cast<uint32_t>(drafts_)) return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;
     return none;
@@ -281,16 +310,17 @@ class ChainRows {
 
   // Static: an object whose address is passed on lives in memory.
   static __device__ __noinline__ void make_filtered_laws(const ChainArgs& args, ChainShared& shared,
-                                                         uint32_t rows, int32_t drafts, bool dense) {
+                                                         uint32_t first, uint32_t end, int32_t drafts,
+                                                         bool dense) {
     ChainRows chain(args, shared);
     chain.drafts_ = drafts;
     chain.dense_ = dense;
-    chain.make_filtered_laws(rows);
+    chain.make_filtered_laws(first, end);
   }
 
-  __device__ __forceinline__ void make_filtered_laws(uint32_t rows) {
+  __device__ __forceinline__ void make_filtered_laws(uint32_t first_row, uint32_t end) {
 #pragma unroll 1
-    for (uint32_t row = rank_; row < rows; row += size_) {
+    for (uint32_t row = first_row + rank_; row < end; row += size_) {
       if (!is_wanted(row)) continue;
       const RowTask task = task_of(row);
       const Filters& filters = shared_.filters[of_target(row) ? 0 : 1];
@@ -326,6 +356,8 @@ class ChainRows {
       law.mass = mass_of_row(task.stats, tiles_, law);
       publish(row, law, node_of(row));
     }
+    // All know the count by now: a cluster has found a threshold together since.
+    if (kTree && count > 0 && rank_ == 0 && threadIdx.x == 0) shared_.num_unsolved = 0;
   }
 
   const ChainArgs& args_;
@@ -333,8 +365,10 @@ class ChainRows {
   const uint32_t rank_, size_, warp_;
   int64_t b_;
   uint32_t part_, vocab_, tiles_;
-  RowScratch* row_scratch_;
+  RowScratch* row_scratch_ = nullptr;
   TileStats* stats_;
+  const char* rows_ = nullptr;  // of a tree's request: the first of the target ...
+  int32_t num_rows_ = 0;        // ... and how many
   const uint64_t* seed_ = nullptr;
   int32_t drafts_ = 0, status_ = 0;
   bool usable_ = true, greedy_ = false, dense_ = false;

@@ -1,4 +1,4 @@
-// What the blocks of a cluster keep of the chain that they verify together.
+// What the blocks of a cluster keep of the chain, or of the tree, that they verify together.
 #pragma once
 
 #include "cuda/chain_args.hpp"
@@ -7,10 +7,13 @@
 #include "cuda/mass.cuh"
 #include "cuda/tile_stream.cuh"
 #include "math/acceptance.hpp"
+#include "math/tree_index.hpp"
 
 namespace foretoken::cuda {
 
-constexpr int kMostChainRows = 2 * kMostChainDrafts + 1;  // of the target, then of the drafts
+// Of a chain: of the target, then of the drafts. Of a tree: of the target.
+constexpr int kMostChainRows = kMaxNodes;
+static_assert(2 * kMostChainDrafts + 1 <= kMostChainRows);
 
 // A law, and the probability of the drafted token under it.
 struct alignas(16) ChainRecord {
@@ -62,6 +65,41 @@ struct ChainShared {
   int32_t is_last;
   int32_t unsolved[kMostChainRows];  // rows whose filters take a cluster; of the first block
   int32_t num_unsolved;
+};
+
+// A node of a tree; what is known of it before any law is.
+struct alignas(16) TreeNode {
+  int32_t token;    // -1: outside the vocabulary
+  int32_t parent;   // -1: no smaller node
+  uint32_t coin;    //
+  float of_target;  // the element of its token in its parent's row
+};
+
+struct RemovedToken {
+  uint64_t mass;
+  int32_t token;
+};
+
+// Of trees; each block has all of it for itself. What all threads know lies here rather than in registers,
+// which the reading of rows needs.
+struct TreeShared {
+  ChainShared rows;
+  TreeNode nodes[kMaxNodes];
+  RemovedToken removed[kMaxNodes];  // distinct tokens of rejected children
+  int16_t path[kMaxNodes];
+  float warp_highs[kWarps];
+  uint64_t warp_masses[kWarps];
+  uint64_t seed, base, closing_bits;
+  int32_t status;
+  int32_t length;   // drafts that count
+  int32_t read;     // rows below were read first ...
+  int32_t guessed;  // ... this one beside the last; -1: none
+  int32_t made;     // of filtered rows those below have laws
+  int32_t node, depth;
+  int32_t num_removed;
+  int32_t next;   // the child that is kept; -1: none
+  int32_t guess;  // the first child of that; -1: none
+  bool unread;
 };
 
 constexpr int64_t kLaneTiles = 256;  // of rows that long the lanes' largest elements find room

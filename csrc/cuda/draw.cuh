@@ -52,7 +52,10 @@ class WeightReader {
       for (int j = 0; j < 8; ++j) other.x[j] = weight_of_prob(other.x[j], draft.scale, draft.cut);
     } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) other.x[j] = weight_of_logit(other.x[j], draft.max, draft.scale, draft.cut);
+      for (int j = 0; j < 8; ++j) {
+        // Of a recorded law that is not this row's; see cpu/row_kernels.inl.
+        other.x[j] = weight_of_logit(fminf(other.x[j], draft.max), draft.max, draft.scale, draft.cut);
+      }
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) weights.x[j] = residual_weight(weights.x[j], other.x[j], residual_.gain);

@@ -140,24 +140,61 @@ inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t
   return best;
 }
 
-// The same, unless it was asked for lately: the search takes a microsecond.
-inline Shape chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                         bool may_share) {
+// For trees: how many rows of each request are read before anything is decided.
+struct TreeShape {
+  Shape shape;
+  int rows = 1;
+};
+
+// Rows beside the path are worth reading where that takes less long than going on row by row: a path is said
+// to have three rows behind the root's, each as likely among the first as any.
+inline TreeShape find_tree_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                                 bool may_share) {
+  constexpr double kOfTile = 1.3, kOfSharing = 1.2, kOfRow = 2.5, kPath = 3.0;
+  constexpr int kSteps = 5;
+  TreeShape best;
+  double least = 1e30;
+  for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+    const int64_t warps = cluster * kWarps;
+    if (cluster > 1 && (room.clusters[cluster] < requests || warps - kWarps >= rows * tiles)) continue;
+    const int64_t most =
+        may_share ? std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps) : 1;
+    const double of_row = kOfRow + kOfTile * static_cast<double>((tiles + warps - 1) / warps);
+    for (int64_t clusters = 1; clusters <= std::max<int64_t>(most, 1); ++clusters) {
+      const int64_t all = warps * clusters, last = (rows * tiles + all - 1) / all;
+      // The first rows take all warps so many tiles, one after the other.
+      for (int64_t i = 0; i <= kSteps; ++i) {
+        const int64_t step = i == kSteps ? last : std::min((tiles + all - 1) / all + i, last);
+        const int64_t read = std::min(rows, std::max<int64_t>(1, step * all / tiles));
+        const double cost = kOfTile * static_cast<double>(step) + (clusters > 1 ? kOfSharing : 0.0) +
+                            kPath * of_row * static_cast<double>(rows - read) / static_cast<double>(rows);
+        if (cost >= least) continue;
+        least = cost;
+        best = {{cluster, static_cast<int>(clusters)}, static_cast<int>(read)};
+      }
+    }
+  }
+  return best;
+}
+
+// What one of the searches above finds, unless it was asked for lately: they take microseconds.
+template <auto kFind>
+auto kept_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles, bool may_share) {
+  using Found = decltype(kFind(room, requests, rows, tiles, may_share));
   struct Kept {
     const ClusterRoom* room = nullptr;  // one for each kernel and device, as long as the process lives
     int64_t requests = 0, rows = 0, tiles = 0;
     bool may_share = false;
-    Shape shape;
+    Found found;
   };
   constexpr size_t kMostKept = 32;
   thread_local Kept kept[kMostKept];
   Kept& entry = kept[static_cast<size_t>(requests + rows) % kMostKept];
   if (entry.room != &room || entry.requests != requests || entry.rows != rows || entry.tiles != tiles ||
       entry.may_share != may_share) {
-    entry = {&room, requests,  rows,
-             tiles, may_share, find_chain_shape(room, requests, rows, tiles, may_share)};
+    entry = {&room, requests, rows, tiles, may_share, kFind(room, requests, rows, tiles, may_share)};
   }
-  return entry.shape;
+  return entry.found;
 }
 
 // `shared`: bytes of dynamic shared memory a block. room_for() has to have been asked before.

@@ -69,6 +69,18 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ 
   write_index(args.status, kept < 0 ? kBadRow : 0, b);
 }
 
+// --- rows kept where they are ---
+
+__global__ void __launch_bounds__(kThreads) apart_kernel(const __grid_constant__ KeepApartArgs args) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (b < args.apart.shape[0]) keep_apart_row(args, b);
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherApartArgs args) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (b < args.apart.shape[0]) gather_apart_row(args, b);
+}
+
 // --- copies ---
 
 struct CopyLaunch {
@@ -139,6 +151,22 @@ void keep_rows(const KeepRowsArgs& args, Stream stream) {
   const auto blocks = static_cast<unsigned>((rows + kThreads - 1) / kThreads);
   keep_kernel<<<blocks, kThreads, 0, handle_of(stream)>>>(args);
   throw_if_failed(cudaGetLastError(), "commit");
+}
+
+void keep_apart(const KeepApartArgs& args, Stream stream) {
+  const int64_t rows = args.apart.shape[0];
+  if (rows == 0) return;
+  const auto blocks = static_cast<unsigned>((rows + kThreads - 1) / kThreads);
+  apart_kernel<<<blocks, kThreads, 0, handle_of(stream)>>>(args);
+  throw_if_failed(cudaGetLastError(), "commit");
+}
+
+void gather_apart(const GatherApartArgs& args, Stream stream) {
+  const int64_t rows = args.apart.shape[0];
+  if (rows == 0) return;
+  const auto blocks = static_cast<unsigned>((rows + kThreads - 1) / kThreads);
+  gather_kernel<<<blocks, kThreads, 0, handle_of(stream)>>>(args);
+  throw_if_failed(cudaGetLastError(), "reserve");
 }
 
 void copy_pages(const CopyPagesArgs& args, Stream stream) {

@@ -306,9 +306,9 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   if (batch == 0) return;
   Workspace scratch;
   const int64_t room = room_before_preparation(args, scratch, memory);
-  if (takes_chains(args)) {
-    return verify_chains(args, {scratch.stats, scratch.lanes, scratch.arrivals}, device, stream);
-  }
+  const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.arrivals};
+  if (takes_chains(args)) return verify_chains(args, of_chains, device, stream);
+  if (takes_trees(args)) return verify_trees(args, of_chains, device, stream);
   VerifyParams params;
   VerifyLaunch& launch = params.launch;
   launch.args = args;

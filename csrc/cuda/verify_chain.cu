@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "cuda/chain.cuh"
-#include "cuda/launch.hpp"
+#include "cuda/chain_launch.hpp"
 
 namespace foretoken::cuda {
 
@@ -20,62 +20,14 @@ int64_t rows_in(const VerifyArgs& args) {
   return drafts + 1 + (args.draft_logits ? drafts : 0);
 }
 
-Numbers numbers_of(const TensorView& view) {
-  Numbers numbers;
-  numbers.data = view.data;
-  for (int d = 0; d < view.rank && d < 2; ++d) numbers.strides[d] = view.strides[d];
-  numbers.wide = view.dtype == DType::int64;
-  return numbers;
-}
-
-// Whether all rows begin and end at multiples of 16 bytes.
-bool aligned(const TensorView& logits) {
-  const int64_t bytes = bytes_of(logits.dtype);
-  bool whole =
-      reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.shape[logits.rank - 1] * bytes % 16 == 0;
-  for (int d = 0; d + 1 < logits.rank; ++d) whole = whole && logits.strides[d] * bytes % 16 == 0;
-  return whole;
-}
-
-ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch) {
-  ChainArgs chain;
-  const auto rows = [](const TensorView& view) {
-    return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
-  };
-  chain.target = rows(args.target_logits);
-  const bool reads_laws =
-      args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
-  if (reads_laws) chain.draft = rows(args.draft_logits);
-  chain.vocab = args.target_logits.shape[2];
-  chain.most_drafts = static_cast<int32_t>(args.draft_tokens.shape[1]);
-  chain.rule = args.rule;
-  chain.draft_tokens = numbers_of(args.draft_tokens);
-  chain.num_drafts = numbers_of(args.num_drafts);
-  chain.base = numbers_of(args.base);
-  chain.slots = numbers_of(args.slots);
-  chain.sampling = args.sampling;
-  chain.draft_sampling = args.draft_sampling;
-  chain.tokens = numbers_of(args.tokens);
-  chain.path = numbers_of(args.path);
-  chain.num_emitted = numbers_of(args.num_emitted);
-  chain.num_accepted = numbers_of(args.num_accepted);
-  chain.next_token = numbers_of(args.next_token);
-  chain.next_lengths = numbers_of(args.next_lengths);
-  chain.status = numbers_of(args.status);
-  chain.stats = scratch.stats;
-  chain.lanes = scratch.lanes;
-  chain.arrivals = scratch.arrivals;
-  return chain;
-}
-
 // `more`: bytes of shared memory a block behind ChainShared.
 void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows, size_t more, Device device,
                    Stream stream) {
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_chain_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
-    const Shape shape =
-        chain_shape(room, requests, rows, (args.vocab + kTile - 1) / kTile, args.arrivals != nullptr);
+    const Shape shape = kept_shape<find_chain_shape>(room, requests, rows, (args.vocab + kTile - 1) / kTile,
+                                                     args.arrivals != nullptr);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args);
@@ -107,6 +59,13 @@ bool takes_chains(const VerifyArgs& args) {
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
   ChainArgs chain = chain_args_of(args, scratch);
+  const auto rows = [](const TensorView& view) {
+    return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
+  };
+  chain.target = rows(args.target_logits);
+  const bool reads_laws =
+      args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
+  if (reads_laws) chain.draft = rows(args.draft_logits);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   launch_chains(args.target_logits.dtype, chain, args.draft_tokens.shape[0], rows_in(args), 0, device,
                 stream);

@@ -1,5 +1,6 @@
-// Verification of plain chains, and sampling of plain rows, by a kernel of its own: a hundredth of the
-// general one's instructions, which run once each and would take longer to fetch than the rows take to read.
+// Verification of plain chains and trees, and sampling of plain rows, by kernels of their own: a hundredth of
+// the general one's instructions, which run once each and would take longer to fetch than the rows take to
+// read.
 #pragma once
 
 #include "ops/verify.hpp"
@@ -19,6 +20,10 @@ struct ChainScratch {
 };
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
+
+// Trees of drafts that were chosen, not drawn, and what chains of such ask for beyond that.
+bool takes_trees(const VerifyArgs& args);
+void verify_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
 
 // The same of sampling.
 bool takes_rows(const SampleArgs& args);

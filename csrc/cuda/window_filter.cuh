@@ -40,33 +40,60 @@ class WindowFilter {
   }
 
  private:
-  static constexpr int kSamples = 4096, kHeld = kSamples / kThreads;
-  static constexpr int kWindow = 4 * kList;
+  static constexpr int kSamples = 8192, kHeld = kSamples / kThreads;
   static constexpr int kBinsPerBit = 32;
-  static constexpr int kRoom = kParts * kBins / kWarps;  // of a warp, in what else are bins
-  static_assert(offsetof(FilterScratch, ids) - offsetof(FilterScratch, masses) == 12 * kList,
-                "the window is listed where the list is otherwise");
-  static_assert(kRoom >= kWarpSize * 8, "a quarter of a tile fits");
+  static constexpr int kRoom = kMaxTiles / kWarps;  // of a warp
+  static_assert(kRoom >= 2 * kWarpSize, "what a lane each adds fits behind less than a lane each");
+
+  // Keys of elements near the threshold, where bins and the list are otherwise.
+  static constexpr int kWindow = kParts * kBins + 4 * kList;
+  static_assert(offsetof(FilterScratch, groups) == sizeof(uint32_t) * kWindow, "one behind the other");
+  __device__ uint32_t* list() const { return scratch_.parts; }
 
   struct Window {
     float low, high;  // elements in [low, high) are listed
   };
 
-  __device__ uint32_t* list() const { return reinterpret_cast<uint32_t*>(scratch_.masses); }
-
   __device__ float weight(const RowLaw& law, float x) const {
     return weight_of_logit(x, law.max, law.scale, law.cut);
   }
 
-  // Where the elements below weigh about `rest`, in weights of the row. A sample of them is counted in bins of a
-  // thirty-second of a bit; the last one has all that weigh next to nothing.
+  // The sum over the threads up to and with this one: what it is before and behind it. Each thread begins
+  // with the very number that the one before it ends with.
+  struct Running {
+    float before, behind;
+  };
+  __device__ Running run_up(float own, float* words) const {
+    float up_to = own;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const float other = __shfl_up_sync(kAllLanes, up_to, step);
+      if (lane_id() >= step) up_to += other;
+    }
+    if (lane_id() == kWarpSize - 1) words[threadIdx.x / kWarpSize] = up_to;
+    float before = __shfl_up_sync(kAllLanes, up_to, 1);
+    if (lane_id() == 0) before = 0.0f;
+    __syncthreads();
+    float warps_before = 0.0f;
+    for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) warps_before += words[warp];
+    return {before + warps_before, up_to + warps_before};
+  }
+
+  // Where the elements below weigh about `rest`, in weights of the row. A sample of them is counted in bins
+  // of a thirty-second of a bit; the last one has all that weigh next to nothing. The window is as wide as
+  // the sample is uncertain of what lies below, by the squares of the weights.
   __device__ Window guess(const RowLaw& law, double rest) {
-    constexpr float kLess = 0.92f, kMore = 1.08f;  // of it; some three times the sample's own error
+    constexpr float kDoubt = 2.2f, kLeast = 0.01f, kMost = 0.3f;
     constexpr int kEach = kBins / kThreads;
     const int64_t size = task_.row.size;
     const float fine = law.scale * static_cast<float>(kBinsPerBit);
     clear_bins(scratch_);
-    if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = 0;
+    float* const words = reinterpret_cast<float*>(scratch_.warp_words);
+    float* const spread = reinterpret_cast<float*>(scratch_.found);
+    if (threadIdx.x == 0) {
+      scratch_.listed = scratch_.grouped = 0;
+      *spread = kMost;
+    }
     __syncthreads();
     float x[kHeld];
 #pragma unroll
@@ -82,34 +109,28 @@ class WindowFilter {
     // From the lightest bin on: the first thread has the last bins.
     const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
     const float share = static_cast<float>(size) / kSamples;
-    float below[kEach], own = 0.0f;
+    float below[kEach], own = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const float middle = (static_cast<float>(first - i) + 0.5f) / kBinsPerBit;
-      own += share * static_cast<float>(scratch_.parts[first - i]) * exp2f(-middle);
+      const float one = share * exp2f(-(static_cast<float>(first - i) + 0.5f) / kBinsPerBit);
+      const float count = static_cast<float>(scratch_.parts[first - i]);
+      own += count * one;
+      squares += count * one * one;
       below[i] = own;
     }
-    float up_to = own;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const float other = __shfl_up_sync(kAllLanes, up_to, step);
-      if (lane_id() >= step) up_to += other;
-    }
-    float* const words = reinterpret_cast<float*>(scratch_.warp_words);
-    if (lane_id() == kWarpSize - 1) words[threadIdx.x / kWarpSize] = up_to;
-    float before = __shfl_up_sync(kAllLanes, up_to, 1);
-    if (lane_id() == 0) before = 0.0f;
-    __syncthreads();
-    float warps_before = 0.0f;
-    for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) warps_before += words[warp];
-    // Each thread begins with the very number that the one before it ends with, so that one bin is found.
+    const Running weighs = run_up(own, words);
+    const Running squared = run_up(squares, words + kWarps);
     const float wanted = static_cast<float>(rest);
-    float at = before + warps_before;
+    if (weighs.before < wanted && weighs.behind >= wanted) *spread = sqrtf(squared.behind) / wanted;
+    __syncthreads();
+    const float doubt = fminf(fmaxf(kDoubt * *spread, kLeast), kMost);
+    const float less = wanted * (1.0f - doubt), more = wanted * (1.0f + doubt);
+    float at = weighs.before;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const float next = i + 1 < kEach ? before + warps_before + below[i] : up_to + warps_before;
-      if (at < kLess * wanted && next >= kLess * wanted) scratch_.listed = first - i + 1;
-      if (at < kMore * wanted && next >= kMore * wanted) scratch_.grouped = first - i;
+      const float next = i + 1 < kEach ? weighs.before + below[i] : weighs.behind;
+      if (at < less && next >= less) scratch_.listed = first - i + 1;
+      if (at < more && next >= more) scratch_.grouped = first - i;
       at = next;
     }
     __syncthreads();
@@ -139,28 +160,34 @@ class WindowFilter {
   __device__ __forceinline__ uint64_t look_through_tile(const RowLaw& law, const Window& window,
                                                         int64_t index) {
     TileReader<kWhole> tile(task_.row, index, false);
-    uint32_t* const room = scratch_.parts + threadIdx.x / kWarpSize * kRoom;
+    uint32_t* const room = scratch_.kept + threadIdx.x / kWarpSize * kRoom;
     const uint32_t lanes_before = (1u << lane_id()) - 1;
     LaneMass mass;
+    int count = 0;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       const Eight eight = tile.next();
-      int count = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float x = eight.x[j];
         const uint32_t above = __ballot_sync(kAllLanes, x >= window.high);
         if (x >= window.high) room[count + __popc(above & lanes_before)] = __float_as_uint(x);
         count += __popc(above);
+        if (count >= kWarpSize) {
+          count -= kWarpSize;
+          __syncwarp();
+          mass.add(weight(law, __uint_as_float(room[count + lane_id()])));
+          __syncwarp();
+        }
         if (x >= window.low && x < window.high) {
           const int place = atomicAdd(&scratch_.listed, 1);
           if (place < kWindow) list()[place] = key_of(x);
         }
       }
-      __syncwarp();
-      for (int i = lane_id(); i < count; i += kWarpSize) mass.add(weight(law, __uint_as_float(room[i])));
-      __syncwarp();
     }
+    __syncwarp();
+    if (lane_id() < count) mass.add(weight(law, __uint_as_float(room[lane_id()])));
+    __syncwarp();
     return mass.total();
   }
 
@@ -176,6 +203,7 @@ class WindowFilter {
       keys[i] = place < listed ? list()[place] : 0;
       masses[i] = place < listed ? mass_of(weight(law, value_of(keys[i]))) : 0;
     }
+    __syncthreads();
     clear_bins(scratch_);
     __syncthreads();
     KeyRange range{key_of(window.low), key_of(window.high)};

@@ -47,7 +47,6 @@ const PageTable::Slot& PageTable::at(int64_t slot) const {
 }
 
 void PageTable::check_round(const int32_t* slots, const int32_t* counts, int64_t rows) {
-  if (open_) throw std::logic_error("reserve: a round is open; commit or cancel it first");
   ++number_;
   for (int64_t b = 0; b < rows; ++b) {
     const Slot& slot = at(slots[b]);
@@ -126,7 +125,14 @@ void PageTable::set_rows(const int32_t* slots, const int32_t* counts, int64_t ro
 }
 
 void PageTable::reserve(const int32_t* slots, const int32_t* counts, int64_t rows) {
+  if (open_) throw std::logic_error("reserve: a round is open; commit or cancel it first");
   check_round(slots, counts, rows);
+  take_pages(slots, counts, rows);
+  set_rows(slots, counts, rows);
+  open_ = true;
+}
+
+void PageTable::take_pages(const int32_t* slots, const int32_t* counts, int64_t rows) {
   const int64_t needed = pages_needed(slots, counts, rows);
   if (needed > allocator_.free()) {
     throw OutOfPages(expected("num_tokens",
@@ -138,8 +144,16 @@ void PageTable::reserve(const int32_t* slots, const int32_t* counts, int64_t row
   for (int64_t b = 0; b < rows; ++b) {
     if (counts[b] > 0) own_pages(slots[b], counts[b]);
   }
-  set_rows(slots, counts, rows);
-  open_ = true;
+}
+
+void PageTable::resize(const int32_t* counts, int64_t rows) {
+  if (!open_ || rows != this->rows()) throw std::logic_error("reserve: no such round is open");
+  std::vector<int32_t> slots;
+  for (const Entry& entry : round_) slots.push_back(entry.slot);
+  check_round(slots.data(), counts, rows);
+  take_pages(slots.data(), counts, rows);
+  set_rows(slots.data(), counts, rows);
+  for (const int32_t slot : slots) return_pages(slot);
 }
 
 void PageTable::close() {

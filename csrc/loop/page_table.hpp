@@ -38,6 +38,8 @@ class PageTable {
   explicit PageTable(const PageTableConfig& config);
 
   void reserve(const int32_t* slots, const int32_t* counts, int64_t rows);
+  // The open round has so many rows of each slot instead, more or fewer; the first ones are the same.
+  void resize(const int32_t* counts, int64_t rows);
   void close();
   void cancel();                                   // the open round, as if nothing had been reserved
   void settle(const int32_t* kept, int64_t rows);  // of the oldest closed round; -1 counts as 0
@@ -78,6 +80,7 @@ class PageTable {
   const Slot& at(int64_t slot) const;
   void check_round(const int32_t* slots, const int32_t* counts, int64_t rows);
   int64_t pages_needed(const int32_t* slots, const int32_t* counts, int64_t rows);
+  void take_pages(const int32_t* slots, const int32_t* counts, int64_t rows);
   void own_pages(int32_t number, int32_t count);
   void set_rows(const int32_t* slots, const int32_t* counts, int64_t rows);
   void return_pages(int32_t number);  // surplus ones, and those behind the window

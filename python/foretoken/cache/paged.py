@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foretoken import _core, ops
 from foretoken._core import OutOfPagesError
+from foretoken.cache.apart import MOST, RowsApart, as_path
 from foretoken.device.results import Results
 from foretoken.ops import CachePlan, Verdict
 from foretoken.ops._cache import Layout
@@ -31,6 +34,10 @@ class Round:
     """int32 ``[B]``: new rows of each, 0 for a slot that skips the round."""
     block_table: Tensor
     """int32 ``[B, columns]``: pages of each, -1 where there is none."""
+    starts: Tensor
+    """int64 ``[B]``: slot of the first new row: ``lengths``, unless earlier rounds left rows apart."""
+    most: int
+    """New rows of the largest."""
 
 
 class PagedCache:
@@ -116,6 +123,7 @@ class PagedCache:
         self._behind = 1 if self.device.type == "cuda" else 0
         self._results = Results(max_slots, self.device)
         self._round: Round | None = None
+        self._apart = RowsApart(max_slots, self.device)
 
     @classmethod
     def allocate(
@@ -161,19 +169,22 @@ class PagedCache:
         """
         rows = tuple(slots)
         counts = [num_tokens] * len(rows) if isinstance(num_tokens, int) else list(num_tokens)
-        self._settle(self._behind)
-        try:
-            self._reserve(rows, counts)
-        finally:
-            self._table.apply_copies(self._plans)
-            self._table.apply_edits(*self._state)
-        batch = len(rows)
-        if self._table.in_order:
-            parts = [part[:batch] for part in self._state[:3]]
-        else:
-            parts = [part[:batch] for part in self._rows]
-            self._gather(batch)
-        self._round = Round(rows, parts[1], parts[2], parts[0])
+        if self._round is not None:
+            raise RuntimeError("reserve: a round is open; commit or cancel it first")
+        most, grown = max(counts, default=0), self._apart.takes(rows, counts) and self._grow(counts)
+        if not grown:
+            self.gather()
+            self._settle(self._behind)
+            try:
+                self._reserve(rows, counts)
+            finally:
+                self._table.apply_copies(self._plans)
+                self._table.apply_edits(*self._state)
+        block_table, lengths, num_nodes = self._row_tables(len(rows))
+        starts = lengths
+        if grown:
+            lengths, starts, num_nodes = self._apart.aim(lengths, num_nodes)
+        self._round = Round(rows, lengths, num_nodes, block_table, starts, most)
         return self._round
 
     def append(
@@ -204,7 +215,7 @@ class PagedCache:
             v,
             k_cache,
             v_cache,
-            lengths=current.lengths,
+            lengths=current.starts,
             num_nodes=current.num_nodes,
             block_table=current.block_table,
             k_scale=k_scale,
@@ -212,7 +223,41 @@ class PagedCache:
             layout=self.layout,
         )
 
-    def commit(self, verdict: Verdict | Tensor | None = None, *, tree: bool = False) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        ancestors: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """``ops.tree_attention`` of the open round's nodes ``[B, T, Hq, D]`` over a layer, whose other
+        arguments it has. Where earlier rounds left rows apart, this is the way to see them.
+
+        Raises
+        ------
+        RuntimeError
+            No round is open.
+        """
+        current = self._open_round("attend")
+        first, batch, columns = self._apart.first, *q.shape[:2]
+        given: dict[str, Any] = {"lengths": current.lengths, "num_nodes": current.num_nodes}
+        if first:
+            q = torch.cat([q.new_zeros(batch, first, *q.shape[2:]), q[:, : current.most]], dim=1)
+            ancestors = self._apart.sight(ancestors, current.most)
+            _, given["lengths"], given["num_nodes"] = self._row_views(batch)
+        out = ops.tree_attention(
+            q, *self.layer(layer), **given, ancestors=ancestors, block_table=current.block_table,
+            layout=self.layout, window=self.window, scale=scale, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+        behind = first + columns - out.shape[1]
+        return pad(out, (0, 0, 0, 0, -first, behind)) if first else out
+
+    def commit(
+        self, verdict: Verdict | Tensor | None = None, *, tree: bool = False, lazy: bool = False
+    ) -> Tensor:
         """Keep what a round's verification accepted, give the rest back, and close the round.
 
         Parameters
@@ -223,6 +268,10 @@ class PagedCache:
         tree
             Accepted nodes may lie apart: move them together, in all layers by one launch. A chain's rows
             are in place.
+        lazy
+            Leave them apart, and the rejected ones between them, for as long as rounds of the same slots
+            follow that together have at most 64 rows: their nodes see what was kept through :meth:`attend`.
+            Whatever else is asked of the cache moves the rows first, as :meth:`gather` does.
 
         Returns
         -------
@@ -236,31 +285,40 @@ class PagedCache:
             No round is open.
         """
         current = self._open_round("commit")
-        batch = len(current.slots)
-        kept, blocked = verdict, None
-        if isinstance(verdict, Verdict):
-            kept = verdict.num_emitted
-            if tree:
-                blocked = self._compact(current, verdict)
-        elif tree:
+        if tree and not isinstance(verdict, Verdict):
             raise ValueError("tree: expected False without a Verdict, which has the path, got True")
-        record, status = self._record[:batch], self._status[:batch]
-        self._table.keep_rows(*self._state, kept, blocked, record, status)
-        self._round = None
-        self._table.close()
-        if self._behind:
-            self._results.send(record)
-        else:
-            self._table.settle(record)
-            self._table.apply_edits(*self._state)
-        return status
+        if self._apart.first or (lazy and self._may_leave(current)):
+            status = self._leave(current, verdict)
+            self._round = None
+            if not lazy:
+                self.gather()
+            return status
+        kept = verdict.num_emitted if isinstance(verdict, Verdict) else verdict
+        blocked = self._compact(current, verdict) if isinstance(verdict, Verdict) and tree else None
+        return self._close(len(current.slots), kept, blocked)
 
     def cancel(self) -> None:
         """Give the open round up: lengths are what they were, and its pages go back."""
-        self._open_round("cancel")
+        current = self._open_round("cancel")
         self._round = None
-        self._table.cancel()
+        if self._apart.first:
+            self._table.resize([self._apart.first] * len(current.slots))
+        else:
+            self._table.cancel()
         self._table.apply_edits(*self._state)
+
+    def gather(self) -> None:
+        """Move rows that lazy commits left apart together, in all layers by one launch. No round is open."""
+        if self._apart.first == 0:
+            return
+        batch = len(self._apart.slots)
+        block_table, lengths, _ = self._row_views(batch)
+        starts, path, accepted, kept = self._apart.gathered(lengths)
+        blocked = ops.compact(
+            self._plan, lengths=starts, path=path, num_accepted=accepted, block_table=block_table,
+            status=self._moved[:batch],
+        )  # fmt: skip
+        self._close(batch, kept, blocked)
 
     # ------------------------------------------------------------------------------ slots
 
@@ -281,6 +339,7 @@ class PagedCache:
         """
         if num_tokens is not None and num_tokens < 0:
             raise ValueError(f"num_tokens: expected None or 0 or more, got {num_tokens}")
+        self._settled_apart("fork")
         if num_tokens is not None and num_tokens > self._table.bounds(source)[0]:
             self._settle(0)
             self._table.apply_edits(*self._state)
@@ -289,20 +348,22 @@ class PagedCache:
 
     def free(self, slot: int) -> None:
         """Empty a slot, also one of the open round: its row is then one without tokens."""
+        self._settled_apart("free")
         self._table.free(slot)
         self._table.apply_edits(*self._state)
-        if self._round is not None and not self._table.in_order:
-            self._gather(len(self._round.slots))
+        if self._round is not None:
+            self._row_tables(len(self._round.slots))
 
     def length(self, slot: int) -> int:
         """Committed rows of a slot. On a CUDA device this waits for what has been committed."""
+        self._settled_apart("length")
         self._settle(0)
         self._table.apply_edits(*self._state)
         return self._table.bounds(slot)[0]
 
     def bounds(self, slot: int) -> tuple[int, int]:
         """What the host knows of the length of a slot without waiting: the least and the most."""
-        return self._table.bounds(slot)
+        return self._apart.bounds(slot, *self._table.bounds(slot))
 
     def pages(self, slot: int) -> list[int]:
         """Pages of a slot in order, -1 for those that the window has left."""
@@ -349,11 +410,65 @@ class PagedCache:
             self._settle(0)  # bounds of lengths may have been all that was in the way
             self._table.reserve(slots, counts)
 
-    def _gather(self, batch: int) -> None:
-        """Rows of the round from the tables of the slots."""
-        order = self._row_slots[:batch]
-        for source, rows in zip(self._state[:3], self._rows, strict=True):
-            torch.index_select(source, 0, order, out=rows[:batch])
+    def _row_views(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tables, lengths and counts of the round's rows."""
+        block_table, lengths, counts = self._state[:3] if self._table.in_order else self._rows
+        return block_table[:batch], lengths[:batch], counts[:batch]
+
+    def _row_tables(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, brought up to date."""
+        if not self._table.in_order:
+            order = self._row_slots[:batch]
+            for source, rows in zip(self._state[:3], self._rows, strict=True):
+                torch.index_select(source, 0, order, out=rows[:batch])
+        return self._row_views(batch)
+
+    def _close(self, batch: int, kept: Tensor | None, blocked: Tensor | None) -> Tensor:
+        record, status = self._record[:batch], self._status[:batch]
+        self._table.keep_rows(*self._state, kept, blocked, record, status)
+        self._round = None
+        self._table.close()
+        if self._behind:
+            self._results.send(record)
+        else:
+            self._table.settle(record)
+            self._table.apply_edits(*self._state)
+        return status
+
+    def _grow(self, counts: Sequence[int]) -> bool:
+        """Rows for one more round behind those that were left apart; False: there is no room for them."""
+        try:
+            self._table.resize([self._apart.first + count for count in counts])
+        except (OutOfPagesError, ValueError):
+            return False
+        self._table.apply_copies(self._plans)
+        self._table.apply_edits(*self._state)
+        return True
+
+    def _may_leave(self, current: Round) -> bool:
+        """A root in the first row behind no other could not be told from none."""
+        return 0 < current.most <= MOST and all(self._table.bounds(slot)[0] > 0 for slot in current.slots)
+
+    def _leave(self, current: Round, verdict: Verdict | Tensor | None) -> Tensor:
+        batch, apart = len(current.slots), self._apart
+        if apart.first == 0:
+            apart.begin(current.slots)
+        if isinstance(verdict, Verdict):
+            kept, path, accepted = verdict.num_emitted, verdict.path, verdict.num_accepted
+        else:
+            kept = current.num_nodes if verdict is None else verdict
+            path, accepted = as_path(kept, max(current.most - 1, 0))
+        status = apart.status[:batch]
+        self._table.keep_apart(
+            *self._state, apart.first, kept, path, accepted, apart.bits[:batch], apart.reached[:batch], status
+        )
+        apart.first += current.most
+        return status
+
+    def _settled_apart(self, call: str) -> None:
+        if self._apart.first and self._round is not None:
+            raise RuntimeError(f"{call}: a round is open behind rows left apart; commit or cancel it first")
+        self.gather()
 
     def _settle(self, remaining: int) -> None:
         """Take in how much rounds have kept, the oldest first, but of the last `remaining`."""

@@ -38,7 +38,8 @@ def decoded(codes: Tensor, kind: Kind) -> Tensor:
 def scale_of(rows: Tensor, dims: Sequence[int], kind: Kind) -> Tensor:
     """By which the largest of rows becomes the largest code; 1 where all are 0, NaN where one is NaN."""
     largest = rows.abs().amax(tuple(dims)).float()
-    return torch.where(largest == 0, 1.0, largest / LARGEST[kind])
+    # By a tensor: torch divides by a number on the CPU, and multiplies by its reciprocal on CUDA devices.
+    return torch.where(largest == 0, 1.0, largest / largest.new_full((), LARGEST[kind]))
 
 
 class QuantisedCache(PagedCache):
@@ -200,8 +201,12 @@ class QuantisedCache(PagedCache):
         k_codes, v_codes = (part.view(torch.float8_e4m3fn) for part in codes)
         return ops.append(k_codes, v_codes, *self.layer(layer), **at)
 
-    def commit(self, verdict: Verdict | Tensor | None = None, *, tree: bool = False) -> Tensor:
-        """As :meth:`PagedCache.commit`. With a scale a page, pages that are full get theirs."""
+    def commit(
+        self, verdict: Verdict | Tensor | None = None, *, tree: bool = False, lazy: bool = False
+    ) -> Tensor:
+        """As :meth:`PagedCache.commit`, never lazily. With a scale a page, pages that are full get theirs."""
+        if lazy:
+            raise ValueError("lazy: expected False, as rows of eight bits are moved at once, got True")
         if self.scales != "page":
             return super().commit(verdict, tree=tree)
         current = self._open_round("commit")

@@ -18,17 +18,23 @@ Forward = Callable[[Step], Tensor]
 # Rounds of a launch: a text that is longer takes several.
 MOST_ROUNDS = 1024
 KEPT_LOOPS = 4
+BOUND_STEP = 256
 
 
 class Round:
     """One round of given rows, in nothing but device operations of fixed shapes."""
 
     def __init__(
-        self, rounds: DeviceRounds, rows: Rows, most: int, forward: Forward, keeps: tuple[object, ...]
+        self,
+        rounds: DeviceRounds,
+        rows: Rows,
+        most: int,
+        bound: int,
+        forward: Forward,
+        keeps: tuple[object, ...],
     ) -> None:
         self._rounds, self.rows, self._most, self._forward = rounds, rows, most, forward
-        self._keeps = keeps
-        self._bound = rounds._state.text.shape[1]
+        self._bound, self._keeps = bound, keeps
 
     def __call__(self) -> tuple[Tensor, list[object]]:
         """The record that it leaves, and what it works on."""
@@ -119,13 +125,15 @@ class Completions:
             raise ValueError('rule: expected "coupled" for all requests of a completion or for none')
         rounds._kept = None
         slots = [request.slot for request in requests if request.slot is not None]
+        # Near the end of a cache rows have to be kept inside it, which costs launches in every round.
+        longest = max(request.prompt_length + request.max_new_tokens for request in requests)
+        bound = min(longest + -longest % BOUND_STEP, state.text.shape[1])
         tables = state.eos_ids, state.stop_ids, rounds._rules
-        key = (
-            tuple(slots), most, coupled, all(request._greedy for request in requests), rounds._held_open,
-            rounds._table.needs_history, tuple(map(id, tables)), id(forward),
-        )  # fmt: skip
+        greedy = all(request._greedy for request in requests)
+        law = coupled, greedy, rounds._held_open, rounds._table.needs_history
+        key = tuple(slots), most, bound, law, tuple(map(id, tables)), id(forward)
         rows = Rows(slots, state.text.shape[1], rounds._device)
-        return key, Round(rounds, rows, most, forward, tables)
+        return key, Round(rounds, rows, most, bound, forward, tables)
 
     def _launch(self, loop: LoopGraph) -> tuple[int, LoopEnd]:
         """Run it, and take the session through the same rounds."""

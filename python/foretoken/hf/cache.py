@@ -96,6 +96,7 @@ class _Store:
             parts = [zeros(max_batch, rows, shape.heads, size) for size in sizes for _ in range(layers)]
             pages = [part.view(-1, PAGE_ROWS, *part.shape[2:]) for part in parts]
             self.pages = pages[:layers], pages[layers:]
+            self.page_numbers = torch.arange(rows // PAGE_ROWS, dtype=torch.int32, device=shape.device)
         else:
             one = sizes[0] == sizes[1]
             shapes = [(2 * layers, sizes[0])] if one else [(layers, size) for size in sizes]
@@ -300,7 +301,7 @@ class SlotCache(Cache):
             end += -end % END_STEP
         end = min(end, self.max_length)
         store = self._stores[0][0]
-        pages = page_table(step.slots, store.rows) if store.paged else None
+        pages = page_table(step.slots, store.page_numbers) if store.paged else None
         plan = DevicePlan(step, end, pages, self._scratch.get(step.tokens.device))
         for each, _ in self._stores:
             if not each.paged:

@@ -38,10 +38,9 @@ def is_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def page_table(slots: Tensor, rows: int) -> Tensor:
+def page_table(slots: Tensor, page_numbers: Tensor) -> Tensor:
     """int32 ``[B, pages]``: the pages of each slot."""
-    pages = rows // PAGE_ROWS
-    return (slots[:, None] * pages + numbers(pages, slots.device)).to(torch.int32)
+    return torch.add(page_numbers, slots[:, None].to(torch.int32), alpha=len(page_numbers))
 
 
 class Scratch:

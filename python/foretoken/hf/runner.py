@@ -257,7 +257,7 @@ class ModuleRunner:
 
     def _call_on_device(self, step: Step, module: Any) -> Tensor:
         positions = step.positions
-        if step.max_length_after > self._last_position:
+        if self.max_positions is not None and step.max_length_after > self.max_positions:
             positions = positions.minimum((step.lengths + step.num_tokens - 1).unsqueeze(1))
             if self.position_table is not None:  # a request that has ended is fed its last token
                 positions = positions.clamp_max(self.position_table - 1)

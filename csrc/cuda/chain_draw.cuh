@@ -1,0 +1,245 @@
+// Closing tokens: drawn from what rejected drafts leave of a row, by all threads of every block.
+#pragma once
+
+#include "cuda/chain_rows.cuh"
+
+namespace foretoken::cuda {
+
+// What is taken away from a row before a token is drawn: one token, or several distinct ones. Of an estimate
+// a tile may have less than that.
+struct OneRemoved {
+  int64_t token;  // -1: none
+  uint64_t of_token;
+
+  __device__ __forceinline__ uint64_t left_of_tile(uint32_t index, uint64_t mass) const {
+    if (token < 0 || token / kTile != index) return mass;
+    return mass - (mass < of_token ? mass : of_token);
+  }
+  __device__ __forceinline__ bool holds(uint32_t at) const { return at == token; }
+  __device__ __forceinline__ void clear() { token = -1; }
+};
+
+struct SeveralRemoved {
+  const RemovedToken* tokens;
+  int32_t count;
+
+  __device__ __forceinline__ uint64_t left_of_tile(uint32_t index, uint64_t mass) const {
+#pragma unroll 1
+    for (int32_t i = 0; i < count; ++i) {
+      if (static_cast<uint32_t>(tokens[i].token) / kTile == index)
+        mass -= mass < tokens[i].mass ? mass : tokens[i].mass;
+    }
+    return mass;
+  }
+  __device__ __forceinline__ bool holds(uint32_t at) const {
+#pragma unroll 1
+    for (int32_t i = 0; i < count; ++i) {
+      if (static_cast<uint32_t>(tokens[i].token) == at) return true;
+    }
+    return false;
+  }
+  __device__ __forceinline__ void clear() { count = 0; }
+};
+
+template <DType kType, bool kTree>
+class ChainDraw : protected ChainRows<kType, kTree> {
+ protected:
+  using Rows = ChainRows<kType, kTree>;
+  using Rows::args_;
+  using Rows::b_;
+  using Rows::dense_;
+  using Rows::draft_row;
+  using Rows::drafts_;
+  using Rows::element;
+  using Rows::greedy_;
+  using Rows::part_;
+  using Rows::rank_;
+  using Rows::row_data;
+  using Rows::shared_;
+  using Rows::size_;
+  using Rows::stats;
+  using Rows::status_;
+  using Rows::tiles_;
+  using Rows::usable_;
+  using Rows::vocab_;
+  using Rows::warp_;
+
+  __device__ __forceinline__ ChainDraw(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
+
+  // The token of a step that closes. Every block draws for itself, so that all know whether the row has to be
+  // read once more.
+  template <class Removed>
+  __device__ __forceinline__ int64_t closing_token(ChainStep step, int turn, Removed removed) {
+    int64_t token = step.closing;
+    bool exact = step.gain >= 0.0;
+#pragma unroll 1
+    while (token < 0) {
+      if (exact && !step.summed) {
+        sum_residual(step, ++turn);
+        cluster_sync();
+        step.summed = true;
+      }
+      token = draw(step, turn, exact, removed);
+      if (token == kUndecided) {
+        exact = true;
+      } else if (token < 0) {  // both laws agree to the last bit: what is left to draw from is the target
+        step.gain = -1.0;
+        removed.clear();
+        step.summed = false;
+      }
+    }
+    return token;
+  }
+
+  __device__ __forceinline__ float gain_of(const ChainStep& step) const {
+    return gain_in_weights(step.gain, shared_.records[step.node].law.mass,
+                           shared_.records[draft_row(step.node)].law.mass);
+  }
+
+  // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
+  // target.
+  __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
+    const bool with_draft = !kTree && step.gain >= 0.0;
+    const uint32_t target_row = static_cast<uint32_t>(step.node),
+                   other_row = with_draft ? draft_row(step.node) : target_row;
+    const float gain = with_draft ? gain_of(step) : 0.0f;
+    const RowLaw& target = shared_.records[target_row].law;
+    const RowLaw& draft = shared_.records[other_row].law;
+    const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
+    const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
+    const void* const target_data = row_data(target_row);
+    const void* const draft_data = row_data(other_row);
+#pragma unroll 1
+    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
+      RawTile<kType> target_tile, draft_tile;
+      TileOfRow<kType>::load(target_tile, target_data, vocab_, index, args_.aligned);
+      TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
+      PinnedSum sum;
+      LaneMass lane_mass;
+#pragma unroll 2
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        Eight weights = next_quarter(target_tile);
+        const Eight other = next_quarter(draft_tile);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          weights.x[j] =
+              residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
+                              weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
+          lane_mass.add(weights.x[j]);
+        }
+        sum.add(quarter, weights);
+      }
+      const uint64_t mass = sum_of_masses(lane_mass.total());
+      const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
+      if (static_cast<uint32_t>(lane_id()) < size_) {
+        DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
+        there->masses[turn % 2][index] = mass;
+        there->sums[turn % 2][index] = of_sum;
+      }
+    }
+  }
+
+  struct Running {
+    uint64_t before, total;  // of the threads before this one; of all
+  };
+
+  // Behind a barrier nobody reads what this leaves in shared memory.
+  __device__ __forceinline__ Running sum_up_to_thread(uint64_t mine) {
+    const uint64_t up_to = sum_up_to_lane(mine);
+    if (lane_id() == kWarpSize - 1) shared_.draw.warp_words[warp_] = up_to;
+    __syncthreads();
+    const uint32_t lane = static_cast<uint32_t>(lane_id());
+    const uint64_t word = lane < kWarps ? shared_.draw.warp_words[lane] : 0;
+    const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
+    return {of_warps + up_to - mine, sum_of_masses(word)};
+  }
+
+  // A token of the masses that sum_residual() left; where they are not `exact`, of those that follow from the
+  // row's statistics, if these decide. By all threads of a block, two tiles and then two elements each; see
+  // TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
+  template <class Removed>
+  __device__ __forceinline__ int64_t draw(const ChainStep& step, int turn, bool exact,
+                                          const Removed& removed) {
+    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
+    const RowLaw& law = shared_.records[step.node].law;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared_.tile = -1;
+      shared_.drawn = kUndecided;
+    }
+    uint64_t mass[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t index = 2 * threadIdx.x + i;
+      mass[i] = 0;
+      if (index >= tiles_) continue;
+      if (exact) {
+        mass[i] = shared_.draw.masses[turn % 2][index];
+      } else {
+        const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
+        mass[i] = mass_of_stats({found.x, found.y}, law);
+      }
+      mass[i] = removed.left_of_tile(index, mass[i]);
+    }
+    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
+    uint64_t reach = 0;
+    if (!exact) {
+      reach = reach_of_estimate(law.mass, tiles_, false);
+      if (of_tiles.total / 4 < reach) return kUndecided;
+    }
+    const uint64_t left_of_all = multiply_high(step.bits, of_tiles.total);
+    uint64_t begin = of_tiles.before;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t left = left_of_all - begin;
+      if (left_of_all >= begin && left < mass[i]) {
+        const uint32_t index = 2 * threadIdx.x + i;
+        const bool near =
+            !exact && ((index != 0 && left < reach) || (index != tiles_ - 1 && mass[i] - left <= reach));
+        shared_.tile = near ? -1 : static_cast<int32_t>(index);
+        shared_.left = left;
+      }
+      begin += mass[i];
+    }
+    __syncthreads();
+    if (shared_.tile < 0) return exact ? -1 : kUndecided;
+    return draw_in_tile(step, static_cast<uint32_t>(shared_.tile), shared_.left, reach, removed);
+  }
+
+  // The element in whose interval `left` falls, counted in exact masses from the tile's first.
+  template <class Removed>
+  __device__ __forceinline__ int64_t draw_in_tile(const ChainStep& step, uint32_t tile, uint64_t left,
+                                                  uint64_t reach, const Removed& removed) {
+    const RowLaw& target = shared_.records[step.node].law;
+    const uint32_t first = tile * kTile + 2 * threadIdx.x;
+    uint64_t mass[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mass[i] = 0;
+      const uint32_t at = first + i;
+      if (at >= vocab_) continue;
+      float weight = weight_of_logit(element(static_cast<uint32_t>(step.node), at), target.max, target.scale,
+                                     target.cut);
+      if (!kTree && step.gain >= 0.0) {
+        const RowLaw& draft = shared_.records[draft_row(step.node)].law;
+        weight = residual_weight(
+            weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
+            gain_of(step));
+      }
+      if (!removed.holds(at)) mass[i] = mass_of(weight);
+    }
+    const Running running = sum_up_to_thread(mass[0] + mass[1]);
+    uint64_t begin = running.before;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint64_t end = begin + mass[i];
+      const bool near = reach != 0 && ((begin != 0 && left - begin < reach) || end - left <= reach);
+      if (begin <= left && left < end && !near) shared_.drawn = first + i;
+      begin = end;
+    }
+    __syncthreads();
+    return shared_.drawn;
+  }
+};
+
+}  // namespace foretoken::cuda
