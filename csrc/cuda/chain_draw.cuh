@@ -113,20 +113,27 @@ class ChainDraw : protected ChainRows<kType, kTree> {
     for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
       RawTile<kType> target_tile, draft_tile;
       TileOfRow<kType>::load(target_tile, target_data, vocab_, index, args_.aligned);
-      TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
+      if constexpr (!kTree) TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
       PinnedSum sum;
       LaneMass lane_mass;
 #pragma unroll 2
       for (int quarter = 0; quarter < 4; ++quarter) {
         Eight weights = next_quarter(target_tile);
-        const Eight other = next_quarter(draft_tile);
+        if constexpr (kTree) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          weights.x[j] =
-              residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
-                              weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
-          lane_mass.add(weights.x[j]);
+          for (int j = 0; j < 8; ++j)
+            weights.x[j] = weight_of_logit(weights.x[j], target_max, target_scale, target_cut);
+        } else {
+          const Eight other = next_quarter(draft_tile);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            weights.x[j] =
+                residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
+                                weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
+          }
         }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(quarter, weights);
       }
       const uint64_t mass = sum_of_masses(lane_mass.total());

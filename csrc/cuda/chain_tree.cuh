@@ -19,11 +19,12 @@ class TreeVerifier : ChainDraw<kType, true> {
     RowTiles tiles = first_tiles();
     RawTile<kType> raw;
     if (tiles.any()) this->load(tiles, raw);
+    const Proposed proposed = read_proposal();
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    const float of_target = look_ahead();
+    const float of_target = look_ahead(proposed);
     this->stream(raw, tiles);
     if (threadIdx.x < kMaxNodes) tree_.nodes[threadIdx.x].of_target = of_target;
     if (!this->goes_on()) return;
@@ -57,8 +58,9 @@ class TreeVerifier : ChainDraw<kType, true> {
   }
   __device__ __forceinline__ RowTiles first_tiles() const {
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
-    return RowTiles((warp_ * size_ + rank_) * clusters + part_, size_ * kWarps * clusters, 0, 1,
-                    static_cast<uint32_t>(first_rows()), tiles_);
+    // The first warps, which look ahead meanwhile, come last.
+    return RowTiles(((kWarps - 1 - warp_) * size_ + rank_) * clusters + part_, size_ * kWarps * clusters, 0,
+                    1, static_cast<uint32_t>(first_rows()), tiles_);
   }
 
   // Of the row that the walk has come to, and of its first child's where warps would be idle. By all threads,
@@ -71,10 +73,25 @@ class TreeVerifier : ChainDraw<kType, true> {
                     static_cast<uint32_t>(guess), guesses ? 2 : 1, tiles_);
   }
 
+  struct Proposed {
+    int64_t token = -1, parent = -1;
+  };
+
+  // Of the node that is this thread's, whether it counts or not.
+  __device__ __forceinline__ Proposed read_proposal() const {
+    const int32_t node = static_cast<int32_t>(threadIdx.x);
+    Proposed found;
+    if (node < 1 || node > args_.most_drafts) return found;
+    found.token = read_number(args_.draft_tokens, b_, node - 1);
+    found.parent = args_.parents.data ? read_number(args_.parents, b_, node - 1) : int64_t{node} - 1;
+    return found;
+  }
+
   // What can be known of the nodes before any law is; a thread for each node. Returns what is still on its
   // way from memory: the element of the node's token.
-  __device__ __forceinline__ float look_ahead() {
+  __device__ __forceinline__ float look_ahead(const Proposed& proposed) {
     const int32_t node = static_cast<int32_t>(threadIdx.x);
+    if (node >= kMaxNodes) return 0.0f;
     const uint64_t seed = *this->seed_, base = static_cast<uint64_t>(read_number(args_.base, b_));
     if (node == 0) {
       tree_.seed = seed;
@@ -84,15 +101,13 @@ class TreeVerifier : ChainDraw<kType, true> {
       tree_.made = 0;
       tree_.node = tree_.depth = 0;
     }
-    if (node >= kMaxNodes) return 0.0f;
     TreeNode found{-1, kNoNode, 0, 0.0f};
     float of_target = 0.0f;
     if (node >= 1 && node <= drafts_) {
-      const int64_t token = read_number(args_.draft_tokens, b_, node - 1);
-      const int64_t parent =
-          args_.parents.data ? read_number(args_.parents, b_, node - 1) : int64_t{node} - 1;
-      if (token >= 0 && token < static_cast<int64_t>(vocab_)) found.token = static_cast<int32_t>(token);
-      if (parent >= 0 && parent < node) found.parent = static_cast<int32_t>(parent);
+      if (proposed.token >= 0 && proposed.token < static_cast<int64_t>(vocab_))
+        found.token = static_cast<int32_t>(proposed.token);
+      if (proposed.parent >= 0 && proposed.parent < node)
+        found.parent = static_cast<int32_t>(proposed.parent);
       if (found.token >= 0 && found.parent >= 0)
         of_target = element(static_cast<uint32_t>(found.parent), static_cast<uint32_t>(found.token));
       found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
@@ -142,12 +157,14 @@ class TreeVerifier : ChainDraw<kType, true> {
   template <bool kFiltered>
   __device__ __forceinline__ void walk() {
     while (true) {
+      const int32_t node = tree_.node;
       if constexpr (kFiltered) {
-        make_filtered_law(tree_.node);
+        make_filtered_law(node);
       } else {
-        make_law(tree_.node);
+        make_law(node);
       }
-      if (warp_ == 0) decide(tree_.node);
+      if (warp_ == 0) decide(node);
+      if (warp_ == 1) throw_closing_bits(node);
       __syncthreads();
       if (tree_.next < 0) break;
       if (!tree_.unread) continue;
@@ -161,23 +178,19 @@ class TreeVerifier : ChainDraw<kType, true> {
   }
 
   __device__ __forceinline__ void make_filtered_law(int32_t node) {
-    throw_closing_bits(node);
     if (node < tree_.made) return __syncthreads();  // all know the last decision
     const uint32_t row = static_cast<uint32_t>(node);
     Rows::make_filtered_laws(args_, shared_, row, row + 1, drafts_, false);
     cluster_sync();
   }
 
-  // By a warp that has nothing to decide.
   __device__ __forceinline__ void throw_closing_bits(int32_t node) {
-    if (warp_ != 1) return;
     const uint64_t bits = random_bits(tree_.seed, tree_.base, Purpose::close, static_cast<uint32_t>(node));
     if (lane_id() == 0) tree_.closing_bits = bits;
   }
 
   // The law of a row that was read, for the first warp of this block.
   __device__ __forceinline__ void make_law(int32_t node) {
-    throw_closing_bits(node);
     const RowReading& reading = shared_.reading[0];
     const TileStats* const tile = stats(static_cast<uint32_t>(node));
     constexpr int kEach = kMaxTiles / kThreads;
@@ -219,6 +232,14 @@ class TreeVerifier : ChainDraw<kType, true> {
     __syncwarp();
   }
 
+  // accepts_token(coin, prob / left, 1.0); nearly always it shows without the division.
+  __device__ static __forceinline__ bool accepts(uint32_t coin, double prob, double left) {
+    const double share = static_cast<double>(coin) * kCoinUnit * left;
+    if (share < prob * (1.0 - 1e-15)) return true;
+    if (share > prob * (1.0 + 1e-15)) return false;
+    return accepts_token(coin, prob / left, 1.0);
+  }
+
   // The child that is kept, or what rejected children take away of the row. By the first warp of a block; a
   // lane for each of 32 neighbouring nodes.
   __device__ __forceinline__ void decide(int32_t node) {
@@ -251,8 +272,8 @@ class TreeVerifier : ChainDraw<kType, true> {
         rest -= __shfl_sync(kAllLanes, prob, place);
         if (rest < 0.0) rest = 0.0;
       }
-      const bool keeps = !repeated && left > 0.0 && accepts_token(mine.coin, prob / left, 1.0);
-      const unsigned kept = __ballot_sync(kAllLanes, keeps);
+      const unsigned kept =
+          __ballot_sync(kAllLanes, !repeated && left > 0.0 && accepts(mine.coin, prob, left));
       if (kept != 0) {
         next = first + __ffs(static_cast<int>(kept)) - 1;
         break;

@@ -150,7 +150,7 @@ struct TreeShape {
 // to have three rows behind the root's, each as likely among the first as any.
 inline TreeShape find_tree_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
                                  bool may_share) {
-  constexpr double kOfTile = 1.3, kOfSharing = 1.2, kOfRow = 2.5, kPath = 3.0;
+  constexpr double kOfTile = 1.3, kOfSharing = 1.2, kOfRow = 4.5, kPath = 3.0;
   constexpr int kSteps = 5;
   TreeShape best;
   double least = 1e30;
