@@ -125,7 +125,7 @@ def time_ring(device: torch.device, layers: int, batch: int, nodes: int) -> None
     print(f"  copying accepted states out, all layers  {one * layers * 1e3:8.2f} us")
 
 
-def model_of(kind: str, device: torch.device, size: int) -> Any:
+def model_of(kind: str, size: int) -> Any:
     """A random model of 16 layers; `size` 1024 makes about a quarter of a billion weights."""
     import transformers
 
@@ -149,8 +149,7 @@ def model_of(kind: str, device: torch.device, size: int) -> Any:
         ),
     }
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(configs[kind]()).eval()
-    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(configs[kind]()).eval()
 
 
 def time_models(kind: str, device: torch.device, batch: int, nodes: int, size: int) -> None:
@@ -158,7 +157,7 @@ def time_models(kind: str, device: torch.device, batch: int, nodes: int, size: i
     from foretoken.hf import ModuleRunner
     from foretoken.step import Step
 
-    model = model_of(kind, device, size)
+    model = model_of(kind, size).to(device)
     runner = ModuleRunner(model, max_batch=batch, max_length=1024)
     texts = torch.randint(3, 32000, (batch, 1024), generator=torch.Generator().manual_seed(3))
     slots = torch.arange(batch, dtype=torch.int32)
@@ -183,14 +182,19 @@ def time_models(kind: str, device: torch.device, batch: int, nodes: int, size: i
             logits.sum().item()
             spent.append(time.perf_counter() - began)
             lengths = [length + kept(row) for row, length in enumerate(lengths)]
-        with torch.inference_mode():
-            plain = model(texts[:1, : lengths[0] + columns].to(device), use_cache=False).logits[
-                0, lengths[0] :
-            ]
-        error = (step(lengths, columns)[0].to(device).float() - plain.float()).norm() / plain.float().norm()
-        assert error < (0.06 if device.type == "cuda" else 1e-3), (kind, float(error))
+        if model.dtype == torch.float32:
+            ends = lengths[0] + columns
+            with torch.inference_mode():
+                plain = model(texts[:1, :ends].to(device), use_cache=False).logits[0, lengths[0] :]
+            error = (step(lengths, columns)[0].to(device) - plain).norm() / plain.norm()
+            assert error < 5e-3, (kind, float(error))
         return sorted(spent)[len(spent) // 2] * 1e3
 
+    for kept in (lambda row: 2, lambda row: 1 + row % nodes):
+        rounds(kept, nodes)
+    if device.type == "cuda":  # its rounding alone moves logits of random weights
+        model = model.to(torch.bfloat16)
+        runner = ModuleRunner(model, max_batch=batch, max_length=1024)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{kind}, {weights:.0f} M weights, B = {batch}, milliseconds a forward")
     print(f"  one token a row                 {rounds(lambda row: 1, 1):8.2f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -318,3 +319,57 @@ def test_generate_on_a_device(name):
     drafter = tiny_model("mamba2").to("cuda")
     output = ft.generate(model, ids, max_new_tokens=16, drafter=drafter, do_sample=False)
     assert output.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "lfm2"])
+def test_more_requests_than_slots(name):
+    """Slots change hands while other rows are under way, prompts come in chunks, one request is cancelled."""
+    model, size = tiny_model(name), 80
+    prompts = random_prompts(21, 1, 9, 14, 2, 6)
+    texts = [greedy(model, prompt, 4 + 3 * number) for number, prompt in enumerate(prompts)]
+    runner = ModuleRunner(model, max_batch=2, max_length=size)
+    draft = ModuleRunner(tiny_model("mamba2", num_hidden_layers=1), max_batch=2, max_length=size)
+    drafter = ft.ModelDrafter(draft, max_batch=2, vocab_size=VOCAB, max_length=size, prefill_chunk=5)
+    session = ft.Session(
+        max_batch=2, vocab_size=VOCAB, max_length=size, num_drafts=3, drafter=drafter, prefill_chunk=8
+    )
+    requests = [
+        session.admit(prompt, ft.Sampling(temperature=0.0), max_new_tokens=4 + 3 * number)
+        for number, prompt in enumerate(prompts)
+    ]
+    rounds = 0
+    while (step := session.plan()) is not None:
+        logits = runner(step)
+        session.commit(None if step.kind == "prefill" else logits)
+        rounds += 1
+        if rounds == 9:
+            session.cancel(requests[3])
+    for number, (request, prompt, text) in enumerate(zip(requests, prompts, texts, strict=True)):
+        generated = session.generated(request)
+        assert generated == text[len(prompt) :][: len(generated)]
+        assert number == 3 or len(generated) == 4 + 3 * number
+
+
+def test_attached_models_and_streams():
+    model = tiny_model("bamba")
+    prompt = random_prompts(9)[0]
+    text = greedy(model, prompt, 14)
+    with ft.hf.attach(model, drafter=tiny_model("mamba2")):
+        assert model.generate(torch.tensor([prompt]), max_new_tokens=14, do_sample=False).tolist() == [text]
+    pieces = ft.stream(model, torch.tensor([prompt]), drafter="ngram", max_new_tokens=14, do_sample=False)
+    assert [token for piece in pieces for token in piece.tokens] == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_threads_share_a_model_and_no_states(name):
+    model = tiny_model(name)
+    prompts = random_prompts(9, 12, 7, 11)
+    expected = [greedy(model, prompt, 16) for prompt in prompts]
+
+    def run(prompt):
+        return ft.generate(model, torch.tensor([prompt]), max_new_tokens=16, drafter="ngram", do_sample=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = [output.tolist()[0] for output in pool.map(run, prompts * 2)]
+    assert outputs == expected * 2
+    assert {getattr(module, "chunk_size", None) for module in model.modules()} <= {None, 8}

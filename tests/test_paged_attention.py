@@ -229,3 +229,18 @@ def test_a_lazy_commit_moves_nothing():
     both.cache.reserve([0], 3)
     with pytest.raises(RuntimeError, match="free: a round is open behind rows left apart"):
         both.cache.free(0)
+
+
+def test_a_round_given_up_behind_rows_left_apart_gives_its_pages_back():
+    both = Beside(torch.device("cpu"), page_size=4)
+    both.prompt(0, 5)
+    both.cache.reserve([0], 3)
+    both.cache.commit(verdict_of([[2]], torch.device("cpu")), tree=True, lazy=True)
+    free = both.cache.free_pages
+    both.cache.reserve([0], 9)
+    assert both.cache.free_pages == free - 3
+    both.cache.cancel()
+    assert both.cache.free_pages == free
+    assert (both.cache.block_table >= 0).sum() == 2
+    both.cache.gather()
+    assert both.cache.lengths.tolist() == [7, 0]

@@ -48,7 +48,7 @@ def expected(layer, text):
     return make_run(layer)((embed(torch.tensor([text], dtype=torch.int64)),), states)
 
 
-def forward(replay, slots, lengths, rows, *, final=False, provisional=False, join=0, fail=None):
+def forward(replay, slots, lengths, rows, *, final=False, provisional=False, join=0, single=0.0, fail=None):
     """One step; the states in front of it, by layer."""
     width = max(map(len, rows))
     tokens = torch.tensor([[*row, *[999] * (width - len(row))] for row in rows])
@@ -68,7 +68,7 @@ def forward(replay, slots, lengths, rows, *, final=False, provisional=False, joi
             raise ZeroDivisionError
         run = make_run(layer)
         given = (inputs,) * len(kinds.inputs)
-        states = replay.append(plan, layer, given if layer == 0 else None, run)
+        states = replay.append(plan, layer, given if layer == 0 else None, run, single=single)
         if plan.lead:
             states = run(replay.lead(plan, layer), states)
         fronts.append(tuple(state.clone() for state in states))
@@ -94,7 +94,7 @@ def test_random_programs_against_token_lists(entries, seed):
     slots = 4
     replay = StateReplay(LAYERS, slots=slots, entries=entries)
     texts = [[] for _ in range(slots)]
-    join = choose.choice([0, 12])
+    join, single = choose.choice([0, 12]), choose.choice([0.0, 2.3])
     drawn = lambda count: [choose.randrange(90) for _ in range(count)]  # noqa: E731
     for _ in range(90):
         rows = sorted(choose.sample(range(slots), choose.randrange(1, slots + 1)))
@@ -122,7 +122,7 @@ def test_random_programs_against_token_lists(entries, seed):
             with pytest.raises(ZeroDivisionError):
                 forward(replay, rows, lengths, fed, fail=choose.randrange(2))
             fed = [drawn(len(row)) for row in fed]
-        check_fronts(forward(replay, rows, lengths, fed, join=join), fronts_of)
+        check_fronts(forward(replay, rows, lengths, fed, join=join, single=single), fronts_of)
         if kind == "round":
             for slot, row in zip(rows, fed, strict=True):
                 texts[slot] += row[: choose.randrange(1, len(row) + 1)]
@@ -139,6 +139,7 @@ def test_random_programs_against_token_lists(entries, seed):
                 new := [drawn(1) for _ in live],
                 provisional=True,
                 join=join,
+                single=single,
             )
             check_fronts(fronts, [texts[rows[i]] + tails[i] for i in live])
             for i, row in zip(live, new, strict=True):
@@ -189,6 +190,30 @@ def test_rejected_rounds_run_accepted_tokens_in_front_of_the_next_ones():
         text += tokens[:3]
     assert leads == [0, 3, 6, 0, 3, 6, 0, 3, 6]
     assert alone == [9, 9]
+
+
+def test_rows_that_stand_differently_far_behind_are_run_token_by_token_where_that_is_less():
+    for single, calls in ((0.0, [(1, 1), (1, 3), (1, 2)]), (2.0, [(3, 1), (2, 1), (1, 1)])):
+        replay = StateReplay(LAYERS[:1], slots=4)
+        seen = []
+
+        def run(inputs, states, seen=seen):
+            seen.append(tuple(inputs[0].shape[:2]))
+            return make_run(0)(inputs, states)
+
+        for lengths in ([0] * 4, [4, 1, 3, 2]):
+            texts = [[slot * 10 + i for i in range(length)] for slot, length in enumerate(lengths)]
+            tokens = torch.tensor(
+                [[slot * 10 + length + i for i in range(4)] for slot, length in enumerate(lengths)]
+            )
+            plan = replay.reserve(range(4), lengths, [4] * 4)
+            inputs = (embed(tokens),)
+            states = replay.append(plan, 0, inputs, run, single=single)
+            for slot, text in enumerate(texts):
+                assert torch.equal(states[0][slot], expected(0, text)[0][0])
+            replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
+            replay.commit(plan)
+        assert seen == calls
 
 
 def test_going_back_to_where_nothing_is_kept():

@@ -125,6 +125,11 @@ def test_random_rounds_against_token_lists(seed):
     random_rounds(CPU, seed, 120)
 
 
+@pytest.mark.long
+def test_many_random_rounds():
+    random_rounds(CPU, 99, 20_000)
+
+
 def test_a_commit_moves_no_state_and_reads_no_device():
     ring = StateRing(specs(), slots=3, nodes=5)
     ring.reserve(3, 5)

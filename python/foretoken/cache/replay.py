@@ -185,7 +185,15 @@ class StateReplay:
         plan.closings = _alike(plan.counts, lambda row: final and 0 < plan.counts[row] < width)
         return plan
 
-    def append(self, plan: ReplayPlan, layer: int, inputs: Sequence[Tensor] | None, run: Run) -> States:
+    def append(
+        self,
+        plan: ReplayPlan,
+        layer: int,
+        inputs: Sequence[Tensor] | None,
+        run: Run,
+        *,
+        single: float = 0.0,
+    ) -> States:
         """Take in a step's `inputs` ``[B, T, ...]`` of one layer; the states ``[B, ...]`` in front of it, or
         of `lead`.
 
@@ -195,12 +203,18 @@ class StateReplay:
             None: they come to light while the layer runs, and are told to `keep`.
         run
             ``run(inputs, states)`` puts ``[b, t, ...]`` of some rows through the layer, from `states` on, and
-            returns those behind.
+            returns those behind. It may write into `states`.
+        single
+            What a call over several tokens costs, in calls over one. Rows that have gone differently far are
+            run again together, token by token, where that is less.
         """
         if inputs is None:
             plan.late.add(layer)
         elif not plan.final:
             self._write_inputs(plan, layer, inputs)
+        if plan.behind and max(plan.behind) < single * len(plan.replays):
+            self._replay_in_turn(plan, layer, run)
+            return self._read(plan, layer, "starts", tuple(range(len(plan.slots))))
         for group in plan.replays:
             again = self._read_inputs(plan, layer, group)
             states = run(again, self._read(plan, layer, "sources", group.rows))
@@ -265,6 +279,21 @@ class StateReplay:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(t.nbytes for group in (self._states, self._inputs) for layer in group for t in layer)
+
+    def _replay_in_turn(self, plan: ReplayPlan, layer: int, run: Run) -> None:
+        """Rows with the most tokens to run again stand first: those that are left are always the first."""
+        rows = sorted(
+            (row for row, count in enumerate(plan.behind) if count), key=lambda row: -plan.behind[row]
+        )
+        order = tuple(rows)
+        states = self._read(plan, layer, "sources", order)
+        for i in range(plan.behind[rows[0]]):
+            left = tuple(row for row in order if plan.behind[row] > i)
+            again = self._read_columns(plan, layer, left, i)
+            behind = run(again, tuple(state[: len(left)] for state in states))
+            for state, now in zip(states, behind, strict=True):
+                state[: len(left)] = now
+        self._write(plan, layer, "starts", order, states)
 
     def _go_back(self, slot: int, length: int) -> int:
         """The last entry of the slot that is not behind `length`."""
@@ -357,6 +386,22 @@ class StateReplay:
             if len(columns) != len(flat):
                 flat = flat.index_select(0, columns)
             tensor.index_copy_(0, places, flat.to(tensor.dtype))
+
+    def _read_columns(self, plan: ReplayPlan, layer: int, rows: tuple[int, ...], column: int) -> States:
+        """Of each row, the input ``[b, 1, ...]`` number `column` behind its source."""
+        parts = []
+        for tensor in self._inputs[layer]:
+            key = "column", rows, column, tensor.device
+            places = plan.memo.get(key)
+            if places is None:
+                rings = [
+                    plan.slots[row] * self._history
+                    + (plan.lengths[row] - plan.behind[row] + column) % self._history
+                    for row in rows
+                ]
+                places = plan.memo[key] = torch.tensor(rings, device=tensor.device)
+            parts.append(tensor.index_select(0, places)[:, None])
+        return tuple(parts)
 
     def _read_inputs(self, plan: ReplayPlan, layer: int, group: _Group) -> States:
         parts = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
+from threading import Lock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from foretoken.cache import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
-from foretoken.hf.attention import NAME
 from foretoken.hf.families import UnsupportedModelError
 from foretoken.hf.recurrent import RecurrentUnit, StateLayer
 
@@ -24,8 +25,11 @@ States = tuple[Tensor, ...]
 _SMALLEST_CHUNK = 16
 # Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
 _FEW = 4
+# Modules that are padded to less than their chunk now: how many forwards need it, and what the chunk was.
+_narrowed: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+_narrowing_lock = Lock()
 # Elements that are read or written in the time that one operation takes beside them.
-_OPERATION = 1 << 13
+_OPERATION = 1 << 15
 _OPERATION_ON_DEVICE = 1 << 22
 
 
@@ -63,14 +67,11 @@ class RecurrentStates:
         for index, unit in enumerate(self.units):
             args, named = _over(cache, unit.call[0]), unit.call[1]
             kwargs = dict(zip(named, _over(cache, named.values()), strict=True))
-            with torch.inference_mode():
+            with torch.inference_mode(), _narrowing([unit.module]):
                 carriers = [_Carrier(unit, self._layers[unit.layer], single) for single in (0.0, inf)]
                 for carrier in carriers:
                     carrier.bind(args, kwargs)
-                try:
-                    trials = [carrier.trial(self._zeros(index), tolerance) for carrier in carriers]
-                finally:
-                    carriers[0].widen()
+                trials = [carrier.trial(self._zeros(index), tolerance) for carrier in carriers]
             (fault, at_once), (other, in_turn) = trials
             if fault is None and other is None:
                 self._single[index] = at_once / max(in_turn, 1e-9)
@@ -87,7 +88,7 @@ class RecurrentStates:
             kinds.append(ReplayLayer(states, columns if self._windows[index] else unit.inputs))
         self.replay = StateReplay(kinds, slots=self.slots)
         in_bulk = [single < _FEW for single in self._single]
-        self._join = _SMALLEST_CHUNK if all(in_bulk) and not all(self._windows) else 0
+        self._join = _SMALLEST_CHUNK if all(in_bulk) and not any(self._windows) else 0
 
     @property
     def stepwise(self) -> bool:
@@ -122,20 +123,17 @@ class RecurrentStates:
         if plan is None:
             raise RuntimeError("running: no forward is planned")
         handles: list[Any] = []
-        carriers: list[_Carrier] = []
-        for index, unit in enumerate(self.units):
-            carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
-            carriers.append(carrier)
-            hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
-            handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
-            handles.append(unit.module.register_forward_hook(hooks.after))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for carrier in carriers:
-                carrier.widen()
+        with _narrowing([unit.module for unit in self.units]):
+            for index, unit in enumerate(self.units):
+                carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
+                hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
+                handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
+                handles.append(unit.module.register_forward_hook(hooks.after))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
         self.replay.commit(plan)
 
     def reset(self) -> None:
@@ -145,6 +143,27 @@ class RecurrentStates:
 
     def _zeros(self, index: int) -> States:
         return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in self._states[index])
+
+
+@contextmanager
+def _narrowing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, modules may be narrowed; the last of several threads puts back what the first one found."""
+    with _narrowing_lock:
+        for module in modules:
+            size: Any = getattr(module, "chunk_size", None)
+            if isinstance(size, int):
+                users, before = _narrowed.get(module, (0, size))
+                _narrowed[module] = users + 1, before
+    try:
+        yield
+    finally:
+        with _narrowing_lock:
+            for module in modules:
+                users, before = _narrowed.pop(module, (0, 0))
+                if users > 1:
+                    _narrowed[module] = users - 1, before
+                elif users == 1:
+                    vars(module)["chunk_size"] = before
 
 
 class _Carrier:
@@ -158,8 +177,7 @@ class _Carrier:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
         """Take everything but tokens from a call's arguments; its tokens ``[B, T, ...]``."""
-        # What attention is told stays away: kernels take no keywords that they do not know.
-        self._args, self._kwargs = args, {name: value for name, value in kwargs.items() if name != NAME}
+        self._args, self._kwargs = args, kwargs
         return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in self.unit.arguments)
 
     def arguments(self, inputs: States) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -196,16 +214,10 @@ class _Carrier:
 
     def narrow(self, tokens: int) -> None:
         """Have a few tokens padded to a few."""
-        chunk: Any = self.unit.chunk_size
-        if chunk is not None:
+        entry = _narrowed.get(self.unit.module)
+        if entry is not None:
             fitting = max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
-            self.unit.module.chunk_size = min(chunk, fitting)
-
-    def widen(self) -> None:
-        """As it was."""
-        chunk: Any = self.unit.chunk_size
-        if chunk is not None:
-            self.unit.module.chunk_size = chunk
+            vars(self.unit.module)["chunk_size"] = min(entry[1], fitting)
 
     def lend(self, states: Sequence[Tensor | None]) -> None:
         """Let the module find these states."""
@@ -236,12 +248,12 @@ class _Carrier:
         whole = _Carrier(self.unit, self._layer, 0.0)
         whole.bind(self._args, self._kwargs)
         expected = whole.call(inputs, tuple(state.clone() for state in zeros))  # modules write into them
+        if not isinstance(expected[0], Tensor):
+            return f"makes no tensor of its tokens but {type(expected[0]).__name__}", 0.0
         front = self.run(tuple(tensor[:, : tokens // 2] for tensor in inputs), zeros)
         with _Work() as work:
             output, states = self.call(tuple(tensor[:, tokens // 2 :] for tensor in inputs), front)
         cost = work.total / (tokens - tokens // 2) if self.single else work.total
-        if not isinstance(output, Tensor):
-            return f"gives no tensor of what its tokens become but {type(output).__name__}", cost
         pairs = [(output, expected[0][:, tokens // 2 :]), *zip(states, expected[1], strict=True)]
         error = max(
             float((ours.double() - plain.double()).norm() / plain.double().norm().clamp_min(1e-30))
@@ -294,23 +306,29 @@ class _Hooks:
         self._carrier, self._cache = carrier, cache
         self._windows = windows
         self._run = _slide if windows else carrier.run
+        self._thread = get_ident()  # others may use the model, too
         self._inputs: States | None = None
         self._front: list[Tensor] = []
 
     def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if get_ident() != self._thread or kwargs is None:  # none for a hook that was removed meanwhile
+            return None
         if not any(value is self._cache for value in (*args, *kwargs.values())):
-            return None  # somebody else's forward
+            return None
         carrier, plan = self._carrier, self._plan
         inputs = self._inputs = carrier.bind(args, kwargs)
-        states = self._replay.append(plan, self._index, None if self._windows else inputs, self._run)
+        states = self._replay.append(
+            plan,
+            self._index,
+            None if self._windows else inputs,
+            self._run,
+            single=0.0 if self._windows else carrier.single,
+        )
         if plan.lead:
             lead = self._replay.lead(plan, self._index)
-            if self._windows:
-                states = _slide(lead, states)
-            else:
-                inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
+            inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
         if plan.empty and carrier.single == inf:
             carrier.single = 0.0  # from the first token on all modules take several
         self._front = []
@@ -324,9 +342,9 @@ class _Hooks:
         return carrier.arguments(inputs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        inputs, self._inputs = self._inputs, None
-        if inputs is None:
+        if get_ident() != self._thread or self._inputs is None:
             return None
+        inputs, self._inputs = self._inputs, None
         if self._windows:
             inputs = self._carrier.columns()
         self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._run)

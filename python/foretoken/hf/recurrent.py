@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,6 @@ class RecurrentUnit(NamedTuple):
     inputs: tuple[TensorSpec, ...]
     call: tuple[tuple[Any, ...], dict[str, Any]]
     """Arguments of the plain forward, over transformers' cache."""
-    chunk_size: int | None
-    """What the module pads its tokens to, if that is an attribute of it."""
 
 
 class StateLayer(LinearAttentionLayer):
@@ -87,7 +86,7 @@ class UnitFinder:
     def watching(self, cache: Cache, num_tokens: int) -> Iterator[None]:
         """Inside, one forward fills `cache` with `num_tokens` tokens."""
         handles: list[Any] = []
-        self._num_tokens = num_tokens
+        self._num_tokens, self._thread = num_tokens, get_ident()
         linear: list[tuple[int, Any]] = [
             (index, layer)
             for index, layer in enumerate(cache.layers)
@@ -171,13 +170,17 @@ class UnitFinder:
             tuple(key for key, _ in tokens),
             tuple(TensorSpec(tuple(v.shape[2:]), v.dtype, v.device) for _, v in tokens),
             (args, kwargs),
-            chunk if isinstance(chunk := getattr(module, "chunk_size", None), int) else None,
         )
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stack.append((module, args, kwargs))
+    # Hooks are called in every thread that uses the model, and without keywords once they were removed.
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if get_ident() == self._thread and kwargs is not None:
+            self._stack.append((module, args, kwargs))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if get_ident() != self._thread:
+            return
         while self._stack and self._stack.pop()[0] is not module:
             pass
 
