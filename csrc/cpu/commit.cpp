@@ -55,13 +55,8 @@ void count(const CommitArgs& args, int64_t slot, const Outcome& outcome) {
   }
   if (outcome.emitted == 0) return;
   const int64_t accepted = std::clamp<int64_t>(outcome.accepted, 0, outcome.kept);
-  add(args.sums, 1, slot, kCountRounds);
-  add(args.sums, outcome.drafted > 0, slot, kCountDrafts);
-  add(args.sums, outcome.drafted, slot, kCountDraftTokens);
-  add(args.sums, accepted, slot, kCountAccepted);
-  add(args.sums, outcome.kept, slot, kCountEmitted);
-  add(args.sums, outcome.drafted > accepted, slot, kCountRollbacks);
-  add(args.sums, outcome.moved, slot, kCountMoved);
+  add_round(outcome, accepted,
+            [&](CommitCounter column, int64_t amount) { add(args.sums, amount, slot, column); });
   for (int64_t i = 0; i < std::min(accepted, args.by_position.shape[1]); ++i) {
     add(args.by_position, 1, slot, i);
   }

@@ -53,14 +53,13 @@ void reserve_states(const StateRingArgs& args) {
     write_index(args.status, nodes < 0 ? kBadRow : 0, b);
     const int64_t current = slot < 0 ? 0 : read_index(args.current, slot);
     for (int64_t node = 0; node < args.write.shape[1]; ++node) {
-      int64_t from = -1, to = -1;
+      NodeEntries found;
       if (node < nodes) {
-        to = slot * args.entries + ring_entry(current, node, args.entries);
-        from = slot * args.entries +
-               (node == 0 ? current : ring_entry(current, parent_of(args, b, node), args.entries));
+        const int64_t parent = node == 0 ? 0 : parent_of(args, b, node);
+        found = entries_of(slot, current, node, parent, args.entries);
       }
-      write_index(args.read, from, b, node);
-      write_index(args.write, to, b, node);
+      write_index(args.read, found.from, b, node);
+      write_index(args.write, found.to, b, node);
     }
     if (slot >= 0) write_index(args.reserved, std::max<int64_t>(nodes, 0), slot);
   }

@@ -76,13 +76,8 @@ __device__ void add(const TensorView& sums, int64_t value, int64_t slot, int64_t
 }
 
 __device__ void add_sums(const CommitArgs& args, int64_t slot, const Outcome& outcome, int32_t accepted) {
-  add(args.sums, 1, slot, kCountRounds);
-  add(args.sums, outcome.drafted > 0, slot, kCountDrafts);
-  add(args.sums, outcome.drafted, slot, kCountDraftTokens);
-  add(args.sums, accepted, slot, kCountAccepted);
-  add(args.sums, outcome.kept, slot, kCountEmitted);
-  add(args.sums, outcome.drafted > accepted, slot, kCountRollbacks);
-  add(args.sums, outcome.moved, slot, kCountMoved);
+  add_round(outcome, accepted,
+            [&](CommitCounter column, int64_t amount) { add(args.sums, amount, slot, column); });
   if (outcome.drafted >= 0 && outcome.drafted < args.by_drafts.shape[1]) {
     add(args.by_drafts, 1, slot, outcome.drafted);
   }

@@ -136,23 +136,12 @@ class BlockFilter {
   template <class Measure>
   __device__ float reach(uint64_t need, Measure measure) {
     const int listed = scratch_.listed;
-    KeyRange range{key_of(-infinity()), key_of(max_)};
     if (listed <= kCounted) return reach_by_counting(need, measure);
-    while (true) {
-      const int shift = range.shift();
+    return search_keys(scratch_, {key_of(-infinity()), key_of(max_)}, need, [&](auto count) {
       for (int i = threadIdx.x; i < listed; i += kThreads) {
-        const uint32_t key = scratch_.keys[i];
-        if (range.holds(key))
-          add_to_bin(scratch_, (range.top - key) >> shift, measure(key, scratch_.masses[i]));
+        count(scratch_.keys[i], measure(scratch_.keys[i], scratch_.masses[i]));
       }
-      __syncthreads();
-      uint64_t before = 0;
-      const int bin = bin_reaching(scratch_, need, before);
-      if (bin < 0) return -infinity();
-      need -= before;
-      range.narrow(shift, static_cast<uint32_t>(bin));
-      if (shift == 0) return value_of(range.top);
-    }
+    });
   }
 
   static constexpr int kLookers = 4;  // threads that share the counting for one element

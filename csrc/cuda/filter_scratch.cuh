@@ -139,4 +139,25 @@ struct KeyRange {
   }
 };
 
+// The largest key in `range` such that what is counted at it or above reaches `need`, as a number; -infinity
+// if nothing does. `count_all(count)` calls count(key, amount) for all there is, by the whole block, whose
+// bins are empty.
+template <class CountAll>
+__device__ __forceinline__ float search_keys(FilterScratch& scratch, KeyRange range, uint64_t need,
+                                             const CountAll& count_all) {
+  while (true) {
+    const int shift = range.shift();
+    count_all([&](uint32_t key, uint64_t amount) {
+      if (range.holds(key)) add_to_bin(scratch, (range.top - key) >> shift, amount);
+    });
+    __syncthreads();
+    uint64_t before = 0;
+    const int bin = bin_reaching(scratch, need, before);
+    if (bin < 0) return -infinity();
+    need -= before;
+    range.narrow(shift, static_cast<uint32_t>(bin));
+    if (shift == 0) return value_of(range.top);
+  }
+}
+
 }  // namespace foretoken::cuda

@@ -58,14 +58,13 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
   const int64_t slot = sound_slot(args, b, current);
   const int64_t nodes = slot < 0 ? -1 : sound_nodes(args, b, lane);
   for (int64_t node = lane; node < args.write.shape[1]; node += kLanes) {
-    int64_t from = -1, to = -1;
+    NodeEntries found;
     if (node < nodes) {
-      to = slot * args.entries + ring_entry(current, node, args.entries);
-      from = slot * args.entries +
-             (node == 0 ? current : ring_entry(current, parent_of(args, b, node), args.entries));
+      const int64_t parent = node == 0 ? 0 : parent_of(args, b, node);
+      found = entries_of(slot, current, node, parent, args.entries);
     }
-    write_index(args.read, from, b, node);
-    write_index(args.write, to, b, node);
+    write_index(args.read, found.from, b, node);
+    write_index(args.write, found.to, b, node);
   }
   if (lane != 0) return;
   write_index(args.status, nodes < 0 ? kBadRow : 0, b);

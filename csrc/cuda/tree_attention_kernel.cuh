@@ -97,9 +97,9 @@ class Consumer {
     int slots = 0;
   };
 
-  // All rounds of a piece. The scores of a round and the values of the round before it are begun together, so
-  // that the matrix units have work while scores become weights. Of the first round's values and the last
-  // round's scores nothing is used: products under a condition would have to wait for each other.
+  // All tiles of a piece. The scores of a tile and the values of the one before it are begun together, so
+  // that the matrix units have work while scores become weights. Of the values at first and the scores at
+  // last nothing is used: products under a condition would have to wait for each other.
   __device__ void walk(const TeamPiece& at) {
     const Piece& piece = at.piece;
     if (!at.active()) return pass_by(at);
@@ -118,7 +118,7 @@ class Consumer {
       const bool scored = tile<piece.to, valued = tile> start;
       const bool begins = tile % kChunkTiles == 0 || !valued;  // a chunk
       const bool alone = tile - 1 == start || (tile - 1) % kChunkTiles == 0;
-      const Ring before = ring_;  // the values of the round before
+      const Ring before = ring_;  // the values of the tile before
       if (valued) ring_.advance();
       const Ring keys = ring_;
       bool lost = false;
@@ -161,7 +161,7 @@ class Consumer {
     }
   }
 
-  // Rows that see anything of a round that could not be read.
+  // Rows that see anything of a tile that could not be read.
   __device__ void lose_rows(const TeamPiece& at, int tile, Rows& rows) const {
     for (int i = 0; i < 2; ++i) {
       if (sight(at, i, tile) != 0) rows.sum[i] = __int_as_float(0x7fffffff);

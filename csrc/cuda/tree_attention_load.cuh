@@ -93,7 +93,7 @@ class TileReader {
     return true;
   }
 
-  // On to the round asked for, and ask for the one behind it.
+  // On to the tile asked for, and ask for the one behind it.
   __device__ void advance(int tile) {
     const int slot = slot_of_lane(tile);
     const bool wanted = slot >= begin_ && slot < end_;

@@ -1,10 +1,8 @@
-// A warpgroup's 64 queries against a round of tiles: scores, weights, weighted values; and partial results
-// made one.
+// A warpgroup's 64 queries against a tile: scores, weights, weighted values; and partial results made one.
 //
-// Each warp has 16 of the rows; in a lane, register 4 j + e is element (lane / 4 + 8 (e / 2), 8 j + 2 (lane %
-// 4)
-// + e % 2) of the warp's rows. Warpgroup products have the same registers in the same places, so that only
-// the two products differ between architectures.
+// Each warp has 16 of the rows; in a lane, register 4 j + e is element (lane / 4 + 8 (e / 2),
+// 8 j + 2 (lane % 4) + e % 2) of the warp's rows. Warpgroup products have the same registers in the same
+// places, so that only the two products differ between architectures.
 #pragma once
 
 #include "cuda/tree_attention_load.cuh"

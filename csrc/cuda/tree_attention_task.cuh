@@ -1,11 +1,11 @@
 // What a launch of tree attention is given, and how its blocks share the work.
 //
-// A row's slots are cut into tiles of 64; 8 tiles are a chunk, 8 chunks a segment. Within a chunk rounds of
-// one or two tiles follow each other. A segment is folded from its chunks and a row from its segments, in
-// order. That is all that a result depends on: who computes which chunks is free, and follows from the
-// lengths on the device. All tiles of all (row, kv head) pairs, one pair behind the other, are divided among
-// groups of blocks in about equal stretches, cut where chunks begin. The blocks of a group read the same
-// stretch, each for 64 or 128 of the queries (a node and a head of the kv head's group make one).
+// A row's slots are cut into tiles of 64; 8 tiles are a chunk, 8 chunks a segment. Within a chunk tiles
+// follow each other. A segment is folded from its chunks and a row from its segments, in order. That is all
+// that a result depends on: who computes which chunks is free, and follows from the lengths on the device.
+// All tiles of all (row, kv head) pairs, one pair behind the other, are divided among groups of blocks in
+// about equal stretches, cut where chunks begin. The blocks of a group read the same stretch, each for 64 or
+// 128 of the queries (a node and a head of the kv head's group make one).
 #pragma once
 
 #include <cstdint>

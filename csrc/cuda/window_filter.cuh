@@ -206,23 +206,13 @@ class WindowFilter {
     __syncthreads();
     clear_bins(scratch_);
     __syncthreads();
-    KeyRange range{key_of(window.low), key_of(window.high)};
-    while (true) {
-      const int shift = range.shift();
+    const KeyRange range{key_of(window.low), key_of(window.high)};
+    return search_keys(scratch_, range, need, [&](auto count) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        if (masses[i] != 0 && range.holds(keys[i])) {
-          add_to_bin(scratch_, (range.top - keys[i]) >> shift, masses[i]);
-        }
+        if (masses[i] != 0) count(keys[i], masses[i]);
       }
-      __syncthreads();
-      uint64_t before = 0;
-      const int bin = bin_reaching(scratch_, need, before);
-      if (bin < 0) return -infinity();
-      need -= before;
-      range.narrow(shift, static_cast<uint32_t>(bin));
-      if (shift == 0) return value_of(range.top);
-    }
+    });
   }
 
   // The sums of the first pass contain what the filters have removed since.

@@ -1,6 +1,7 @@
 // Contract of the commit: what a round's verdict changes in the state of its requests.
 #pragma once
 
+#include "math/portability.hpp"
 #include "ops/tensor_view.hpp"
 
 namespace foretoken {
@@ -62,5 +63,18 @@ struct CommitArgs {         // B rows of C = D + 1 tokens, N drafts, S slots, L 
   TensorView by_position;   // [S, P] int64 in, out: rounds that kept draft i of a path; beside sums
   TensorView by_drafts;     // [S, M] int64 in, out: rounds that checked so many drafts; beside sums
 };
+
+// What a round adds to the sums of its slot, but for flags, by `add(column, amount)`. `accepted`: of its
+// accepted drafts, those that were kept.
+template <class Outcome, class Add>
+FORETOKEN_HD inline void add_round(const Outcome& outcome, int64_t accepted, const Add& add) {
+  add(kCountRounds, 1);
+  add(kCountDrafts, outcome.drafted > 0 ? 1 : 0);
+  add(kCountDraftTokens, outcome.drafted);
+  add(kCountAccepted, accepted);
+  add(kCountEmitted, outcome.kept);
+  add(kCountRollbacks, outcome.drafted > accepted ? 1 : 0);
+  add(kCountMoved, outcome.moved);
+}
 
 }  // namespace foretoken

@@ -29,4 +29,15 @@ FORETOKEN_HD inline int64_t ring_entry(int64_t current, int64_t node, int64_t en
   return entry < entries ? entry : entry - entries;
 }
 
+// Among the entries of all slots: where a node finds its parent's state, and where its own goes.
+struct NodeEntries {
+  int64_t from = -1, to = -1;
+};
+FORETOKEN_HD inline NodeEntries entries_of(int64_t slot, int64_t current, int64_t node, int64_t parent,
+                                           int64_t entries) {
+  const int64_t first = slot * entries;
+  return {first + (node == 0 ? current : ring_entry(current, parent, entries)),
+          first + ring_entry(current, node, entries)};
+}
+
 }  // namespace foretoken
