@@ -3,9 +3,10 @@
     python bench/bench_cuda_loop.py [--shape 1b-8b|small] [--batch 1] [--drafts 4] [--compiled] [--peers]
 
 Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every forward and every op is timed
-alone, as replays of a graph of its own (ops twenty times in it). ``overhead`` is a round less those: issued
-by the host one round ahead (``rounds``), and repeated by the device (``launch``). ``bound`` is what the
-forwards alone would allow at the acceptance that was seen. ``--peers`` adds transformers' `generate`, plain
+alone, as replays of a graph of its own (ops twenty times in it). Both ways of running rounds have to give the
+same ids, as many as were asked for, before a figure of theirs is told. ``overhead`` is a round less those:
+issued by the host one round ahead (``rounds``), and repeated by the device (``launch``). ``bound`` is what
+the forwards alone would allow at the acceptance that was seen. ``--peers`` adds transformers' `generate`, plain
 and assisted by the same draft model.
 """
 
@@ -142,15 +143,16 @@ class Pair:
             num_drafts=self.drafts if speculate else 0, **self.sizes, **law,
         )  # fmt: skip
 
-    def run(self, speculate: bool, rate: float, one_launch: bool) -> dict[str, float]:
-        """The second call of a session: what is made once has been made."""
+    def run(self, speculate: bool, rate: float, one_launch: bool) -> tuple[dict[str, float], list[list[int]]]:
+        """The second call of a session, as what is made once has been made by then; its texts."""
         session = self.session(speculate, rate)
         for turn in range(2):
             generator = torch.Generator().manual_seed(turn)
             before = session.metrics.steps
+            requests = []
             for _ in range(self.batch):
                 prompt = torch.randint(3, self.runner.vocab_size, (PROMPT,), generator=generator).tolist()
-                session.admit(prompt, ft.Sampling(seed=turn), max_new_tokens=self.new)
+                requests.append(session.admit(prompt, ft.Sampling(seed=turn), max_new_tokens=self.new))
             while (step := session.plan()) is not None and step.kind == "prefill":
                 session.commit(self.runner(step))
             torch.cuda.synchronize()
@@ -159,11 +161,12 @@ class Pair:
             torch.cuda.synchronize()
             seconds = perf_counter() - began
         rounds = session.metrics.steps - before
-        return {
+        figures = {
             "tokens_per_second": self.batch * self.new / seconds,
             "round_us": 1e6 * seconds / rounds,
             "tokens_per_round": self.new / rounds,
         }
+        return figures, [list(session.generated(request)) for request in requests]
 
 
 def told(line: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +195,12 @@ def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict
         if speculate:
             models += pair.draft_us[2] + (drafts - 1) * pair.draft_us[1]
         kernels = each["verify_us"] + each["commit_us"] + drafts * each["sample_us"]
+        expected: list[list[int]] = []
         for one_launch in (False, True):
-            figures = pair.run(speculate, rate, one_launch)
+            figures, texts = pair.run(speculate, rate, one_launch)
+            assert all(len(text) == pair.new for text in texts), [len(text) for text in texts]
+            expected = expected or texts
+            assert texts == expected, "one launch gives other ids than rounds that are issued one by one"
             bound = 1e6 * pair.batch * figures["tokens_per_round"] / models
             lines.append(told({
                 "runner": kind, "batch": pair.batch, "drafts": drafts,
