@@ -115,28 +115,39 @@ inline Shape shape_for(const ClusterRoom& room, int64_t requests, int64_t tiles,
   return best;
 }
 
-// The same for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of a
-// request read, one of them then takes what is left of one row; the weights are times measured on an H200, in
-// us.
-inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                              bool may_share) {
-  constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
-  Shape best;
-  double least = 1e30;
+// Calls `visit(shape)` for what may serve a request whose rows, of `tiles` tiles each, are read by all
+// clusters at once: no more warps than tiles, no more clusters than the device has room for.
+template <class Visit>
+void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles, bool may_share,
+                const Visit& visit) {
   for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
     const int64_t warps = cluster * kWarps;
     if (cluster > 1 && (room.clusters[cluster] < requests || warps - kWarps >= rows * tiles)) continue;
     const int64_t most =
         may_share ? std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps) : 1;
     for (int64_t clusters = 1; clusters <= std::max<int64_t>(most, 1); ++clusters) {
-      const double cost =
-          kOfTile * static_cast<double>((rows * tiles + warps * clusters - 1) / (warps * clusters)) +
-          kOfTilePair * static_cast<double>((tiles + warps - 1) / warps) + (clusters > 1 ? kOfSharing : 0.0);
-      if (cost >= least) continue;
-      least = cost;
-      best = {cluster, static_cast<int>(clusters)};
+      visit(Shape{cluster, static_cast<int>(clusters)});
     }
   }
+}
+
+// As shape_for(), for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of
+// a request read, one of them then takes what is left of one row; the weights are times measured on an H200,
+// in us.
+inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                              bool may_share) {
+  constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
+  Shape best;
+  double least = 1e30;
+  for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
+    const int64_t warps = shape.cluster * kWarps, all = warps * shape.clusters;
+    const double cost = kOfTile * static_cast<double>((rows * tiles + all - 1) / all) +
+                        kOfTilePair * static_cast<double>((tiles + warps - 1) / warps) +
+                        (shape.clusters > 1 ? kOfSharing : 0.0);
+    if (cost >= least) return;
+    least = cost;
+    best = shape;
+  });
   return best;
 }
 
@@ -154,26 +165,21 @@ inline TreeShape find_tree_shape(const ClusterRoom& room, int64_t requests, int6
   constexpr int kSteps = 5;
   TreeShape best;
   double least = 1e30;
-  for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
-    const int64_t warps = cluster * kWarps;
-    if (cluster > 1 && (room.clusters[cluster] < requests || warps - kWarps >= rows * tiles)) continue;
-    const int64_t most =
-        may_share ? std::min(room.clusters[cluster] / requests, (rows * tiles + warps - 1) / warps) : 1;
+  for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
+    const int64_t warps = shape.cluster * kWarps, all = warps * shape.clusters;
+    const int64_t last = (rows * tiles + all - 1) / all;
     const double of_row = kOfRow + kOfTile * static_cast<double>((tiles + warps - 1) / warps);
-    for (int64_t clusters = 1; clusters <= std::max<int64_t>(most, 1); ++clusters) {
-      const int64_t all = warps * clusters, last = (rows * tiles + all - 1) / all;
-      // The first rows take all warps so many tiles, one after the other.
-      for (int64_t i = 0; i <= kSteps; ++i) {
-        const int64_t step = i == kSteps ? last : std::min((tiles + all - 1) / all + i, last);
-        const int64_t read = std::min(rows, std::max<int64_t>(1, step * all / tiles));
-        const double cost = kOfTile * static_cast<double>(step) + (clusters > 1 ? kOfSharing : 0.0) +
-                            kPath * of_row * static_cast<double>(rows - read) / static_cast<double>(rows);
-        if (cost >= least) continue;
-        least = cost;
-        best = {{cluster, static_cast<int>(clusters)}, static_cast<int>(read)};
-      }
+    // The first rows take all warps so many tiles, one after the other.
+    for (int64_t i = 0; i <= kSteps; ++i) {
+      const int64_t step = i == kSteps ? last : std::min((tiles + all - 1) / all + i, last);
+      const int64_t read = std::min(rows, std::max<int64_t>(1, step * all / tiles));
+      const double cost = kOfTile * static_cast<double>(step) + (shape.clusters > 1 ? kOfSharing : 0.0) +
+                          kPath * of_row * static_cast<double>(rows - read) / static_cast<double>(rows);
+      if (cost >= least) continue;
+      least = cost;
+      best = {shape, static_cast<int>(read)};
     }
-  }
+  });
   return best;
 }
 

@@ -57,10 +57,6 @@ __device__ inline void copy16(uint32_t to, const void* from, uint32_t bytes) {
                : "memory");
 }
 
-__device__ inline void copy8(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
