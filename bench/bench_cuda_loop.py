@@ -6,8 +6,8 @@ Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every
 alone, as replays of a graph of its own (ops twenty times in it). Both ways of running rounds have to give the
 same ids, as many as were asked for, before a figure of theirs is told. ``overhead`` is a round less those:
 issued by the host one round ahead (``rounds``), and repeated by the device (``launch``). ``bound`` is what
-the forwards alone would allow at the acceptance that was seen. ``--peers`` adds transformers' `generate`, plain
-and assisted by the same draft model.
+the forwards alone would allow at the acceptance that was seen. ``--peers`` adds transformers' `generate`,
+plain and assisted by the same draft model.
 """
 
 from __future__ import annotations
