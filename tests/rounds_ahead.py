@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from foretoken.device import places
 from foretoken.drafters import ModelDrafter, NgramDrafter
+from foretoken.generate import settle
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Session, Step
 from foretoken.step import StepTree
 from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, alike, rounds, table
 
 LENGTH = 96
+READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
 class BlindModel(TableModel):
@@ -78,6 +82,47 @@ class GatherModel:
         come = torch.where(ahead < num_accepted[:, None], lengths[:, None] + path, to).clamp_max(last)
         rows = slots.long()[:, None]
         self.cache[rows, to] = self.cache[rows, come]
+
+
+def sessions_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
+    """Makes sessions whose rounds run ahead though their tensors are on the CPU."""
+
+    def make(**options: Any) -> Session:
+        with monkeypatch.context() as patch:
+            patch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+            return Session(**options)
+
+    return make
+
+
+def take(session: Session, forward: Any, step: Step) -> None:
+    """Run the forward of a planned step and commit it."""
+    logits = forward(step)
+    if step.kind == "prefill":
+        session.commit(None)
+    else:
+        settle(session, forward, step, logits)
+
+
+def one_round(session: Session, forward: Any) -> None:
+    """From planning to the events of the round before."""
+    step = session.plan()
+    assert step is not None
+    take(session, forward, step)
+    list(session.events())
+
+
+@contextmanager
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What would wait for a device raises, on the CPU too."""
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a tensor was read")
+
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(torch.Tensor, name, read)
+        yield
 
 
 @contextmanager

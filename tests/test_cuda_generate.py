@@ -16,7 +16,7 @@ from foretoken.drafters import ModelDrafter
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
 from hf_toys import EOS, PAD
-from rounds_ahead import GatherModel, asks, no_waiting, pair, told
+from rounds_ahead import GatherModel, asks, no_waiting, one_round, pair, told
 from toys import GREEDY, VOCAB
 
 pytestmark = pytest.mark.cuda
@@ -207,18 +207,11 @@ def test_rounds_of_a_module_wait_for_nothing(kind: str) -> None:
         prompt = hf_toys.prompts(1, 5 + row)[0]
         session.admit(prompt, GREEDY if row else ft.Sampling(seed=1), max_new_tokens=99)
 
-    def one() -> None:
-        step = session.plan()
-        assert step is not None
-        logits = runner(step)
-        session.commit(None if step.kind == "prefill" else logits)
-        list(session.events())
-
     while session.metrics.steps < 3:
-        one()
+        one_round(session, runner)
     with no_waiting():
         for _ in range(8):
-            one()
+            one_round(session, runner)
     ft.decode(session, runner)
     assert session.num_live == 0
 

@@ -15,7 +15,7 @@ from foretoken.hf.runner import ModuleRunner
 from foretoken.metrics import CounterReader
 from foretoken.session import Session
 from foretoken.tree import TreePlan
-from rounds_ahead import GatherModel, asks, no_waiting, pair, told
+from rounds_ahead import GatherModel, asks, no_waiting, one_round, pair, told
 from toys import GREEDY, VOCAB, Ask, table
 
 pytestmark = pytest.mark.cuda
@@ -125,21 +125,11 @@ def test_rounds_of_a_module_wait_for_nothing(draw: Any) -> None:
         prompt = hf_toys.prompts(1, 5 + row)[0]
         session.admit(prompt, GREEDY if row else ft.Sampling(seed=1), max_new_tokens=120)
 
-    def one() -> None:
-        step = session.plan()
-        assert step is not None
-        logits = runner(step)
-        if step.kind == "prefill":
-            session.commit(None)
-        else:
-            settle(session, runner, step, logits)
-        list(session.events())
-
     while session.metrics.steps < 3:
-        one()
+        one_round(session, runner)
     with no_waiting():
         for _ in range(8):
-            one()
+            one_round(session, runner)
     ft.decode(session, runner)
     assert session.num_live == 0
 

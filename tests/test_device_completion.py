@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from foretoken import _core
-from foretoken.device import LoopGraph, completion, places
+from foretoken.device import LoopGraph, completion
 from foretoken.drafters import ModelDrafter
 from foretoken.generate import complete, decode, interrupt
 from foretoken.sampling import Sampling
 from foretoken.session import Session
-from rounds_ahead import LENGTH, GatherModel, asks, pair
+from rounds_ahead import LENGTH, GatherModel, asks, pair, sessions_ahead
 from toys import GREEDY, VOCAB, Ask, alike, table
 
 
@@ -51,14 +51,9 @@ class CalledLoop:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
-    def make(**options: Any) -> Session:
-        with monkeypatch.context() as patch:
-            patch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
-            return Session(**options)
-
     monkeypatch.setattr(completion, "capture", CalledLoop)
     CalledLoop.launches = 0
-    return make
+    return sessions_ahead(monkeypatch)
 
 
 def texts(session: Session, forward: Any, wanted: list[Any], one_launch: bool) -> list[Any]:

@@ -17,6 +17,7 @@ from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.hf.runner import ModuleRunner
 from hf_models import one_thread  # noqa: F401
 from hf_toys import EOS, PAD
+from rounds_ahead import nothing_read, one_round
 
 
 @pytest.fixture
@@ -148,9 +149,6 @@ def test_attached_calls_and_callbacks(both, target, draft) -> None:
     assert rounds[:half] == rounds[half:]
 
 
-READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-
-
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2_window_softcap", "gpt2"])
 def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: str, kind: str) -> None:
@@ -167,24 +165,12 @@ def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: s
         law = ft.Sampling(seed=row, repetition_penalty=1.1) if row else ft.Sampling(temperature=0.0)
         session.admit(prompt, law, max_new_tokens=80, min_new_tokens=20, eos_ids=[5], stop_ids=[6])
 
-    def one() -> None:
-        step = session.plan()
-        assert step is not None
-        logits = runner(step)
-        session.commit(None if step.kind == "prefill" else logits)
-        list(session.events())
-
     while session.metrics.steps < 3:
-        one()
+        one_round(session, runner)
 
-    def read(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("a tensor was read")
-
-    with monkeypatch.context() as patch:
-        for name in READS:
-            patch.setattr(torch.Tensor, name, read)
+    with nothing_read(monkeypatch):
         for _ in range(4):
-            one()
+            one_round(session, runner)
     assert session.metrics.steps == 7
 
 

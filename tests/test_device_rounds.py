@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from foretoken import ops
-from foretoken.device import places
 from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.generate import StopStrings, stream
 from foretoken.sampling import Sampling
 from foretoken.session import Session
-from rounds_ahead import LENGTH, BlindModel, GatherModel, asks, pair, told
+from rounds_ahead import LENGTH, BlindModel, GatherModel, asks, pair, sessions_ahead, told
 from toys import CONTEXTS, GREEDY, VOCAB, Ask, TableModel, run, table
 
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
-    """Makes sessions whose rounds run ahead though their tensors are on the CPU."""
-
-    def make(**options: Any) -> Session:
-        with monkeypatch.context() as patch:
-            patch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
-            return Session(**options)
-
-    return make
+    return sessions_ahead(monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(4))

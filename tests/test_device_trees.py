@@ -17,13 +17,23 @@ import hf_toys
 from foretoken import _core
 from foretoken.device import ngram, places
 from foretoken.drafters import ModelDrafter, NgramDrafter
-from foretoken.generate import settle
 from foretoken.hf.runner import ModuleRunner
 from foretoken.metrics import CounterReader
 from foretoken.sampling import Sampling
 from foretoken.session import Session
 from foretoken.tree import TreePlan
-from rounds_ahead import LENGTH, BlindModel, GatherModel, asks, pair, told
+from rounds_ahead import (
+    LENGTH,
+    BlindModel,
+    GatherModel,
+    asks,
+    nothing_read,
+    one_round,
+    pair,
+    sessions_ahead,
+    take,
+    told,
+)
 from toys import GREEDY, VOCAB, Ask, TableModel, table
 
 PLANS = {
@@ -37,14 +47,7 @@ PLANS = {
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
-    """Makes sessions whose rounds run ahead though their tensors are on the CPU."""
-
-    def make(**options: Any) -> Session:
-        with monkeypatch.context() as patch:
-            patch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
-            return Session(**options)
-
-    return make
+    return sessions_ahead(monkeypatch)
 
 
 def watched(session: Session, forward: BlindModel) -> None:
@@ -208,16 +211,9 @@ def test_steps_built_again_and_rows_that_leave(ahead, leaves: int, seed: int) ->
             forward(step)
             step = session.plan()
             assert step is not None
-        logits = forward(step)
-        if step.kind == "prefill":
-            session.commit(None)
-        else:
-            settle(session, forward, step, logits)
+        take(session, forward, step)
     for place in (1, 2):
         assert session.generated(requests[place]) == expected[place]
-
-
-READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
 @pytest.mark.parametrize("draw", ["deterministic", "iid", "without_replacement", "ngram"])
@@ -237,27 +233,12 @@ def test_no_tensor_of_a_round_is_read(monkeypatch: pytest.MonkeyPatch, family: s
         law = Sampling(seed=row, repetition_penalty=1.1) if row else GREEDY
         session.admit(prompt, law, max_new_tokens=70, min_new_tokens=20, eos_ids=[5], stop_ids=[6])
 
-    def one() -> None:
-        step = session.plan()
-        assert step is not None
-        logits = runner(step)
-        if step.kind == "prefill":
-            session.commit(None)
-        else:
-            settle(session, runner, step, logits)
-        list(session.events())
-
     while session.metrics.steps < 3:
-        one()
+        one_round(session, runner)
 
-    def read(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("a tensor was read")
-
-    with monkeypatch.context() as patch:
-        for name in READS:
-            patch.setattr(torch.Tensor, name, read)
+    with nothing_read(monkeypatch):
         for _ in range(4):
-            one()
+            one_round(session, runner)
     assert session.metrics.steps == 7
 
 
