@@ -257,11 +257,11 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   // The elements of a tile that `near` says.
   __device__ __forceinline__ void list(uint32_t owner, uint32_t row, uint32_t index, uint32_t near) {
     const int count = __popc(near), up_to = sum_up_to_lane(count);
-    const int total = __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
-    if (total == 0) return;
+    const int of_tile = __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
+    if (of_tile == 0) return;
     FilterScratch* const scratch = of_block(&shared_.filter, owner);
     int place = 0;
-    if (lane_id() == 0) place = atomicAdd(&scratch->listed, total);
+    if (lane_id() == 0) place = atomicAdd(&scratch->listed, of_tile);
     place = __shfl_sync(kAllLanes, place, 0) + up_to - count;
     uint32_t* const keys = WindowFilter::list(*scratch);
 #pragma unroll 1
