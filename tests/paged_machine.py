@@ -215,10 +215,13 @@ class Machine:
         if held:
             slot = self.dice.choice(held)
             self.evicted.append(list(self.texts[slot] or []))
-            self.cache.free(slot)
-            self.texts[slot] = None
+            self.empty(slot)
             self.seen["evict"] += 1
         self.evicted = self.evicted[-4:]
+
+    def empty(self, slot: int) -> None:
+        self.cache.free(slot)
+        self.texts[slot] = None
 
     def append(self) -> None:
         """Rows that say which token they are of, and at which position."""
@@ -269,6 +272,16 @@ class Machine:
             Status.BAD_ROW if row.live and row.tokens and not nodes else 0
             for row, nodes in zip(self.rows, stay, strict=True)
         ]
+        self.settle(verdict, stay, expected)
+        for row, nodes in zip(self.rows, stay, strict=True):
+            if row.live and nodes:
+                text = self.texts[row.slot] or []
+                self.texts[row.slot] = text + [row.tokens[node] for node in nodes]
+        self.seen["verify"] += 1
+        self.round, self.rows = None, []
+
+    def settle(self, verdict: Verdict, stay: list[list[int]], expected: list[int]) -> None:
+        """End the cache's round, in one of the ways there are."""
         whole = all(len(nodes) == len(row.tokens) for row, nodes in zip(self.rows, stay, strict=True))
         if whole and not self.tree and self.dice.random() < 0.5:
             status = self.cache.commit()
@@ -279,12 +292,6 @@ class Machine:
             status = self.cache.commit(verdict, tree=self.tree, lazy=lazy)
             self.seen["lazy"] += self.apart > 0
         assert status.tolist() == expected
-        for row, nodes in zip(self.rows, stay, strict=True):
-            if row.live and nodes:
-                text = self.texts[row.slot] or []
-                self.texts[row.slot] = text + [row.tokens[node] for node in nodes]
-        self.seen["verify"] += 1
-        self.round, self.rows = None, []
 
     def cancel(self) -> None:
         self.cache.cancel()
@@ -293,12 +300,17 @@ class Machine:
         self.seen["cancel"] += 1
 
     @property
+    def bound(self) -> bool:
+        """No slot may come or go: a round is open behind rows that were left apart."""
+        return self.apart > 0 and self.round is not None
+
+    @property
     def apart(self) -> int:
         """Rows behind the lengths that lazy commits have left there."""
         return self.cache._apart.first
 
     def fork(self) -> None:
-        if self.apart and self.round is not None:
+        if self.bound:
             return
         reserved = {row.slot for row in self.rows if row.tokens and row.live}
         sources = [slot for slot, text in enumerate(self.texts) if text]
@@ -309,21 +321,29 @@ class Machine:
         text = self.texts[source] or []
         if self.dice.random() < 0.5:
             shared = self.dice.choice([1, len(text), self.dice.randint(1, len(text))])
-            if self.setting.window and not self.reaches(source, shared):
-                with pytest.raises(ValueError, match="still in the cache"):
-                    self.cache.fork(source, target, shared)
-                return
-            self.cache.fork(source, target, shared)
+            if not self.can_share(source, shared):
+                return self.refuse(source, target, shared)
+            self.share(source, target, shared)
             self.texts[target] = text[:shared]
             self.seen["share a prefix"] += 1
         else:
-            self.cache.fork(source, target)
+            self.share(source, target, None)
             self.texts[target] = list(text)
             self.seen["fork"] += 1
         for row in self.rows:
             row.live = row.live and row.slot != target
         if any(row.slot == source for row in self.rows):
             self.seen["forked in a round"] += 1
+
+    def can_share(self, source: int, shared: int) -> bool:
+        return not self.setting.window or self.reaches(source, shared)
+
+    def share(self, source: int, target: int, shared: int | None) -> None:
+        self.cache.fork(source, target, shared)
+
+    def refuse(self, source: int, target: int, shared: int) -> None:
+        with pytest.raises(ValueError, match="still in the cache"):
+            self.cache.fork(source, target, shared)
 
     def reaches(self, slot: int, length: int) -> bool:
         """Whether all rows that a query behind the prefix sees are still there."""
@@ -333,11 +353,10 @@ class Machine:
         return first >= max(self.cache.length(slot) - window + 1, 0) // self.setting.page_size
 
     def free(self) -> None:
-        if self.apart and self.round is not None:
+        if self.bound:
             return
         slot = self.dice.randrange(self.setting.slots)
-        self.cache.free(slot)
-        self.texts[slot] = None
+        self.empty(slot)
         for row in self.rows:
             if row.slot == slot and row.live:
                 row.live = False
