@@ -202,6 +202,7 @@ py::dict session_arrays(py::object self) {
   arrays["from_tokens"] = view_of(session.from_tokens(), self);
   arrays["from_counts"] = view_of(session.from_counts(), self);
   arrays["slot_lengths"] = view_of(session.lengths(), self);
+  arrays["shortfall"] = view_of(session.step().shortfall, self);
   return arrays;
 }
 
