@@ -32,7 +32,7 @@ void Session::build_ahead() {
   }
 }
 
-bool Session::plan_ahead() { return plan_step(&Session::build_ahead, false); }
+bool Session::plan_ahead(bool admits) { return plan_step(&Session::build_ahead, false, admits); }
 
 void Session::launch() {
   if (!outstanding_ || step_.kind != StepKind::decode) {
