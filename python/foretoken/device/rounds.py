@@ -7,10 +7,10 @@ in one more round as a padded row: nothing of it is read, nothing is emitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ from foretoken.tree import TreePlan
 
 # Rounds that may be unsettled when the next one is planned.
 AHEAD = 1
+EMITTED = 1  # kRecordEmitted
+
+
+class Choices(Protocol):
+    """Between trees and chains, by what rounds have come to."""
+
+    def reset(self, slot: int) -> None: ...
+
+    def plan(self, slots: Sequence[int]) -> list[bool]: ...
+
+    def issue(self, slots: Sequence[int]) -> None: ...
+
+    def settle(self, num_emitted: Sequence[int]) -> None: ...
 
 
 class DeviceRounds:
@@ -54,6 +67,7 @@ class DeviceRounds:
         logprobs: bool,
         device: torch.device,
         tree: TreePlan | None = None,
+        choices: Choices | None = None,
     ) -> None:
         slots = table.size
         self._native, self._views, self._table = native, views, table
@@ -70,6 +84,7 @@ class DeviceRounds:
         self._prompt_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._held_until = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tree = tree
+        self._choices = choices  # between trees and chains; None: as `tree` says
         most = num_drafts if tree is None else tree.nodes
         metrics.device_counters = ops.RoundCounters.empty(slots, num_drafts, most, device=device)
         self._clock = DeviceClock()
@@ -113,6 +128,8 @@ class DeviceRounds:
         self._held_until[slot : slot + 1].fill_(len(prompt) + terms.min_new_tokens)
         if self._drafter is not None:
             self._drafter.seat(slot, len(prompt))
+        if self._choices is not None:
+            self._choices.reset(slot)
         if rules is not None:
             self._rules = upload(rules, torch.uint8, self._device)
 
@@ -198,7 +215,10 @@ class DeviceRounds:
         self._clock.read(seconds)
 
     def _settle(self) -> None:
-        self._settle_record(self._results.receive())
+        record = self._results.receive()
+        self._settle_record(record)
+        if self._choices is not None and self.completions is None:
+            self._choices.settle(record[:, EMITTED].tolist())
 
     def _settle_record(self, record: Tensor) -> None:
         width = record.shape[1]
@@ -258,6 +278,7 @@ class DeviceRounds:
         if self._drafter is None or most == 0:
             none = torch.empty(rows.count, 0, dtype=torch.int64, device=self._device)
             return Proposal(none, budget)
+        tree, nodes, chain = self._shape(rows, base, budget)
         context = DeviceContext(
             rows,
             self._state,
@@ -269,11 +290,31 @@ class DeviceRounds:
             longest,
             all(request._greedy for request in self._row_requests),
             self._coupled(),
-            self._tree,
-            None if self._tree is None else self._nodes(base, budget, self._tree.nodes),
+            tree,
+            nodes,
             shortfall,
+            chain,
         )
         return self._drafter.propose(context, most)
+
+    def _shape(
+        self, rows: Rows, base: Tensor, budget: Tensor
+    ) -> tuple[TreePlan | None, Tensor | None, Tensor | None]:
+        """The trees of a round, how many nodes each row's may have, and which rows' are chains."""
+        tree = self._tree
+        if tree is None:
+            return None, None, None
+        wanted = [True]
+        if self._choices is not None:
+            # What a device repeats by itself is a round of one kind.
+            wanted = [False] if self.completions is not None else self._choices.plan(rows.slot_numbers)
+        if not any(wanted):
+            return None, None, None
+        nodes = self._nodes(base, budget, tree.nodes)
+        if all(wanted):
+            return tree, nodes, None
+        chain = upload([not one for one in wanted], torch.bool, self._device)
+        return tree, torch.where(chain, budget, nodes), chain
 
     def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
         """The most drafts of each row's tree: what its slot has room for."""
@@ -327,6 +368,8 @@ class DeviceRounds:
         if self._planned is None:
             raise RuntimeError("commit: no step is planned")
         verdict, record = self._issue(step, logits, *self._planned)
+        if self._choices is not None and self.completions is None:
+            self._choices.issue(self._planned[0].slot_numbers)
         self._native.launch()
         self._results.send(record)
         return verdict
