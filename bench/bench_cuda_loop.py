@@ -1,20 +1,21 @@
 """The loop around the models on a CUDA device: a round beside its forwards and kernels, and tokens a second.
 
     python bench/bench_cuda_loop.py [--shape 1b-8b|small] [--batch 1] [--drafts 4] [--compiled] [--peers]
+    python bench/bench_cuda_loop.py --grid [--rates 0.6 0.8 0.9] [--batch 1 8 32] [--most-drafts 8] [--auto]
 
 Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every forward and every op is timed
-alone, as replays of a graph of its own (ops twenty times in it). Before a figure is told, both ways of running
-rounds have to give as many ids as were asked for, and the same ids while their shapes are the same. ``overhead``
-is a round less its parts: issued by the host one round ahead (``rounds``), and repeated by the device
-(``launch``). ``bound`` is what the forwards alone would allow at the acceptance that was seen. ``--peers`` adds
-transformers' `generate`, plain and assisted by the same draft model.
+alone, as replays of a graph of its own (ops twenty times in it). Before a figure is told, both ways of
+running rounds have to give as many ids as were asked for, and the same ids while their shapes are the same.
+``overhead`` is a round less its parts: issued by the host one round ahead (``rounds``), and repeated by the
+device (``launch``). ``bound`` is what the forwards alone would allow at the acceptance that was seen.
+``--peers`` adds transformers' `generate`, plain and assisted by the same draft model. ``--grid``: see
+`loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -24,67 +25,16 @@ import torch
 from torch import Tensor
 
 import foretoken as ft
+import loop_grid
 from bench_cuda_generate import SHAPES, random_model
 from foretoken import ops
 from foretoken.hf.runner import ModuleRunner
-from foretoken.step import Step
+from loop_parts import PROMPT, forward_us, replay_us, same_part, told
 
 COPIES = 20
-PROMPT = 64
-REPEATS = 5
 # Rounds of the host drop rows that have ended, and products over fewer rows have other bits: until the first
 # row ends both ways have to give the same ids, which is well behind half of every text.
 SAME_PART = 0.5
-
-
-def replay_us(issue: Callable[[], Any], copies: int = 1) -> float:
-    """Microseconds on the device of what `issue` launches, captured ``copies`` times and replayed."""
-    issue()
-    graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(copies):
-            issue()
-    return timed_us(graph.replay, 20) / copies
-
-
-def timed_us(call: Callable[[], Any], count: int) -> float:
-    call()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(count):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / count)
-    return statistics.median(times)
-
-
-def step_of(rows: int, columns: int, length: int) -> Step:
-    starts = torch.full((rows,), length, device="cuda")
-    numbers = torch.arange(columns, device="cuda")
-    return Step(
-        "decode",
-        torch.full((rows, columns), 7, device="cuda"),
-        starts[:, None] + numbers,
-        torch.full((rows,), columns, dtype=torch.int32, device="cuda"),
-        starts,
-        torch.arange(rows, dtype=torch.int32, device="cuda"),
-        (),
-        length + columns,
-        True,
-        (0, rows),
-        True,
-    )
-
-
-def forward_us(runner: ModuleRunner, rows: int, columns: int, length: int) -> float:
-    step = step_of(rows, columns, length)
-    for _ in range(3):
-        runner(step)
-    captured: Any = runner._captured
-    return timed_us(captured._shapes[captured.key(step)].graph.replay, 20)
 
 
 def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str, Any]) -> dict[str, float]:
@@ -155,7 +105,8 @@ class Pair:
             requests = []
             for _ in range(self.batch):
                 prompt = torch.randint(3, self.runner.vocab_size, (PROMPT,), generator=generator).tolist()
-                requests.append(session.admit(prompt, ft.Sampling(seed=turn), max_new_tokens=self.new))
+                law_of_row = ft.Sampling(seed=100 * turn + len(requests))
+                requests.append(session.admit(prompt, law_of_row, max_new_tokens=self.new))
             while (step := session.plan()) is not None and step.kind == "prefill":
                 session.commit(self.runner(step))
             torch.cuda.synchronize()
@@ -170,25 +121,6 @@ class Pair:
             "tokens_per_round": self.new / rounds,
         }
         return figures, [list(session.generated(request)) for request in requests]
-
-
-def same_part(texts: list[list[int]], expected: list[list[int]]) -> float:
-    """How far texts agree: the first difference of any row, as a share of its length."""
-    parts = [1.0]
-    for text, wanted in zip(texts, expected, strict=True):
-        places = (i for i, pair in enumerate(zip(text, wanted, strict=True)) if pair[0] != pair[1])
-        parts.append(next(places, len(text)) / len(text))
-    return min(parts)
-
-
-def told(line: dict[str, Any]) -> dict[str, Any]:
-    print(
-        " ".join(
-            f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in line.items()
-        )
-    )
-    return line
 
 
 def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -255,6 +187,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.8)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--grid", action="store_true", help="acceptance x drafts x batch, in launches")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.6, 0.8, 0.9])
+    parser.add_argument("--most-drafts", type=int, default=8)
+    parser.add_argument("--auto", action="store_true", help="also rounds whose drafts the device chooses")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     target_shape, draft_shape, dtype = SHAPES[asked.shape]
@@ -263,6 +199,10 @@ def main() -> None:
         f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.shape}, acceptance {asked.rate}"
     )
     lines: list[dict[str, Any]] = []
+    if asked.grid:
+        kind = "compiled" if asked.compiled else "graph"
+        lines = loop_grid.grid(target, draft, asked.batch, asked.rates, asked.most_drafts, kind, asked.auto)
+        asked.batch = []
     for batch in asked.batch:
         if asked.peers:
             lines += peers(target, draft, batch, 24)

@@ -124,7 +124,7 @@ class Session:
         ...
     def plan(self, drafting: bool) -> tuple[typing.Any, ...]:
         ...
-    def plan_ahead(self) -> tuple[typing.Any, ...]:
+    def plan_ahead(self, admits: bool = True) -> tuple[typing.Any, ...]:
         ...
     def release(self, request: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -187,11 +187,15 @@ class LoopGraph:
     """
     See foretoken.device.LoopGraph.
     """
-    def __init__(self, graph: typing.SupportsInt | typing.SupportsIndex, next_drafts: typing.Any, slots: typing.Any, record: typing.Any, history: typing.Any, most_rounds: typing.Any, progress: typing.Any) -> None:
+    def __init__(self, tiers: list[typing.Any], next_drafts: typing.Any, slots: typing.Any, acceptance: typing.Any, history: typing.Any, ring: typing.SupportsInt | typing.SupportsIndex, ring_rounds: typing.SupportsInt | typing.SupportsIndex, limits: typing.Any, progress: typing.Any) -> None:
         ...
     def cancel(self) -> None:
         """
         End after the round that runs.
+        """
+    def is_done(self) -> bool:
+        """
+        Whether the last launch has ended; waits for nothing.
         """
     def launch(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -200,7 +204,7 @@ class LoopGraph:
     @property
     def nodes(self) -> int:
         """
-        Of the round.
+        Of the rounds.
         """
 class OutOfPagesError(RuntimeError):
     pass
@@ -212,21 +216,25 @@ class PageTable:
         ...
     def apply_copies(self, plans: collections.abc.Sequence[CachePlan]) -> None:
         ...
-    def apply_edits(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any) -> None:
+    def apply_edits(self) -> None:
+        ...
+    def bind(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, record: typing.Any, status: typing.Any) -> None:
         ...
     def bounds(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
         ...
     def cancel(self) -> None:
         ...
-    def close(self) -> None:
+    def commit(self, kept: typing.Any, blocked: typing.Any, settles: bool) -> None:
         ...
     def fork(self, source: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def free(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def keep_apart(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, first: typing.SupportsInt | typing.SupportsIndex, kept: typing.Any, path: typing.Any, num_accepted: typing.Any, apart: typing.Any, reached: typing.Any, status: typing.Any) -> None:
+    def hold(self, slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], ends: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...
-    def keep_rows(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, kept: typing.Any, blocked: typing.Any, record: typing.Any, status: typing.Any) -> None:
+    def keep_apart(self, first: typing.SupportsInt | typing.SupportsIndex, kept: typing.Any, path: typing.Any, num_accepted: typing.Any, apart: typing.Any, reached: typing.Any, status: typing.Any) -> None:
+        ...
+    def keep_rows(self, kept: typing.Any, blocked: typing.Any) -> None:
         ...
     def pages(self, slot: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
         ...
@@ -565,6 +573,10 @@ def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, n
     """
 def gather_apart(apart: typing.Any, lengths: typing.Any, starts: typing.Any, path: typing.Any, num_accepted: typing.Any, kept: typing.Any) -> None:
     ...
+def loop_takes_tiers() -> bool:
+    """
+    Whether build and driver let the device choose among rounds.
+    """
 def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing.Any, out: typing.Any, lse: typing.Any) -> None:
     """
     See foretoken.ops.merge.
@@ -572,6 +584,10 @@ def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing
 def num_threads() -> int:
     """
     Threads the native loops use at most; torch.set_num_threads sets it.
+    """
+def packed_verdict(draft_tokens: typing.Any) -> tuple[int, int, int]:
+    """
+    (B, N, elements of drafts' dtype that hold a verdict of chains).
     """
 def record_width(columns: typing.SupportsInt | typing.SupportsIndex, logprobs: bool) -> int:
     """
@@ -581,10 +597,18 @@ def reserve_states(current: typing.Any, reserved: typing.Any, entries: typing.Su
     """
     See foretoken.cache.StateRing.reserve.
     """
+def ring_layout() -> tuple[int, int]:
+    """
+    Numbers in front of a ring, and of each of its entries.
+    """
+def ring_written(ring: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """
     See foretoken.ops.sample. Returns the bytes of workspace that are missing; 0: done.
     """
+def set_ring_read(ring: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
 def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, ...]:
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
@@ -597,7 +621,11 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
     """
     See foretoken.ops.tree_index.
     """
-def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any) -> int:
+def verdict_place(field: str, batch: typing.SupportsInt | typing.SupportsIndex, nodes: typing.SupportsInt | typing.SupportsIndex, id_bytes: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
-    See foretoken.ops.verify. Returns the bytes of workspace that are missing; 0: done.
+    Bytes in front of a field in such a buffer.
+    """
+def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any, packed: typing.Any = None, kept: typing.Any = None) -> int:
+    """
+    See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are missing; 0: done.
     """

@@ -48,6 +48,8 @@ class DeviceContext:
     """Not None: drafts form trees of this shape."""
     nodes: Tensor | None = None
     """int32 ``[B]``: the most drafts of each row's tree, 0 where its budget is, -1 where that is."""
+    shortfall: Tensor | None = None
+    """As of `Step`."""
 
 
 class DeviceDrafter(Protocol):
@@ -196,6 +198,7 @@ class DeviceModel:
             numbers_of_slots=rows.slot_numbers,
             slot_range=rows.range,
             longest=context.longest - 1,
+            shortfall=context.shortfall,
             max_length=self._drafter.max_length,
             depth_bound=most,
             node_bound=plan.nodes,
@@ -238,7 +241,8 @@ class DeviceModel:
             lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
             tokens = rows.tokens_at(context.state.text, lengths[:, None] + columns)
             requests = [slot_of[slot] for slot in slots]
-            self._run("prefill", rows, requests, tokens, lengths, used, start + max(counts))
+            short = torch.tensor([max(counts) - count for count in counts])
+            self._run("prefill", rows, requests, tokens, lengths, used, start + max(counts), short)
             start += chunk
         for slot in lacking:
             del self._fresh[slot]
@@ -249,15 +253,17 @@ class DeviceModel:
         if k > 0:
             lengths = self._inside(context.base + (k - 1), num_drafts, k, context.longest + k, 1)
             tokens, used = drafts[:, k - 1 : k], self._ones[: rows.count]
-            logits = self._run("decode", rows, context.requests, tokens, lengths, used, context.longest + k)
+            bound = context.longest + k
+            logits = self._run(
+                "decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall
+            )
             return self._fit(logits[:, -1])
         held = torch.minimum(rows.of(self._reach), context.base - 1)
         lacking = (context.base - held).clamp(1, 2)
         lengths = self._inside(held, num_drafts, 0, context.longest + 1, 2)
         tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
-        logits = self._run(
-            "decode", rows, context.requests, tokens, lengths, lacking.to(torch.int32), context.longest + 1
-        )
+        bound, used = context.longest + 1, lacking.to(torch.int32)
+        logits = self._run("decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall)
         return self._fit(logits[rows.numbers, lacking - 1])
 
     def _inside(self, lengths: Tensor, num_drafts: Tensor, k: int, bound: int, columns: int) -> Tensor:
@@ -276,6 +282,7 @@ class DeviceModel:
         lengths: Tensor,
         used: Tensor,
         bound: int,
+        shortfall: Tensor | None,
     ) -> Tensor:
         positions = lengths[:, None]
         if tokens.shape[1] > 1:
@@ -293,6 +300,8 @@ class DeviceModel:
             False,
             rows.range,
             True,
+            slot_numbers=rows.slot_numbers,
+            shortfall=shortfall,
         )
         return self._forward(step)
 

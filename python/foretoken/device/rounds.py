@@ -75,6 +75,7 @@ class DeviceRounds:
         self._clock = DeviceClock()
         self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
+        self._shortfalls: dict[int, Tensor] = {}  # of the step that is planned, by rows
         self._version = -1
         self._rows: Rows | None = None
         self._row_requests: list[Request] = []
@@ -223,6 +224,8 @@ class DeviceRounds:
             step.uniform,
             step.slot_range,
             True,
+            slot_numbers=step.slots.tolist(),
+            shortfall=step.max_length_after - step.lengths - step.num_tokens,
         )
 
     def _decode(self, shape: Shape, most: int, again: bool) -> float:
@@ -233,6 +236,7 @@ class DeviceRounds:
             self._rows = Rows([s for s in slots if s is not None], self._state.text.shape[1], self._device)
         rows = self._rows
         base = rows.of(self._state.base)
+        shortfall = self._shortfall(rows.count)
         drafted = 0.0
         if again and self._whole is not None:
             self._kept = upload(self._native.kept_rows(), torch.int64, self._device)
@@ -240,14 +244,16 @@ class DeviceRounds:
         else:
             before = perf_counter()
             self._whole = self._kept = None
-            self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1)
+            self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1, shortfall)
             drafted = perf_counter() - before
             self._seconds.draft += drafted
         self._planned = rows, base, proposal
-        self._step = self._step_of(rows, base, proposal, shape[4])
+        self._step = self._step_of(rows, base, proposal, shape[4], shortfall)
         return drafted
 
-    def _propose(self, rows: Rows, base: Tensor, most: int, longest: int) -> Proposal:
+    def _propose(
+        self, rows: Rows, base: Tensor, most: int, longest: int, shortfall: Tensor | None = None
+    ) -> Proposal:
         budget = rows.of(self._state.next_drafts).clamp_max(most)
         if self._drafter is None or most == 0:
             none = torch.empty(rows.count, 0, dtype=torch.int64, device=self._device)
@@ -265,6 +271,7 @@ class DeviceRounds:
             self._coupled(),
             self._tree,
             None if self._tree is None else self._nodes(base, budget, self._tree.nodes),
+            shortfall,
         )
         return self._drafter.propose(context, most)
 
@@ -277,7 +284,20 @@ class DeviceRounds:
         flags = [request._rule == "coupled" for request in self._row_requests]
         return flags[0] if len(set(flags)) == 1 else upload(flags, torch.bool, self._device)
 
-    def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
+    def _shortfall(self, rows: int) -> Tensor:
+        found = self._shortfalls.get(rows)
+        if found is None:
+            found = self._shortfalls[rows] = self._views.flat("shortfall")[:rows]
+        return found
+
+    def _step_of(
+        self,
+        rows: Rows,
+        base: Tensor,
+        proposal: Proposal,
+        max_length_after: int,
+        shortfall: Tensor | None = None,
+    ) -> Step:
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
@@ -299,6 +319,8 @@ class DeviceRounds:
             rows.range,
             True,
             tree,
+            slot_numbers=rows.slot_numbers,
+            shortfall=shortfall,
         )
 
     def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:
