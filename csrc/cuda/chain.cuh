@@ -19,9 +19,15 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ void run() {
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
-    const uint32_t rows = static_cast<uint32_t>(args_.most_drafts) * (args_.draft.data ? 2 : 1) + 1;
-    typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                  size_ * kWarps * clusters - clusters, 0, 1, rows, tiles_);
+    const uint32_t of_drafts = args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0;
+    const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1;
+    const auto tiles_from = [&](uint32_t first, uint32_t count) {
+      return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
+                                     size_ * kWarps * clusters - clusters, first, first + 1, count, tiles_);
+    };
+    bool given = args_.given != nullptr;
+    typename Rows::RowTiles tiles =
+        given ? tiles_from(of_target, of_drafts) : tiles_from(0, of_target + of_drafts);
     RawTile<kType> raw;
     if (!scouts && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
@@ -30,11 +36,17 @@ class ChainVerifier : ChainDraw<kType, false> {
       return;
     }
     const bool filtered = this->any_filter(), shared = args_.clusters > 1;
+    if (given && filtered) {  // whose thresholds are found in the rows
+      given = false;
+      tiles = tiles_from(0, of_target + of_drafts);
+      if (!scouts && !shared && tiles.any()) this->load(tiles, raw);
+    }
     if (scouts) {
       this->look_ahead();
     } else if (!filtered || !shared) {
       this->stream(raw, tiles);
     }
+    if (given) this->take_given();
     if (filtered) Base::make_own_laws(args_, shared_, drafts_, dense_);
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
