@@ -188,7 +188,8 @@ class Completions:
         """Launch until there is something for the host to do; the session goes through the same rounds."""
         native, done = self._rounds._native, 0
         ids = native.row_ids()
-        self._note_requests()
+        if len(loop.widths) > 1:
+            self._note_requests()
         self._changed, self._is_planned, self._running = False, True, loop
         try:
             while True:
