@@ -25,7 +25,7 @@ class ChainVerifier : ChainDraw<kType, false> {
       return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
                                      size_ * kWarps * clusters - clusters, first, first + 1, count, tiles_);
     };
-    bool given = args_.given != nullptr;
+    const bool given = args_.given != nullptr;
     typename Rows::RowTiles tiles =
         given ? tiles_from(of_target, of_drafts) : tiles_from(0, of_target + of_drafts);
     RawTile<kType> raw;
@@ -35,24 +35,19 @@ class ChainVerifier : ChainDraw<kType, false> {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    const bool filtered = this->any_filter(), shared = args_.clusters > 1;
-    if (given && filtered) {  // whose thresholds are found in the rows
-      given = false;
-      tiles = tiles_from(0, of_target + of_drafts);
-      if (!scouts && !shared && tiles.any()) this->load(tiles, raw);
-    }
+    const bool filtered = this->any_filter();
     if (scouts) {
       this->look_ahead();
-    } else if (!filtered || !shared) {
+    } else if (!filtered) {
       this->stream(raw, tiles);
     }
-    if (given) this->take_given();
-    if (filtered) Base::make_own_laws(args_, shared_, drafts_, dense_);
+    if (given && !filtered) this->take_given();  // thresholds are found in the rows
+    if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
     if (!filtered) {
       this->make_laws();
-    } else if (shared) {
+    } else if (args_.clusters > 1) {
       this->take_laws();
     }
     cluster_sync();
