@@ -19,15 +19,12 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ void run() {
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
-    const uint32_t of_drafts = args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0;
-    const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1;
-    const auto tiles_from = [&](uint32_t first, uint32_t count) {
-      return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                     size_ * kWarps * clusters - clusters, first, first + 1, count, tiles_);
-    };
     const bool given = args_.given != nullptr;
-    typename Rows::RowTiles tiles =
-        given ? tiles_from(of_target, of_drafts) : tiles_from(0, of_target + of_drafts);
+    const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1, first = given ? of_target : 0;
+    const uint32_t end = of_target + (args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0);
+    typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
+                                  size_ * kWarps * clusters - clusters, first, first + 1, end - first,
+                                  tiles_);
     RawTile<kType> raw;
     if (!scouts && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
