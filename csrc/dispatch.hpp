@@ -14,6 +14,7 @@
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/state_ring.hpp"
+#include "cpu/tile_stats.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -26,6 +27,7 @@
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/state_ring.hpp"
+#include "ops/tile_stats.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -40,6 +42,7 @@
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/state_ring.hpp"
+#include "cuda/tile_stats.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -221,6 +224,14 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
   return cuda::prepare(args, what, workspace, device, stream);
 #else
   return {};
+#endif
+}
+
+inline void tile_stats(const TileStatsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::tile_stats(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::tile_stats(args, stream);
 #endif
 }
 
