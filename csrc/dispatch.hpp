@@ -14,6 +14,7 @@
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/state_ring.hpp"
+#include "cpu/step_inputs.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -26,6 +27,7 @@
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/state_ring.hpp"
+#include "ops/step_inputs.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -40,6 +42,7 @@
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/state_ring.hpp"
+#include "cuda/step_inputs.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -222,6 +225,22 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void write_step_inputs(const StepInputsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::write_step_inputs(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::write_step_inputs(args, stream);
+#endif
+}
+
+inline void last_logits(const LastLogitsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::last_logits(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::last_logits(args, stream);
 #endif
 }
 

@@ -565,6 +565,10 @@ def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, n
     """
 def gather_apart(apart: typing.Any, lengths: typing.Any, starts: typing.Any, path: typing.Any, num_accepted: typing.Any, kept: typing.Any) -> None:
     ...
+def last_logits(logits: typing.Any, used: typing.Any, out: typing.Any) -> None:
+    """
+    See foretoken.device.inputs.last_logits.
+    """
 def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing.Any, out: typing.Any, lse: typing.Any) -> None:
     """
     See foretoken.ops.merge.
@@ -600,4 +604,8 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
 def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any) -> int:
     """
     See foretoken.ops.verify. Returns the bytes of workspace that are missing; 0: done.
+    """
+def write_step_inputs(text: typing.Any, base: typing.Any, next_drafts: typing.Any, seats: typing.Any, tokens: typing.Any, positions: typing.Any, lengths: typing.Any, num_tokens: typing.Any, num_drafts: typing.Any, row_base: typing.Any, slots: typing.Any, reach: typing.Any, first_tokens: typing.Any, first_positions: typing.Any, draft_lengths: typing.Any, draft_used: typing.Any, cache_rows: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    See foretoken.device.inputs.StepInputs.write.
     """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foretoken import ops
 from foretoken.device.clock import DeviceClock
-from foretoken.device.drafting import DeviceContext, DeviceDrafter
+from foretoken.device.drafting import DeviceContext, DeviceDrafter, DeviceModel
+from foretoken.device.inputs import FedProposal, StepInputs
 from foretoken.device.results import Results
 from foretoken.device.rows import Rows
 from foretoken.device.trees import tree_of
@@ -75,6 +76,7 @@ class DeviceRounds:
         self._clock = DeviceClock()
         self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
+        self._inputs: dict[tuple[int, int], StepInputs] = {}
         self._version = -1
         self._rows: Rows | None = None
         self._row_requests: list[Request] = []
@@ -248,10 +250,20 @@ class DeviceRounds:
         return drafted
 
     def _propose(self, rows: Rows, base: Tensor, most: int, longest: int) -> Proposal:
-        budget = rows.of(self._state.next_drafts).clamp_max(most)
-        if self._drafter is None or most == 0:
-            none = torch.empty(rows.count, 0, dtype=torch.int64, device=self._device)
-            return Proposal(none, budget)
+        """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
+        drafter = self._drafter if most > 0 else None
+        if drafter is None:
+            plain = self._inputs_of(rows.count, 0)
+            plain.write(self._state, rows.slots)
+            return FedProposal(plain.drafts, plain.num_drafts, inputs=plain)
+        tree, nodes, inputs = self._tree, None, None
+        if tree is None and isinstance(drafter, DeviceModel):
+            inputs = self._inputs_of(rows.count, most)
+            base, budget = inputs.base, inputs.num_drafts
+        else:
+            budget = rows.of(self._state.next_drafts).clamp_max(most)
+        if tree is not None:
+            nodes = self._nodes(base, budget, tree.nodes)
         context = DeviceContext(
             rows,
             self._state,
@@ -263,10 +275,17 @@ class DeviceRounds:
             longest,
             all(request._greedy for request in self._row_requests),
             self._coupled(),
-            self._tree,
-            None if self._tree is None else self._nodes(base, budget, self._tree.nodes),
+            tree,
+            nodes,
+            inputs,
         )
-        return self._drafter.propose(context, most)
+        return drafter.propose(context, most)
+
+    def _inputs_of(self, rows: int, drafts: int) -> StepInputs:
+        inputs = self._inputs.get((rows, drafts))
+        if inputs is None:
+            inputs = self._inputs[rows, drafts] = StepInputs(rows, drafts, self._device)
+        return inputs
 
     def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
         """The most drafts of each row's tree: what its slot has room for."""
@@ -278,6 +297,8 @@ class DeviceRounds:
         return flags[0] if len(set(flags)) == 1 else upload(flags, torch.bool, self._device)
 
     def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
+        if isinstance(proposal, FedProposal) and proposal.inputs is not None:
+            return proposal.inputs.step(self._row_requests, max_length_after, rows.range)
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
