@@ -1,6 +1,6 @@
 """Tree attention on a CUDA device, beside FlexAttention and, where it can be imported, FlashInfer.
 
-    python bench/bench_cuda_tree_attention.py [--json FILE] [--only WORDS] [--no-peers]
+    python bench/bench_cuda_tree_attention.py [--json FILE] [--only WORDS] [--no-peers] [--peer-seconds 60]
     pytest bench/bench_cuda_tree_attention.py --benchmark-json FILE
 
 32 query heads on 8 kv heads of 128, pages of 16, random trees. Device times are
@@ -8,6 +8,8 @@ replays of a graph that holds one call for each set of buffers, which together a
 second-level cache. Answers are held against float64 before anything is timed. `limit us` is what a plain sum,
 timed in the same run, takes to read K and V once. FlashInfer runs its masked prefill, planned beforehand (the
 plan's host time is not in the figure), and its decode of one query at the same caches for comparison.
+FlexAttention, compiled for each shape, reads contiguous copies of the rows; its mask is made beforehand.
+Where a peer is not timed, its column says why; none is begun once they have taken `--peer-seconds` in all.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -28,8 +32,11 @@ from cuda_timing import Captured, host_us, read_bandwidth
 
 try:
     import flashinfer
-except Exception:  # a broken installation is no peer either
+
+    NO_FLASHINFER = ""
+except Exception as error:  # a broken installation is no peer either
     flashinfer = None
+    NO_FLASHINFER = f"not imported: {type(error).__name__}"
 
 HEADS, KV_HEADS, SIZE, PAGE = 32, 8, 128, 16
 COLD = 512 << 20
@@ -104,59 +111,95 @@ class Buffers:
         return (scores.masked_fill(~self.mask(), -torch.inf).softmax(2) @ values).transpose(0, 1)
 
 
-def assert_answer(buffers: Buffers, call: functools.partial[torch.Tensor]) -> None:
-    out = call()
+def assert_answer(buffers: Buffers, out: torch.Tensor, bound: float = 5e-3) -> None:
     for b in {0, buffers.row.batch - 1}:
         exact = buffers.exact(b)
         error = float((out[b].double() - exact).norm() / exact.norm())
-        assert error < 5e-3, f"{buffers.row}: relative error {error}"
+        assert error < bound, f"{buffers.row}: relative error {error}"
 
 
-def flashinfer_calls(sets: list[Buffers]) -> tuple[list[Any], list[Any]]:
-    """Its masked prefill, and its decode of one query."""
-    row = sets[0].row
-    if flashinfer is None or row.cache != "bf16":
-        return [], []
-    slots = row.length + row.nodes
-    per_row = -(-slots // PAGE)
-    space = [torch.empty(256 << 20, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    counts = torch.arange(row.batch + 1, dtype=torch.int32, device="cuda")
-    last = torch.full((row.batch,), (slots - 1) % PAGE + 1, dtype=torch.int32, device="cuda")
-    heads = (HEADS, KV_HEADS, SIZE, PAGE)
-    types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-    masked, single = [], []
+class FlashInferPlan:
+    """What its wrappers are told of a shape."""
+
+    def __init__(self, row: Row) -> None:
+        slots = row.length + row.nodes
+        per_row = -(-slots // PAGE)
+        counts = torch.arange(row.batch + 1, dtype=torch.int32, device="cuda")
+        self.space = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self.queries, self.pages = counts * row.nodes, counts * per_row
+        self.last = torch.full((row.batch,), (slots - 1) % PAGE + 1, dtype=torch.int32, device="cuda")
+        self.heads = (HEADS, KV_HEADS, SIZE, PAGE)
+        self.types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+
+
+def flashinfer_masked(sets: list[Buffers]) -> list[Any]:
+    """Its masked prefill."""
+    plan, calls = FlashInferPlan(sets[0].row), []
     for one in sets:
-        pages = one.table.flatten()
-        prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space[0], "NHD", backend="fa2")
-        mask = one.mask().flatten().repeat(row.batch)
-        prefill.plan(counts * row.nodes, counts * per_row, pages, last, *heads, custom_mask=mask, **types)
-        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space[1], "NHD", use_tensor_cores=True)
-        decode.plan(counts * per_row, pages, last, *heads, **types)
-        masked.append(functools.partial(prefill.run, one.q.flatten(0, 1), one.cache))
-        single.append(functools.partial(decode.run, one.q[:, 0].contiguous(), one.cache))
-    return masked, single
-
-
-def flex_calls(sets: list[Buffers]) -> list[Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    row = sets[0].row
-    compiled = torch.compile(flex_attention, dynamic=False)
-    slots = row.length + row.nodes
-    calls = []
-    for one in sets:
-        mask = one.mask()
-        block = create_block_mask(
-            lambda b, h, q, k, mask=mask: mask[q, k], 1, 1, row.nodes, slots, device="cuda"
-        )
-        rows = torch.stack([one.rows(b) for b in range(row.batch)], 1).transpose(2, 3).contiguous()
-        q = one.q.transpose(1, 2).contiguous()
-        calls.append(functools.partial(compiled, q, rows[0], rows[1], block_mask=block, enable_gqa=True))
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.space, "NHD", backend="fa2")
+        mask, pages = one.mask().flatten().repeat(one.row.batch), one.table.flatten()
+        wrapper.plan(plan.queries, plan.pages, pages, plan.last, *plan.heads, custom_mask=mask, **plan.types)
+        calls.append(functools.partial(wrapper.run, one.q.flatten(0, 1), one.cache))
     return calls
 
 
-def time_or_none(calls: list[Any], rounds: int) -> float | None:
-    return round(Captured(calls).us(rounds), 2) if calls else None
+def flashinfer_single(sets: list[Buffers]) -> list[Any]:
+    """Its decode of one query."""
+    plan, calls = FlashInferPlan(sets[0].row), []
+    for one in sets:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(plan.space, "NHD", use_tensor_cores=True)
+        wrapper.plan(plan.pages, one.table.flatten(), plan.last, *plan.heads, **plan.types)
+        calls.append(functools.partial(wrapper.run, one.q[:, 0].contiguous(), one.cache))
+    return calls
+
+
+def flex_calls(sets: list[Buffers]) -> list[Any]:
+    """Of one tree, the first set's: a mask is compiled in."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    row, mask = sets[0].row, sets[0].mask()
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    slots = row.length + row.nodes
+    block = create_block_mask(lambda b, h, q, k: mask[q, k], 1, 1, row.nodes, slots, device="cuda")
+    calls = []
+    for one in sets:
+        rows = torch.stack([one.rows(b) for b in range(row.batch)], 1).transpose(2, 3).contiguous()
+        q = one.q.transpose(1, 2).contiguous()
+        calls.append(functools.partial(compiled, q, rows[0], rows[1], block_mask=block, enable_gqa=True))
+    assert_answer(sets[0], calls[0]().transpose(1, 2), 2e-2)
+    return calls
+
+
+class Peers:
+    """The time of others, in microseconds, or why there is none."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def us(self, calls: Callable[[], list[Any]], rounds: int) -> float | str:
+        if self.seconds <= 0:
+            return "not timed: over its time"
+        begin = perf_counter()
+        try:
+            return round(Captured(calls()).us(rounds), 2)
+        except Exception as error:
+            return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        finally:
+            torch.cuda.synchronize()
+            self.seconds -= perf_counter() - begin
+
+    def measure(self, sets: list[Buffers], rounds: int) -> Result:
+        if sets[0].row.cache != "bf16":
+            return {}
+        if flashinfer is None:
+            result: Result = {"flashinfer": NO_FLASHINFER}
+        else:
+            result = {
+                "flashinfer_mask_us": self.us(lambda: flashinfer_masked(sets), rounds),
+                "flashinfer_decode_of_one_us": self.us(lambda: flashinfer_single(sets), rounds),
+            }
+        return result | {"flex_us": self.us(lambda: flex_calls(sets), rounds)}
 
 
 @functools.cache
@@ -164,12 +207,12 @@ def bandwidth() -> float:
     return read_bandwidth("cuda")
 
 
-def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured]:
+def measure(row: Row, rounds: int, peers: Peers | None = None) -> tuple[Result, Captured]:
     size = 2 * (row.length + row.nodes) * row.batch * KV_HEADS * SIZE * CACHES[row.cache].itemsize
     sets = [Buffers(row) for _ in range(max(2, min(40, COLD // size + 1)))]
     workspace = torch.zeros(512 << 20, dtype=torch.uint8, device="cuda")
     calls = [one.call(workspace) for one in sets]
-    assert_answer(sets[0], calls[0])
+    assert_answer(sets[0], calls[0]())
     captured = Captured(calls)
     us = captured.us(rounds)
     result: Result = {
@@ -182,14 +225,7 @@ def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured
         "host_us": round(host_us(calls[0]), 2),
     }
     if peers:
-        masked, single = flashinfer_calls(sets)
-        result["flashinfer_mask_us"] = time_or_none(masked, rounds)
-        result["flashinfer_decode_of_one_us"] = time_or_none(single, rounds)
-        if row.cache == "bf16" and row.batch * row.length <= 1 << 17:
-            try:
-                result["flex_us"] = time_or_none(flex_calls(sets[:2]), rounds)
-            except Exception as error:
-                result["flex_us"] = type(error).__name__
+        result |= peers.measure(sets, rounds)
     return result, captured
 
 
@@ -198,12 +234,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peer-seconds", type=float, default=60)
     options = parser.parse_args()
+    peers = None if options.no_peers else Peers(options.peer_seconds)
     results = []
     for row in ROWS:
         if options.only not in str(row):
             continue
-        results.append(measure(row, 15, not options.no_peers)[0])
+        results.append(measure(row, 15, peers)[0])
         sys.stdout.write(json.dumps(results[-1]) + "\n")
         sys.stdout.flush()
     if options.json:

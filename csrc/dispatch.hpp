@@ -82,6 +82,15 @@ inline CudaReport cuda_report() {
 #endif
 }
 
+// Whether what is launched on the stream becomes part of a graph, or must not be launched for another
+// capture.
+inline bool is_capturing([[maybe_unused]] Device device, [[maybe_unused]] Stream stream) {
+#ifdef FORETOKEN_HAS_CUDA
+  if (device.type == DeviceType::cuda) return cuda::is_capturing(device, stream);
+#endif
+  return false;
+}
+
 // The device's results are filled in; false in a build without CUDA code.
 inline bool cuda_self_check([[maybe_unused]] const SelfCheckInput* inputs,
                             [[maybe_unused]] SelfCheckOutput* outputs, [[maybe_unused]] int64_t count) {

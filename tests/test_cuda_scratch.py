@@ -28,32 +28,31 @@ VARIETY = [
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    _scratch._kept.clear()
+    _scratch.KEPT.clear()
     yield
-    _scratch._kept.clear()
+    _scratch.KEPT.clear()
 
 
 def test_what_is_kept_has_a_bound():
     first, second = (0, 1, 4), (0, 1, 8)
     half = torch.empty(_scratch.MOST_BYTES // 2, dtype=torch.uint8)
     _scratch.keep(None, half)
-    assert not _scratch._kept
+    assert not _scratch.KEPT
     _scratch.keep(first, half)
     _scratch.keep(second, half)
-    assert all(_scratch.kept(key) is half for key in (first, second))
+    assert all(_scratch.KEPT.get(key) is half for key in (first, second))
     _scratch.keep((0, 2, 1), half[:1])  # the oldest goes
-    assert _scratch.kept(first) is None
-    assert _scratch.kept(second) is half
+    assert _scratch.KEPT.get(first) is None
+    assert _scratch.KEPT.get(second) is half
     _scratch.keep(second, torch.empty(_scratch.MOST_BYTES + 1, dtype=torch.uint8))
-    assert _scratch.kept(second) is None  # too small by now, and what it needs is too much
-    assert _scratch.kept(None) is None
+    assert _scratch.KEPT.get(second) is None  # too small by now, and what it needs is too much
 
 
 def test_nothing_is_kept_on_the_cpu():
     arguments = Rounds(PLAIN).arguments()
     del arguments["out"]
     assert ft.ops.verify(**arguments).workspace is None
-    assert not _scratch._kept
+    assert not _scratch.KEPT
 
 
 @pytest.mark.cuda
@@ -89,7 +88,7 @@ def test_calls_that_share_it_stay_right():
             verdict, tokens=verdict.tokens[:, :depth], path=verdict.path[:, : depth - 1]
         )
         assert_same_fields(same, expected[number], f"call of {VARIETY[number]}")
-    assert 2 <= len(_scratch._kept) <= 6
+    assert 2 <= len(_scratch.KEPT) <= 6
 
 
 @pytest.mark.cuda
@@ -103,7 +102,7 @@ def test_a_graph_has_its_own():
         if name != "out"
     }
     ft.ops.verify(**placed)
-    (before,) = _scratch._kept.values()
+    (before,) = _scratch.KEPT.values()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = ft.ops.verify(**placed)

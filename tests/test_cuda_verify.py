@@ -488,11 +488,13 @@ def test_the_cpus_tests_hold_on_the_device(file: str):
 
 
 @pytest.mark.long
-def test_a_million_rounds(mirror: Mirror, figure):
-    """Over all configurations of small vocabularies, and random ones of real size."""
-    pick = random.Random("a million rounds")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_million_rounds(mirror: Mirror, part: int, figure):
+    """Over all configurations of small vocabularies, and random ones of real size. A million in all parts."""
+    pick = random.Random(f"a million rounds, part {part}")
     batch = 1 + MANY // ROWS
-    for number, row in enumerate(configurations()):
+    rows = configurations()[part::PARTS]
+    for number, row in enumerate(rows):
         large = random_row(pick, {})
         try:
             Experiment(row, batch).round(1)
@@ -500,5 +502,5 @@ def test_a_million_rounds(mirror: Mirror, figure):
                 ft.ops.verify(**Rounds(large, 9).arguments())
         except AssertionError as error:
             raise AssertionError(f"{row}, {large}: {error}") from error
-    assert mirror.requests >= MANY
+    assert mirror.requests >= MANY * len(rows) // ROWS
     figure("requests", mirror.requests)

@@ -2,10 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string>
+
 #include "bindings/boundary.hpp"
 #include "bindings/op_checks.hpp"
 #include "bindings/sampling_table.hpp"
 #include "bindings/tolerance.hpp"
+#include "bindings/verdict_places.hpp"
 #include "dispatch.hpp"
 #include "math/tree_index.hpp"
 
@@ -141,6 +145,44 @@ void write_outputs(Intake& intake, const Outputs& out, VerifyArgs& args, const S
   write_logprobs(intake, out, args, size.batch, columns);
 }
 
+// The outputs of a call without buffers, one behind the other in memory that Python has made for them.
+void write_packed(Intake& intake, py::handle packed, VerifyArgs& args, const Sizes& size) {
+  const DType ids = args.draft_tokens.dtype;
+  const VerdictPlaces places(size.batch, size.nodes, bytes_of(ids));
+  const TensorView whole =
+      intake.write(packed, "packed", ids, {places.bytes / bytes_of(ids)}, Layout::contiguous);
+  const auto part = [&](int64_t place, DType dtype, int64_t columns) {
+    TensorView view;
+    view.data = static_cast<char*>(whole.data) + place;
+    view.dtype = dtype;
+    view.device = whole.device;
+    view.rank = columns < 0 ? 1 : 2;
+    view.shape[0] = size.batch;
+    view.shape[1] = columns;
+    view.strides[0] = columns < 0 ? 1 : std::max<int64_t>(columns, 1);
+    view.strides[1] = 1;
+    return view;
+  };
+  constexpr int64_t kOneEach = -1;
+  args.tokens = part(places.tokens, ids, size.nodes + 1);
+  args.num_emitted = part(places.num_emitted, DType::int32, kOneEach);
+  args.num_accepted = part(places.num_accepted, DType::int32, kOneEach);
+  args.path = part(places.path, DType::int32, size.nodes);
+  args.next_token = part(places.next_token, ids, kOneEach);
+  args.next_lengths = part(places.next_lengths, DType::int64, kOneEach);
+  args.status = part(places.status, DType::int32, kOneEach);
+}
+
+// What calls before this one have left, by device, stream and number of rows; nothing inside a captured
+// graph, which outlives what it is captured among.
+py::object find_kept(py::handle kept, Device device, Stream stream, int64_t batch) {
+  if (kept.is_none() || dispatch::is_capturing(device, stream)) return py::none();
+  const py::tuple key = py::make_tuple(device.index, reinterpret_cast<uintptr_t>(stream.handle), batch);
+  PyObject* found = PyDict_GetItemWithError(kept.ptr(), key.ptr());  // borrowed
+  if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return found != nullptr ? py::reinterpret_borrow<py::object>(found) : py::none();
+}
+
 void check_rule(const VerifyArgs& args) {
   if (args.rules) return;
   if (args.rule == Rule::gbv && args.draw != Draw::iid_paths) {
@@ -162,7 +204,8 @@ int64_t verify(py::handle target_logits, py::handle row_offsets, py::handle draf
                py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle path,
                py::handle path_rows, py::handle next_token, py::handle next_lengths, py::handle status,
                py::handle logprobs, py::handle top_tokens, py::handle top_logprobs, py::handle raw_logprobs,
-               py::handle raw_top_tokens, py::handle raw_top_logprobs, py::handle workspace) {
+               py::handle raw_top_tokens, py::handle raw_top_logprobs, py::handle workspace,
+               py::handle packed, py::handle kept) {
   const Inputs in{target_logits, row_offsets, draft_tokens,   parents,   num_drafts,    draft_logits,
                   draft_probs,   topk_ids,    topk_probs,     draft_row, draft_records, vocab_map,
                   bitmask,       history,     prompt_lengths, base,      slots};
@@ -198,14 +241,20 @@ int64_t verify(py::handle target_logits, py::handle row_offsets, py::handle draf
   args.num_paths = num_paths;
   args.tolerance = tolerance.view();
   check_rule(args);
-  write_outputs(intake, out, args, size);
+  if (packed.is_none()) {
+    write_outputs(intake, out, args, size);
+  } else {
+    write_packed(intake, packed, args, size);
+  }
+  const Device device = intake.device();
+  const Stream stream = intake.stream();
+  const int64_t needed = dispatch::verify_workspace(args, device);
+  py::object found;  // held for as long as the call: another thread may make room in `kept`
+  if (needed > 0 && workspace.is_none()) workspace = found = find_kept(kept, device, stream, size.batch);
   int64_t room = 0;
   const TensorView scratch =
       intake.write_or_null(workspace, "out.workspace", DType::uint8, {Dim::bind(room, "bytes")});
-  const Device device = intake.device();
-  const int64_t needed = dispatch::verify_workspace(args, device);
   if (needed > room) return needed;
-  const Stream stream = intake.stream();
   args.sampling = sampling.view(device, stream);
   args.draft_sampling = draft_sampling.view(device, stream);
   py::gil_scoped_release unlocked;
@@ -242,17 +291,39 @@ void register_verify(py::module_& module) {
       .def(py::init(&make_tolerance), py::arg("typical_epsilon"), py::arg("typical_delta"),
            py::arg("threshold_single"), py::arg("threshold_sum"), py::arg("relaxed_top_k"),
            py::arg("relaxed_delta"), py::arg("window_entropy"), py::arg("window_delta"), py::arg("rates"));
-  module.def("verify", &verify, py::arg("target_logits"), py::arg("row_offsets"), py::arg("draft_tokens"),
-             py::arg("parents"), py::arg("num_drafts"), py::arg("draft_logits"), py::arg("draft_probs"),
-             py::arg("topk_ids"), py::arg("topk_probs"), py::arg("draft_row"), py::arg("draft_records"),
-             py::arg("vocab_map"), py::arg("bitmask"), py::arg("history"), py::arg("prompt_lengths"),
-             py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"),
-             py::arg("rule"), py::arg("rules"), py::arg("draw"), py::arg("num_paths"), py::arg("tolerance"),
-             py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"), py::arg("path"),
-             py::arg("path_rows"), py::arg("next_token"), py::arg("next_lengths"), py::arg("status"),
-             py::arg("logprobs"), py::arg("top_tokens"), py::arg("top_logprobs"), py::arg("raw_logprobs"),
-             py::arg("raw_top_tokens"), py::arg("raw_top_logprobs"), py::arg("workspace"),
-             "See foretoken.ops.verify. Returns the bytes of workspace that are missing; 0: done.");
+  module.def(
+      "verify", &verify, py::arg("target_logits"), py::arg("row_offsets"), py::arg("draft_tokens"),
+      py::arg("parents"), py::arg("num_drafts"), py::arg("draft_logits"), py::arg("draft_probs"),
+      py::arg("topk_ids"), py::arg("topk_probs"), py::arg("draft_row"), py::arg("draft_records"),
+      py::arg("vocab_map"), py::arg("bitmask"), py::arg("history"), py::arg("prompt_lengths"),
+      py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("rule"),
+      py::arg("rules"), py::arg("draw"), py::arg("num_paths"), py::arg("tolerance"), py::arg("tokens"),
+      py::arg("num_emitted"), py::arg("num_accepted"), py::arg("path"), py::arg("path_rows"),
+      py::arg("next_token"), py::arg("next_lengths"), py::arg("status"), py::arg("logprobs"),
+      py::arg("top_tokens"), py::arg("top_logprobs"), py::arg("raw_logprobs"), py::arg("raw_top_tokens"),
+      py::arg("raw_top_logprobs"), py::arg("workspace"), py::arg("packed") = py::none(),
+      py::arg("kept") = py::none(),
+      "See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: "
+      "workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are "
+      "missing; 0: done.");
+  module.def(
+      "packed_verdict",
+      [](py::handle draft_tokens) {
+        Intake intake("verify");
+        int64_t batch = 0, nodes = 0;
+        const TensorView drafts = intake.read(draft_tokens, "draft_tokens", kIndexDTypes,
+                                              {Dim::bind(batch, "B"), Dim::bind(nodes, "N")}, Layout::any);
+        const int64_t bytes = bytes_of(drafts.dtype);
+        return py::make_tuple(batch, nodes, VerdictPlaces(batch, nodes, bytes).bytes / bytes);
+      },
+      py::arg("draft_tokens"), "(B, N, elements of drafts' dtype that hold a verdict of chains).");
+  module.def(
+      "verdict_place",
+      [](const std::string& field, int64_t batch, int64_t nodes, int64_t id_bytes) {
+        return VerdictPlaces(batch, nodes, id_bytes).of(field);
+      },
+      py::arg("field"), py::arg("batch"), py::arg("nodes"), py::arg("id_bytes"),
+      "Bytes in front of a field in such a buffer.");
 }
 
 }  // namespace foretoken

@@ -29,10 +29,20 @@ class ChainVerifier : ChainDraw<kType, false> {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    scouts ? this->look_ahead() : this->stream(raw, tiles);
+    const bool filtered = this->any_filter(), shared = args_.clusters > 1;
+    if (scouts) {
+      this->look_ahead();
+    } else if (!filtered || !shared) {
+      this->stream(raw, tiles);
+    }
+    if (filtered) Base::make_own_laws(args_, shared_, drafts_, dense_);
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
-    this->make_laws();
+    if (!filtered) {
+      this->make_laws();
+    } else if (shared) {
+      this->take_laws();
+    }
     cluster_sync();
     if (warp_ == 0) begin();
     int turn = 0;

@@ -3,6 +3,7 @@
 // drawn and what is written down.
 #pragma once
 
+#include "math/row_law.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken::cuda {
@@ -23,6 +24,12 @@ struct ChainRowsView {
 
 struct TileStats;
 
+// A law, and the probability of the drafted token under it.
+struct alignas(16) ChainRecord {
+  RowLaw law;
+  double prob;
+};
+
 struct ChainArgs {
   ChainRowsView target, draft;  // draft.data == nullptr: no law of the draft's is looked at
   int64_t vocab = 0;
@@ -35,6 +42,7 @@ struct ChainArgs {
   int32_t clusters = 1;        // that share the reading of a request
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
+  ChainRecord* laws = nullptr;   // [B, 2 N + 3] of filtered rows, where several clusters find them
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
 
   // Of trees alone.

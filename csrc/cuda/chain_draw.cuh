@@ -1,7 +1,7 @@
 // Closing tokens: drawn from what rejected drafts leave of a row, by all threads of every block.
 #pragma once
 
-#include "cuda/chain_rows.cuh"
+#include "cuda/chain_laws.cuh"
 
 namespace foretoken::cuda {
 
@@ -42,8 +42,9 @@ struct SeveralRemoved {
 };
 
 template <DType kType, bool kTree>
-class ChainDraw : protected ChainRows<kType, kTree> {
+class ChainDraw : protected ChainLaws<kType, kTree> {
  protected:
+  using Laws = ChainLaws<kType, kTree>;
   using Rows = ChainRows<kType, kTree>;
   using Rows::args_;
   using Rows::b_;
@@ -64,7 +65,7 @@ class ChainDraw : protected ChainRows<kType, kTree> {
   using Rows::vocab_;
   using Rows::warp_;
 
-  __device__ __forceinline__ ChainDraw(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
+  __device__ __forceinline__ ChainDraw(const ChainArgs& args, ChainShared& shared) : Laws(args, shared) {}
 
   // The token of a step that closes. Every block draws for itself, so that all know whether the row has to be
   // read once more.

@@ -1,7 +1,6 @@
 // What the launches of chains and of trees share.
 #pragma once
 
-#include "cuda/chain_args.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/verify_chain.hpp"
 
@@ -45,6 +44,7 @@ inline ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scrat
   chain.status = numbers_of(args.status);
   chain.stats = scratch.stats;
   chain.lanes = scratch.lanes;
+  chain.laws = scratch.laws;
   chain.arrivals = scratch.arrivals;
   return chain;
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/chain_shared.cuh"
-#include "cuda/cluster_filter.cuh"
 
 namespace foretoken::cuda {
 
@@ -132,7 +131,6 @@ class ChainRows {
       shared_.filters[warp_] = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
                                 sampling.min_p[slot]};
       shared_.reading[warp_] = RowReading::of_logits(shared_.filters[warp_].temperature);
-      shared_.num_unsolved = 0;
     }
     __syncthreads();
     return true;
@@ -202,17 +200,6 @@ class ChainRows {
     }
     cluster_sync();
     return shared_.is_last != 0;
-  }
-
-  // The rows are dealt out to the warps of all blocks.
-  __device__ __forceinline__ void make_laws() {
-    const uint32_t rows = dense_ ? draft_row(drafts_) : static_cast<uint32_t>(drafts_) + 1;
-    if (is_filtered(0) || (dense_ && is_filtered(1)))
-      return make_filtered_laws(args_, shared_, 0, rows, drafts_, dense_);
-#pragma unroll 1
-    for (uint32_t row = warp_ * size_ + rank_; row < rows; row += size_ * kWarps) {
-      if (is_wanted(row)) publish(row, law_of(row), node_of(row));
-    }
   }
 
   // The node whose token was drawn behind a row.
@@ -293,71 +280,21 @@ class ChainRows {
   }
 
   // The law of a row, and what it says of the drafted token, to every block. By one warp.
-  __device__ __forceinline__ void publish(uint32_t row, const RowLaw& law, const ChainNode& node) {
+  __device__ __forceinline__ ChainRecord publish(uint32_t row, const RowLaw& law, const ChainNode& node) {
     double prob = 0.0;
     if (node.token >= 0 && law.usable) {
       prob = law.kind == LawKind::point
                  ? (node.token == law.top ? 1.0 : 0.0)
                  : probability_in(law, of_target(row) ? node.of_target : node.of_draft);
     }
+    const ChainRecord record{law, prob};
     if (static_cast<uint32_t>(lane_id()) < size_)
-      *of_block(&shared_.records[row], static_cast<uint32_t>(lane_id())) = {law, prob};
+      *of_block(&shared_.records[row], static_cast<uint32_t>(lane_id())) = record;
+    return record;
   }
 
   __device__ __forceinline__ RowTask task_of(uint32_t row) const {
     return {{row_data(row), kType, vocab_}, shared_.reading[of_target(row) ? 0 : 1], stats(row), lanes(row)};
-  }
-
-  // Static: an object whose address is passed on lives in memory.
-  static __device__ __noinline__ void make_filtered_laws(const ChainArgs& args, ChainShared& shared,
-                                                         uint32_t first, uint32_t end, int32_t drafts,
-                                                         bool dense) {
-    ChainRows chain(args, shared);
-    chain.drafts_ = drafts;
-    chain.dense_ = dense;
-    chain.make_filtered_laws(first, end);
-  }
-
-  __device__ __forceinline__ void make_filtered_laws(uint32_t first_row, uint32_t end) {
-#pragma unroll 1
-    for (uint32_t row = first_row + rank_; row < end; row += size_) {
-      if (!is_wanted(row)) continue;
-      const RowTask task = task_of(row);
-      const Filters& filters = shared_.filters[of_target(row) ? 0 : 1];
-      RowLaw law = law_of_stats(task);
-      __syncthreads();
-      if (law.usable && law.kind == LawKind::logits && filters.any(vocab_)) {
-        if (!BlockFilter(task, shared_.filter).run(filters, law)) {
-          __syncthreads();
-          if (threadIdx.x == 0) {
-            ChainShared* first = of_block(&shared_, 0);
-            first->unsolved[atomicAdd(&first->num_unsolved, 1)] = static_cast<int32_t>(row);
-          }
-          continue;
-        }
-        law.mass = mass_of_row(task.stats, tiles_, law);
-      }
-      if (warp_ == 0) publish(row, law, node_of(row));
-      __syncthreads();
-    }
-    cluster_sync();
-    const ChainShared* first = of_block(&shared_, 0);
-    const int32_t count = first->num_unsolved;
-#pragma unroll 1
-    for (int32_t i = 0; i < count; ++i) {
-      const uint32_t row = static_cast<uint32_t>(first->unsolved[i]);
-      const RowTask task = task_of(row);
-      RowLaw law;
-      law.kind = LawKind::logits;
-      law.scale = task.reading.scale;
-      law.max = extremes_of(task.stats, tiles_, law.kind).max;
-      ClusterFilter(task, shared_.filter).run(shared_.filters[of_target(row) ? 0 : 1], law);
-      if (rank_ != 0 || warp_ != 0) continue;
-      law.mass = mass_of_row(task.stats, tiles_, law);
-      publish(row, law, node_of(row));
-    }
-    // All know the count by now: a cluster has found a threshold together since.
-    if (kTree && count > 0 && rank_ == 0 && threadIdx.x == 0) shared_.num_unsolved = 0;
   }
 
   const ChainArgs& args_;

@@ -15,12 +15,6 @@ namespace foretoken::cuda {
 constexpr int kMostChainRows = kMaxNodes;
 static_assert(2 * kMostChainDrafts + 1 <= kMostChainRows);
 
-// A law, and the probability of the drafted token under it.
-struct alignas(16) ChainRecord {
-  RowLaw law;
-  double prob;
-};
-
 // What is known of a node before any law is.
 struct ChainNode {
   uint64_t closing_bits;
@@ -49,6 +43,27 @@ struct DrawScratch {
   uint64_t warp_words[kWarps];
 };
 
+// Where the threshold of a filtered row is.
+enum class Threshold : int32_t {
+  settled,    // nothing is left to do, or there is no row
+  known,      // the tiles are to be counted anew
+  in_window,  // most likely
+  anywhere,
+};
+
+// The row whose law a block makes, for all blocks of its cluster.
+struct alignas(16) FilterTurn {
+  RowLaw law;  // cut: the floor, until the threshold is known
+  WindowFilter::Window window;
+  uint32_t row;
+  Threshold threshold;
+  uint32_t above[3];  // mass of what lies above the window, in parts of 22 bits
+
+  __device__ uint64_t mass_above() const {
+    return above[0] + (static_cast<uint64_t>(above[1]) << 22) + (static_cast<uint64_t>(above[2]) << 44);
+  }
+};
+
 struct ChainShared {
   union {
     FilterScratch filter;  // while laws are made
@@ -63,8 +78,8 @@ struct ChainShared {
   uint64_t left;  // of a draw: what is left of its number in the tile that it fell into
   int32_t tile;
   int32_t is_last;
-  int32_t unsolved[kMostChainRows];  // rows whose filters take a cluster; of the first block
-  int32_t num_unsolved;
+  FilterTurn turns[2];           // one is read while the other is written
+  FilterTurn seen[kMaxCluster];  // of all blocks
 };
 
 // A node of a tree; what is known of it before any law is.

@@ -150,7 +150,7 @@ class TreeVerifier : ChainDraw<kType, true> {
     int32_t rows = tree_.read < static_cast<int32_t>(size_) ? tree_.read : static_cast<int32_t>(size_);
     if (rows > tree_.length + 1) rows = tree_.length + 1;
     if (threadIdx.x == 0) tree_.made = rows;
-    Rows::make_filtered_laws(args_, shared_, 0, static_cast<uint32_t>(rows), drafts_, false);
+    Base::make_filtered_laws(args_, shared_, 0, static_cast<uint32_t>(rows), drafts_);
     cluster_sync();
   }
 
@@ -180,7 +180,7 @@ class TreeVerifier : ChainDraw<kType, true> {
   __device__ __forceinline__ void make_filtered_law(int32_t node) {
     if (node < tree_.made) return __syncthreads();  // all know the last decision
     const uint32_t row = static_cast<uint32_t>(node);
-    Rows::make_filtered_laws(args_, shared_, row, row + 1, drafts_, false);
+    Base::make_filtered_laws(args_, shared_, row, row + 1, drafts_);
     cluster_sync();
   }
 

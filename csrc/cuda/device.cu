@@ -85,4 +85,14 @@ OnDevice::~OnDevice() {
   if (before_ != wanted_) cudaSetDevice(before_);
 }
 
+bool is_capturing(Device device, Stream stream) {
+  const OnDevice current(device);  // whose default stream a null handle is
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream.handle), &status) == cudaSuccess) {
+    return status != cudaStreamCaptureStatusNone;
+  }
+  cudaGetLastError();
+  return true;
+}
+
 }  // namespace foretoken::cuda

@@ -14,38 +14,43 @@ class BlockFilter {
  public:
   __device__ BlockFilter(const RowTask& task, FilterScratch& scratch) : task_(task), scratch_(scratch) {}
 
-  // Sets law.cut (law.max and law.scale are known) and counts the tiles anew; false: left to a cluster.
+  // Sets law.cut (the law is the row's without filters) and counts the tiles anew; false: left to a cluster.
   __device__ __noinline__ bool run(const Filters& filters, RowLaw& law) {
-    if (list(filters, law)) return true;
-    law.cut = task_.reading.floor_below(law.max);
-    return filters.top_p < 1.0f && !filters.cuts_count(task_.row.size) &&
-           WindowFilter(task_, scratch_).run(filters, law);
+    return list(filters, law) || (takes_window(filters) && WindowFilter(task_, scratch_).run(filters, law));
   }
 
- private:
+  // Whether a threshold among too many elements to be listed can be looked for in a window.
+  __device__ bool takes_window(const Filters& filters) const {
+    return filters.top_p < 1.0f && !filters.cuts_count(task_.row.size);
+  }
+
+  // The same for a row of which few elements matter; false: too many do, and nothing is changed.
   __device__ __forceinline__ bool list(const Filters& filters, RowLaw& law) {
     const int64_t tiles = tiles_of(task_.row.size);
     const float floor = task_.reading.floor_below(law.max);
     max_ = law.max;
     fine_ = law.scale * static_cast<float>(kBinsPerBit);
-    law.cut = floor;
     const float least_kept = filters.min_p > 0.0f
                                  ? law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale)
                                  : -infinity();
     if (task_.lanes == nullptr || !choose_limit(filters, law, least_kept, tiles)) return false;
-    if (!gather(tiles)) return false;
+    const float wanted = takes_window(filters) ? static_cast<float>(static_cast<double>(filters.top_p) *
+                                                                    static_cast<double>(law.mass) / kMassUnit)
+                                               : 0.0f;
+    if (!gather(tiles, wanted)) return false;
     float cut = -infinity();
     if (filters.cuts_count(task_.row.size)) {
       cut = reach(static_cast<uint64_t>(filters.top_k), [](uint32_t, uint64_t) { return uint64_t{1}; });
       if (!(cut > floor)) return false;
     }
-    if (filters.top_p < 1.0f && !cut_mass(filters, law, floor, tiles, cut)) return false;
+    if (filters.top_p < 1.0f && !cut_mass(filters, law, floor, cut)) return false;
     cut = fmaxf(cut, least_kept);
     law.cut = fmaxf(floor, cut);
     if (law.cut > floor) count_anew(law, tiles);
     return true;
   }
 
+ private:
   static constexpr int kBinsPerBit = 8;
   static constexpr int kWeightless = 125 * kBinsPerBit - 8;
   static constexpr uint64_t kGroupsAtOnce = 256;
@@ -97,18 +102,24 @@ class BlockFilter {
     return limit_ >= 0 && limit_ < kWeightless;
   }
 
-  // Lists the elements in question; false if they are too many.
-  __device__ bool gather(int64_t tiles) {
-    if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = 0;
+  // Lists the elements in question; false if they are too many, or will hardly weigh as much as is wanted.
+  __device__ bool gather(int64_t tiles, float wanted) {
+    constexpr float kPart = 0x1p-16f, kBesideLargest = 2.0f;
+    if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = scratch_.weighs = 0;
     __syncthreads();
+    uint32_t weighs = 0;
     for_lanes(tiles, [&](int64_t i, float high) {
       if (bin_of(high) > limit_) return;
+      weighs += static_cast<uint32_t>(exp2f((high - max_) * fine_ / kBinsPerBit) / kPart);
       const int place = atomicAdd(&scratch_.grouped, 1);
       if (place < kLaneGroups) scratch_.groups[place] = static_cast<uint32_t>(i);
     });
+    weighs = __reduce_add_sync(kAllLanes, weighs);
+    if (lane_id() == 0 && weighs > 0) atomicAdd(&scratch_.weighs, weighs);
     __syncthreads();
     const int grouped = scratch_.grouped;
-    if (grouped > kLaneGroups) return false;
+    const float found = static_cast<float>(scratch_.weighs) * kPart;
+    if (grouped > kLaneGroups || kBesideLargest * found < wanted) return false;
     for (int item = threadIdx.x; item < 4 * grouped; item += kThreads) {
       const uint32_t group = scratch_.groups[item / 4];
       const int64_t first =
@@ -173,8 +184,7 @@ class BlockFilter {
     return found;
   }
 
-  __device__ bool cut_mass(const Filters& filters, const RowLaw& law, float floor, int64_t tiles,
-                           float& cut) {
+  __device__ bool cut_mass(const Filters& filters, const RowLaw& law, float floor, float& cut) {
     RowLaw whole = law;
     whole.cut = fmaxf(floor, cut);
     uint64_t listed_mass = 0;
@@ -185,9 +195,7 @@ class BlockFilter {
       listed_mass += mass;
     }
     listed_mass = sum_of_block(scratch_, listed_mass);
-    uint64_t total = listed_mass;
-    if (cut == -infinity()) total = mass_of_row(task_.stats, tiles, whole);
-    const uint64_t need = needed_mass(filters.top_p, total);
+    const uint64_t need = needed_mass(filters.top_p, cut == -infinity() ? law.mass : listed_mass);
     if (cut == -infinity() && listed_mass < need) return false;
     cut = fmaxf(cut, reach(need, [](uint32_t, uint64_t mass) { return mass; }));
     return true;

@@ -36,6 +36,7 @@ struct FilterScratch {
   uint32_t kept[kMaxTiles];      // listed elements of a tile that stay ...
   uint32_t least[kMaxTiles];     // ... and the key of the smallest of them
   int32_t listed, grouped;
+  uint32_t weighs;  // what the largest of each group weigh together
   uint64_t warp_words[kWarps];
   uint64_t found[2];
   uint64_t answer[2];  // what block 0 of the cluster tells everyone

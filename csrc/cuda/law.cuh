@@ -2,6 +2,7 @@
 // bit: tile sums in their pinned order, everything across tiles in integers.
 #pragma once
 
+#include "cuda/mass.cuh"
 #include "cuda/tile_stats.cuh"
 
 namespace foretoken::cuda {
@@ -42,13 +43,30 @@ __device__ inline uint64_t mass_of_stats(const TileStats& tile, const RowLaw& la
   return mass_of_tile(tile.sum, weight_of_logit(tile.max, law.max, law.scale, law.cut));
 }
 
+// body(statistics of a tile) for this lane's tiles of a row, four of them on their way at a time.
+template <class Body>
+__device__ __forceinline__ void for_stats(const TileStats* stats, int64_t tiles, Body body) {
+#pragma unroll 1
+  for (int64_t first = lane_id(); first < tiles; first += 4 * kWarpSize) {
+    TileStats found[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t index = first + i * kWarpSize;
+      found[i] = index < tiles ? read_stats(stats + index) : TileStats{-infinity(), 0.0f};
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i * kWarpSize < tiles) body(found[i]);
+    }
+  }
+}
+
 inline __device__ __noinline__ uint64_t mass_of_row(const TileStats* stats, int64_t tiles,
                                                     const RowLaw& law) {
+  const RowLaw of_row = law;
   uint64_t mass = 0;
-  for (int64_t index = lane_id(); index < tiles; index += kWarpSize) {
-    mass += mass_of_stats(read_stats(stats + index), law);
-  }
-  return sum_of_warp(mass);
+  for_stats(stats, tiles, [&](const TileStats& tile) { mass += mass_of_stats(tile, of_row); });
+  return sum_of_masses(mass);
 }
 
 struct RowExtremes {
@@ -59,12 +77,11 @@ struct RowExtremes {
 inline __device__ __noinline__ RowExtremes extremes_of(const TileStats* stats, int64_t tiles, LawKind kind) {
   float high = -infinity();
   bool regular = true;
-  for (int64_t index = lane_id(); index < tiles; index += kWarpSize) {
-    const TileStats tile = read_stats(stats + index);
+  for_stats(stats, tiles, [&](const TileStats& tile) {
     high = fmaxf(high, tile.max);
     regular = regular && tile.sum <= static_cast<float>(kTile + 1) &&
               (kind == LawKind::point || tile.max < infinity());
-  }
+  });
   return {max_of_warp(high), __all_sync(kAllLanes, regular) != 0};
 }
 

@@ -17,4 +17,7 @@ class OnDevice {
   int before_ = 0, wanted_;
 };
 
+// Also where the stream cannot tell, for the capture of another.
+bool is_capturing(Device device, Stream stream);
+
 }  // namespace foretoken::cuda

@@ -1,6 +1,7 @@
 // One request of a verification, as the blocks that share it see it: where its rows lie, what was proposed.
 #pragma once
 
+#include "cuda/chain_args.hpp"
 #include "cuda/draw.cuh"
 #include "cuda/filter.cuh"
 #include "cuda/race.cuh"
@@ -17,6 +18,7 @@ namespace foretoken::cuda {
 struct Workspace {
   TileStats* stats = nullptr;    // [B, 2 T + 1, tiles] of the target's rows, of the drafts', of one more
   float* lanes = nullptr;        // [B, 2 T + 1, tiles, 32]; null: no room was made for it
+  ChainRecord* laws = nullptr;   // [B, 2 T + 1] of the kernel for chains
   MassEdit* edits = nullptr;     // [B, max_edits]
   NodeState* states = nullptr;   // [B, 32, T] of the walk: every lane of the leading warp has its own
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls

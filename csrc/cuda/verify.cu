@@ -263,6 +263,7 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
   take(workspace.edits, batch * plan.lists);
   take(workspace.states, batch * kWarpSize * plan.nodes);
   take(workspace.stats, rows * plan.stats_tiles);
+  take(workspace.laws, rows);
   workspace.max_edits = static_cast<int32_t>(plan.lists);
   const int64_t lanes = rows * plan.stats_tiles * kWarpSize;
   if (lanes * 4 <= kMostForLanes) take(workspace.lanes, lanes);
@@ -306,7 +307,7 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   if (batch == 0) return;
   Workspace scratch;
   const int64_t room = room_before_preparation(args, scratch, memory);
-  const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.arrivals};
+  const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.laws, scratch.arrivals};
   if (takes_chains(args)) return verify_chains(args, of_chains, device, stream);
   if (takes_trees(args)) return verify_trees(args, of_chains, device, stream);
   VerifyParams params;

@@ -3,19 +3,18 @@
 // read.
 #pragma once
 
-#include "ops/verify.hpp"
+#include "cuda/chain_args.hpp"
 
 namespace foretoken::cuda {
 
 // Whether verify_chains() can serve a call; judged from what the host knows of it.
 bool takes_chains(const VerifyArgs& args);
 
-struct TileStats;
-
 // Memory of the caller's, as in ChainArgs.
 struct ChainScratch {
   TileStats* stats;
   float* lanes;
+  ChainRecord* laws;
   uint32_t* arrivals;
 };
 

@@ -13,18 +13,40 @@ namespace foretoken::cuda {
 // One row by one block. Every member is called by all of its threads.
 class WindowFilter {
  public:
+  // Keys of elements near the threshold, where bins and the list are otherwise.
+  static constexpr int kWindow = kParts * kBins + 4 * kList;
+  static __device__ uint32_t* list(FilterScratch& scratch) { return scratch.parts; }
+
   __device__ WindowFilter(const RowTask& task, FilterScratch& scratch)
       : task_(task), scratch_(scratch), tiles_(tiles_of(task.row.size)) {}
 
-  // Sets law.cut (law.max and law.scale are known, law.cut is the floor) and counts the tiles anew; false:
+  // Elements in [low, high) are listed; nothing is known of the threshold if that is empty.
+  struct Window {
+    float low = 0.0f, high = 0.0f;
+  };
+
+  // Sets law.cut (the law is the row's without filters, law.cut the floor) and counts the tiles anew; false:
   // the sample was misleading, or too many elements lie near the threshold.
   __device__ __noinline__ bool run(const Filters& filters, RowLaw& law) {
-    __syncthreads();
-    const uint64_t total = mass_of_row(task_.stats, tiles_, law);
-    const uint64_t need = needed_mass(filters.top_p, total);
-    const Window window = guess(law, static_cast<double>(total - need) / kMassUnit);
+    const Window window = guess(filters, law);
     if (!(window.low < window.high)) return false;
     const uint64_t above = look_through(law, window);
+    if (!settle(filters, law, window, above)) return false;
+    count_anew(law);
+    return true;
+  }
+
+  // Of what follows, look_through() and count_anew() can be shared with other blocks.
+  __device__ __forceinline__ Window guess(const Filters& filters, const RowLaw& law) {
+    __syncthreads();
+    const uint64_t need = needed_mass(filters.top_p, law.mass);
+    return guess(law, static_cast<double>(law.mass - need) / kMassUnit);
+  }
+
+  // Sets law.cut, what lies above the window and the list being known; false: it is not in the window.
+  __device__ __forceinline__ bool settle(const Filters& filters, RowLaw& law, const Window& window,
+                                         uint64_t above) {
+    const uint64_t need = needed_mass(filters.top_p, law.mass);
     const int32_t listed = scratch_.listed;
     __syncthreads();
     if (listed > kWindow || above >= need) return false;
@@ -33,9 +55,7 @@ class WindowFilter {
     if (filters.min_p > 0.0f) {
       cut = fmaxf(cut, law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale));
     }
-    const float floor = law.cut;
-    law.cut = fmaxf(floor, cut);
-    if (law.cut > floor) count_anew(law);
+    law.cut = fmaxf(law.cut, cut);
     return true;
   }
 
@@ -45,14 +65,7 @@ class WindowFilter {
   static constexpr int kRoom = kMaxTiles / kWarps;  // of a warp
   static_assert(kRoom >= 2 * kWarpSize, "what a lane each adds fits behind less than a lane each");
 
-  // Keys of elements near the threshold, where bins and the list are otherwise.
-  static constexpr int kWindow = kParts * kBins + 4 * kList;
   static_assert(offsetof(FilterScratch, groups) == sizeof(uint32_t) * kWindow, "one behind the other");
-  __device__ uint32_t* list() const { return scratch_.parts; }
-
-  struct Window {
-    float low, high;  // elements in [low, high) are listed
-  };
 
   __device__ float weight(const RowLaw& law, float x) const {
     return weight_of_logit(x, law.max, law.scale, law.cut);
@@ -181,7 +194,7 @@ class WindowFilter {
         }
         if (x >= window.low && x < window.high) {
           const int place = atomicAdd(&scratch_.listed, 1);
-          if (place < kWindow) list()[place] = key_of(x);
+          if (place < kWindow) list(scratch_)[place] = key_of(x);
         }
       }
     }
@@ -200,7 +213,7 @@ class WindowFilter {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int place = static_cast<int>(threadIdx.x) + i * kThreads;
-      keys[i] = place < listed ? list()[place] : 0;
+      keys[i] = place < listed ? list(scratch_)[place] : 0;
       masses[i] = place < listed ? mass_of(weight(law, value_of(keys[i]))) : 0;
     }
     __syncthreads();

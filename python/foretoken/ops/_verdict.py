@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -31,8 +32,60 @@ class Status(enum.IntFlag):
     """
 
 
+_INT32 = ("num_emitted", "num_accepted", "status", "path")
+_PACKED = frozenset((*_INT32, "tokens", "next_token", "next_lengths"))
+
+
+class _Packed:
+    """Fields that lie in one buffer, each of which becomes a tensor when it is first looked at: seven tensors
+    cost more than everything else that issuing a verification does.
+    """
+
+    __slots__ = ("_buffer", "_counts", "_sizes")
+
+    _buffer: Tensor
+    _counts: Tensor
+    _sizes: tuple[int, int]
+
+    @classmethod
+    def packed(cls, buffer: Tensor, batch: int, nodes: int) -> Self:
+        """Of ``batch`` chains of ``nodes`` drafts; ``_core.packed_verdict`` says how large a buffer is."""
+        verdict = object.__new__(cls)
+        verdict._buffer = buffer
+        verdict._sizes = (batch, nodes)
+        return verdict
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:  # called for what has not been set
+            if name in _PACKED:
+                value = self._unpack(name)
+            elif name == "_counts":
+                value = self._buffer.view(torch.int32)
+            elif name in self.__slots__ and name not in _Packed.__slots__:
+                value = None  # what nobody asked for
+            else:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            setattr(self, name, value)
+            return value
+
+    def _unpack(self, name: str) -> Tensor:
+        buffer, (batch, nodes) = self._buffer, self._sizes
+        element = buffer.element_size()
+        place = _core.verdict_place(name, batch, nodes, element)
+        if name in _INT32:
+            buffer, element = self._counts, 4
+        elif name == "next_lengths" and element != 8:
+            buffer, element = buffer.view(torch.int64), 8
+        first = place // element
+        if name == "path" or name == "tokens":
+            columns = nodes + (name == "tokens")
+            return buffer.as_strided((batch, columns), (max(columns, 1), 1), first)
+        return buffer.as_strided((batch,), (1,), first)
+
+
 @dataclass(slots=True)
-class Verdict:
+class Verdict(_Packed):
     """What a round of verification decided, for B rows of N drafts, paths of at most D nodes (D = N for
     chains).
     """

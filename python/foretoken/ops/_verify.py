@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ _DRAWS = {
 }
 _IID, _DETERMINISTIC = _core.Draw.iid, _core.Draw.deterministic
 _EXACT = Tolerance().prepare()
+_NONE = Verdict(*[cast(Tensor, None)] * 7)  # the buffers of a verdict that shares one
 
 
 def rule_codes(rules: Sequence[Rule], device: torch.device | str = "cpu") -> Tensor:
@@ -254,21 +255,31 @@ def verify(
             num_top,
             out,
         )
-    given = out
-    key = None
+    packed: Tensor | None = None
+    kept: dict[_scratch.Key, Tensor] | None = None
     if out is None:
-        batch, num_nodes = _core.sizes(draft_tokens, "draft_tokens", 2)
-        out = Verdict.empty(
-            batch,
-            num_nodes,
-            dtype=draft_tokens.dtype,
-            device=draft_tokens.device,
-            logprobs=logprobs,
-            raw_logprobs=raw_logprobs,
-            num_top=num_top,
-        )
-        key = _scratch.key_of(draft_tokens, batch)
-    elif not isinstance(out, Verdict):
+        batch, num_nodes, room = _core.packed_verdict(draft_tokens)
+        kept = _scratch.KEPT
+        if logprobs or raw_logprobs:
+            verdict = buffers = Verdict.empty(
+                batch,
+                num_nodes,
+                dtype=draft_tokens.dtype,
+                device=draft_tokens.device,
+                logprobs=logprobs,
+                raw_logprobs=raw_logprobs,
+                num_top=num_top,
+            )
+        else:
+            packed = (
+                draft_tokens.new_empty(room)
+                if type(draft_tokens) is Tensor
+                else torch.empty(room, dtype=draft_tokens.dtype, device=draft_tokens.device)
+            )
+            verdict, buffers = Verdict.packed(packed, batch, num_nodes), _NONE
+    elif isinstance(out, Verdict):
+        verdict = buffers = out
+    else:
         raise TypeError(f"out: expected a Verdict, got {type(out).__name__}")
     # Here each step counts: calls that say little take the short branches.
     table: _core.SamplingTable
@@ -289,7 +300,7 @@ def verify(
         kind, num_paths = _draw_of(draw)
     code, by_slot = (_RULES[rule], None) if rule.__class__ is str and rule in _RULES else _rule_of(rule)
     native_tolerance = _EXACT if tolerance is None else _tolerance_of(tolerance)
-    workspace = out.workspace if given is not None else _scratch.kept(key)
+    workspace = buffers.workspace
     while missing := _core.verify(
         target_logits,
         row_offsets,
@@ -315,25 +326,27 @@ def verify(
         kind,
         num_paths,
         native_tolerance,
-        out.tokens,
-        out.num_emitted,
-        out.num_accepted,
-        out.path,
-        out.path_rows,
-        out.next_token,
-        out.next_lengths,
-        out.status,
-        out.logprobs,
-        out.top_tokens,
-        out.top_logprobs,
-        out.raw_logprobs,
-        out.raw_top_tokens,
-        out.raw_top_logprobs,
+        buffers.tokens,
+        buffers.num_emitted,
+        buffers.num_accepted,
+        buffers.path,
+        buffers.path_rows,
+        buffers.next_token,
+        buffers.next_lengths,
+        buffers.status,
+        buffers.logprobs,
+        buffers.top_tokens,
+        buffers.top_logprobs,
+        buffers.raw_logprobs,
+        buffers.raw_top_tokens,
+        buffers.raw_top_logprobs,
         workspace,
+        packed,
+        kept,
     ):
         workspace = torch.zeros(missing, dtype=torch.uint8, device=target_logits.device)
-        if given is None:
-            _scratch.keep(key, workspace)
+        if out is None:
+            _scratch.keep(_scratch.key_of(draft_tokens, batch), workspace)
         else:
             out.workspace = workspace
-    return out
+    return verdict

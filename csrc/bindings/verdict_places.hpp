@@ -1,0 +1,45 @@
+// Where the outputs of a verification lie when they share one buffer: wide ones first, so that each is
+// aligned.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace foretoken {
+
+struct VerdictPlaces {  // in bytes
+  int64_t next_lengths = 0, tokens, next_token, num_emitted, num_accepted, status, path, bytes;
+
+  // Of rows with `nodes` drafts whose ids have `id_bytes`, and paths of as many nodes.
+  VerdictPlaces(int64_t batch, int64_t nodes, int64_t id_bytes) {
+    constexpr int64_t kCount = sizeof(int32_t), kLength = sizeof(int64_t);
+    tokens = next_lengths + batch * kLength;
+    next_token = tokens + batch * (nodes + 1) * id_bytes;
+    num_emitted = next_token + batch * id_bytes;
+    num_accepted = num_emitted + batch * kCount;
+    status = num_accepted + batch * kCount;
+    path = status + batch * kCount;
+    bytes = (path + batch * nodes * kCount + kLength - 1) / kLength * kLength;
+  }
+
+  int64_t of(const std::string& field) const {
+    struct Named {
+      const char* name;
+      int64_t place;
+    };
+    const Named all[] = {{"next_lengths", next_lengths},
+                         {"tokens", tokens},
+                         {"next_token", next_token},
+                         {"num_emitted", num_emitted},
+                         {"num_accepted", num_accepted},
+                         {"status", status},
+                         {"path", path}};
+    for (const Named& each : all) {
+      if (field == each.name) return each.place;
+    }
+    throw std::invalid_argument("field: expected one of a verdict, got " + field);
+  }
+};
+
+}  // namespace foretoken
