@@ -363,6 +363,10 @@ class SamplingTable:
     """
     def __init__(self, size: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    def bring_to(self, tensor: typing.Any) -> None:
+        """
+        Write what has changed to the device of a tensor, as the next op there would: for captured graphs.
+        """
     def constrain(self, slot: typing.SupportsInt | typing.SupportsIndex, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex, presence_penalty: typing.SupportsFloat | typing.SupportsIndex, bias_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], bias: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], bad_words: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], min_new_tokens: typing.SupportsInt | typing.SupportsIndex, stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
         Penalties, bias and bans of one slot.
@@ -378,6 +382,11 @@ class SamplingTable:
     def set(self, slot: typing.SupportsInt | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, top_p: typing.SupportsFloat | typing.SupportsIndex, min_p: typing.SupportsFloat | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Write one slot, without constraints; raises ValueError or IndexError naming the argument.
+        """
+    @property
+    def constrained(self) -> bool:
+        """
+        Whether a slot changes its logits: bias, penalties, bans.
         """
     @property
     def needs_history(self) -> bool:

@@ -158,6 +158,11 @@ class DeviceModel:
         self._growth: Growth | None = None
         self._fed: Tensor | None = None  # of the trees of this round, as of `GrownTrees`
 
+    @property
+    def forward(self) -> Any:
+        """Of the draft model."""
+        return self._drafter.forward
+
     def seat(self, slot: int, prompt_length: int) -> None:
         self._fresh[slot] = prompt_length - 1
         self._reach[slot : slot + 1].fill_(prompt_length - 1)
@@ -171,7 +176,7 @@ class DeviceModel:
             raise RuntimeError("propose: expected the buffers of the round's steps, got None")
         law: Tensor | None = None
         with torch.inference_mode():
-            self._take_in_prompts(context)
+            self.take_in_prompts(context.requests, context.state)
             inputs.write(context.state, context.rows.slots, self._reach, self._drafter.max_length)
             try:
                 for k in range(most):
@@ -221,7 +226,7 @@ class DeviceModel:
             node_bound=plan.nodes,
         )
         with torch.inference_mode():
-            self._take_in_prompts(context)
+            self.take_in_prompts(context.requests, context.state)
             last = self._last_of_text(context, depth)
             grown = growth.grow(last, grown_rows, context.base, context.sampling)
         self._fed = grown.fed
@@ -243,8 +248,11 @@ class DeviceModel:
         compact_of(self._drafter.forward)(rows.slots, lengths, path, count)
         rows.write(self._reach, lengths + 1 + count)
 
-    def _take_in_prompts(self, context: DeviceContext) -> None:
-        slot_of = {request.slot: request for request in context.requests}
+    def take_in_prompts(self, requests: list[Any], state: RequestState) -> None:
+        """Feed what the cache lacks of the prompts of requests that are going to draft."""
+        slot_of = {request.slot: request for request in requests if request.slot in self._fresh}
+        if not slot_of:
+            return
         # A prompt that does not fit is cut: its row never drafts.
         most = self._drafter.max_length
         lacking = {slot: min(self._fresh[slot], most) for slot in sorted(self._fresh) if slot in slot_of}
@@ -252,13 +260,13 @@ class DeviceModel:
         while any(length > start for length in lacking.values()):
             slots = [slot for slot, length in lacking.items() if length > start]
             counts = [min(chunk, lacking[slot] - start) for slot in slots]
-            rows = Rows(slots, context.state.text.shape[1], self._device)
+            rows = Rows(slots, state.text.shape[1], self._device)
             columns = numbers(max(counts), self._device)
             used = upload(counts, torch.int32, self._device)
             lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
-            tokens = rows.tokens_at(context.state.text, lengths[:, None] + columns)
-            requests = [slot_of[slot] for slot in slots]
-            self._run("prefill", rows, requests, tokens, lengths, used, start + max(counts))
+            tokens = rows.tokens_at(state.text, lengths[:, None] + columns)
+            fed = [slot_of[slot] for slot in slots]
+            self._run("prefill", rows, fed, tokens, lengths, used, start + max(counts))
             start += chunk
         for slot in lacking:
             del self._fresh[slot]
@@ -330,7 +338,7 @@ class DeviceModel:
                 step=k,
                 purpose="draft",
                 method=method,
-                slots=context.rows.slots,
+                slots=context.rows.slots if context.inputs is None else context.inputs.slots,
                 history=history,
                 prompt_lengths=prompt_lengths,
                 path=path,

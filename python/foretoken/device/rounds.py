@@ -87,6 +87,7 @@ class DeviceRounds:
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
         self.completions: Any = None  # of `foretoken.device.completion`, once there are any
+        self.replays: Any = None  # of `foretoken.device.replay`
         # Kernels are launched on the current device.
         self._there: AbstractContextManager[object] = nullcontext()
         if device.type == "cuda":
@@ -115,7 +116,9 @@ class DeviceRounds:
         if self._drafter is not None:
             self._drafter.seat(slot, len(prompt))
         if rules is not None:
-            self._rules = upload(rules, torch.uint8, self._device)
+            there = upload(rules, torch.uint8, self._device)
+            # Graphs go on reading the one that they were captured with.
+            self._rules = there if self._rules is None else self._rules.copy_(there)
 
     # ---- the round ----
 
@@ -137,6 +140,11 @@ class DeviceRounds:
 
     def _plan(self, seat_all: Any) -> Step | None:
         began = perf_counter()
+        ahead = self._look_ahead(seat_all, began)
+        return None if ahead is None else self._build(ahead, began)
+
+    def _look_ahead(self, seat_all: Any, began: float) -> tuple[Shape, bool, int, bool] | None:
+        """What the next step is about, whose rows are then known; None: nothing is left."""
         while True:
             shape, again, most, version, self._held_open, seated = self._native.plan_ahead()
             if seated:
@@ -156,6 +164,10 @@ class DeviceRounds:
             self._version = version
             self._row_requests = [self._requests[number] for number in self._native.row_ids()]
             self._rows = None
+        return shape, again, most, moved
+
+    def _build(self, ahead: tuple[Shape, bool, int, bool], began: float) -> Step | None:
+        shape, again, most, moved = ahead
         if shape[0] == 1:
             self._step = self._prefill(shape)
         elif not again or moved or self._step is None:
@@ -234,7 +246,6 @@ class DeviceRounds:
             slots = [request.slot for request in self._row_requests]
             self._rows = Rows([s for s in slots if s is not None], self._state.text.shape[1], self._device)
         rows = self._rows
-        base = rows.of(self._state.base)
         drafted = 0.0
         if again and self._whole is not None:
             self._kept = upload(self._native.kept_rows(), torch.int64, self._device)
@@ -242,14 +253,21 @@ class DeviceRounds:
         else:
             before = perf_counter()
             self._whole = self._kept = None
-            self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1)
+            self._whole = proposal = self._propose(rows, most, shape[4] - shape[2] + 1)
             drafted = perf_counter() - before
             self._seconds.draft += drafted
+        base = self._base_of(rows, proposal)
         self._planned = rows, base, proposal
         self._step = self._step_of(rows, base, proposal, shape[4])
         return drafted
 
-    def _propose(self, rows: Rows, base: Tensor, most: int, longest: int) -> Proposal:
+    def _base_of(self, rows: Rows, proposal: Proposal) -> Tensor:
+        """int64 ``[B]``: what the round of a proposal is keyed by."""
+        if isinstance(proposal, FedProposal) and proposal.inputs is not None:
+            return proposal.inputs.base
+        return rows.of(self._state.base)
+
+    def _propose(self, rows: Rows, most: int, longest: int) -> Proposal:
         """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
         drafter = self._drafter if most > 0 else None
         if drafter is None:
@@ -261,6 +279,7 @@ class DeviceRounds:
             inputs = self._inputs_of(rows.count, most)
             base, budget = inputs.base, inputs.num_drafts
         else:
+            base = rows.of(self._state.base)
             budget = rows.of(self._state.next_drafts).clamp_max(most)
         if tree is not None:
             nodes = self._nodes(base, budget, tree.nodes)
@@ -362,7 +381,7 @@ class DeviceRounds:
             history=history,
             prompt_lengths=prompt_lengths,
             base=base,
-            slots=rows.slots,
+            slots=step.slots,
             rule=self._rule if self._rules is None else self._rules,
             tolerance=self._tolerance,
             logprobs=self._logprobs,
@@ -374,7 +393,7 @@ class DeviceRounds:
             self._state,
             num_drafts=proposal.num_drafts,
             parents=proposal.parents,
-            slots=rows.slots,
+            slots=step.slots,
             record=record,
             counters=self._metrics.device_counters,
         )

@@ -130,7 +130,7 @@ class CapturedForwards:
     ) -> None:
         self._forward = forward
         self._max_batch, self._max_length = max_batch, max_length
-        self._bounded = bounded
+        self.bounded = bounded
         self._device = device
         self._shapes: dict[ShapeKey, _Shape] = {}
         self._pool: Any = None
@@ -159,7 +159,7 @@ class CapturedForwards:
         tree = step.tree
         words = 0 if tree is None else tree.ancestors.shape[2]
         rooted = tree is None or tree.visible is step.lengths
-        if self._bounded or not rooted:
+        if self.bounded or not rooted:
             reach = bucket_reach(step.max_length_after, self._max_length)
             return ShapeKey(rows, columns, reach, step.slot_range, words, rooted)
         if tree is None:

@@ -158,6 +158,12 @@ class ModuleRunner:
         """Why decode steps call the module; None: they do not."""
         return self._why_module if self._captured is None else self._captured.why_not
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether decode steps may become part of graphs of whole rounds, padded rows among them."""
+        captured = self._captured
+        return captured is not None and captured.why_not is None and not captured.bounded
+
     def expect(self, columns: int) -> None:
         """Say how wide steps will be: narrower ones are then filled up, and need no graph of their own."""
         if self._captured is not None:
