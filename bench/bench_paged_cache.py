@@ -59,19 +59,11 @@ def cpu_rounds(batch: int, rounds: int) -> tuple[list[float], list[float]]:
     """Microseconds of every native commit, and of every whole round through Python."""
     cache, kept = filled(batch, "cpu", 2 * rounds)
     table, slots, counts = cache._table, list(range(batch)), [COUNT] * batch
-    record, status = cache._record, cache._status
     native = []
-
-    def commit() -> None:
-        table.keep_rows(*cache._state, kept, None, record, status)
-        table.close()
-        table.settle(record)
-        table.apply_edits(*cache._state)
-
     for _ in range(rounds):
         table.reserve(slots, counts)
-        table.apply_edits(*cache._state)
-        native.append(once_us(commit, "cpu"))
+        table.apply_edits()
+        native.append(once_us(lambda: table.commit(kept, None, True), "cpu"))
     check(cache, batch, rounds)
 
     def whole() -> None:
@@ -106,9 +98,8 @@ def captured_rounds(batch: int, rounds: int = 40) -> Captured:
 
     def call() -> None:
         table.reserve(slots, counts)
-        table.apply_edits(*cache._state)
-        table.keep_rows(*cache._state, kept, None, cache._record, cache._status)
-        table.close()
+        table.apply_edits()
+        table.commit(kept, None, False)
         table.settle(told)
 
     return Captured([call] * rounds)
@@ -126,9 +117,8 @@ def on_cuda(batch: int) -> Result:
         whole()
     check(cache, batch, 20)
     host = host_us(whole, "cuda", 300, 30)
-    state = (*cache._state, kept, None, cache._record, cache._status)
     cache.reserve(slots, COUNT)
-    commit = Captured([lambda: cache._table.keep_rows(*state)] * 40).us(15)
+    commit = Captured([lambda: cache._table.keep_rows(kept, None)] * 40).us(15)
     cache.cancel()
     rounds = captured_rounds(batch).us(15)
     return {

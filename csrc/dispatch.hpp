@@ -137,14 +137,15 @@ class SamplingMirrors {
 // A captured round that a CUDA device repeats by itself.
 class LoopGraph {
  public:
-  LoopGraph([[maybe_unused]] const LoopGraphArgs& args, [[maybe_unused]] void* round, Device device)
+  LoopGraph([[maybe_unused]] const LoopGraphArgs& args, [[maybe_unused]] const std::vector<void*>& rounds,
+            Device device)
       : device_(device) {
     if (backend_for(device) == Backend::cpu) {
       throw std::invalid_argument("next_drafts: expected a tensor on cuda, where graphs are, got one on cpu");
     }
 #ifdef FORETOKEN_HAS_CUDA
     const cuda::OnDevice current(device);
-    graph_ = std::make_unique<cuda::LoopGraph>(args, round, device);
+    graph_ = std::make_unique<cuda::LoopGraph>(args, rounds, device);
 #endif
   }
 
@@ -158,6 +159,22 @@ class LoopGraph {
   void cancel() {
 #ifdef FORETOKEN_HAS_CUDA
     graph_->cancel();
+#endif
+  }
+
+  bool is_done() const {
+#ifdef FORETOKEN_HAS_CUDA
+    return graph_->is_done();
+#else
+    return true;
+#endif
+  }
+
+  static bool takes_tiers() {
+#ifdef FORETOKEN_HAS_CUDA
+    return cuda::LoopGraph::takes_tiers();
+#else
+    return false;
 #endif
   }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from foretoken.cache import OutOfPagesError, PagedCache, Round
 from foretoken.ops import Status, Verdict
+from twin_caches import Twins
 
 NOBODY = float("nan")
 MOST_NODES = 9
@@ -29,7 +31,9 @@ EVENTS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Of one machine. `behind`: the cache hears of lengths one round late, as it does on a device."""
+    """Of one machine. `behind`: the cache hears of lengths one round late, as it does on a device. `device`:
+    of a twin that is given the same calls.
+    """
 
     page_size: int
     pages: int = 14
@@ -37,11 +41,20 @@ class Setting:
     slots: int = 5
     window: int | None = None
     behind: bool = False
-    device: str = "cpu"
+    device: str | None = None
 
     def __str__(self) -> str:
         more = f" window {self.window}" if self.window else ""
         return f"pages of {self.page_size}{more}{' behind' if self.behind else ''}"
+
+    def allocate(self, device: str) -> PagedCache:
+        cache = PagedCache.allocate(
+            2, pages=self.pages, page_size=self.page_size, heads=1, head_size=2, max_slots=self.slots,
+            max_length=self.max_length, window=self.window, device=device,
+        )  # fmt: skip
+        if self.behind or self.device is not None:
+            cache._behind = 1
+        return cache
 
 
 @dataclass
@@ -62,23 +75,25 @@ class Row:
         return path[::-1]
 
 
+def pool_of(cache: PagedCache) -> torch.Tensor:
+    pool = cache.caches[0]._base
+    assert pool is not None
+    return pool
+
+
 class Machine:
     """The program's state: `texts[slot]` is what the cache has to hold, None an empty slot."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.setting, self.dice = setting, random.Random(seed)
         self.numbers = np.random.default_rng(seed)
-        self.cache = PagedCache.allocate(
-            2, pages=setting.pages, page_size=setting.page_size, heads=1, head_size=2,
-            max_slots=setting.slots, max_length=setting.max_length, window=setting.window,
-            device=setting.device,
-        )  # fmt: skip
-        if setting.behind:
-            self.cache._behind = 1
+        self.cache: Any = setting.allocate("cpu")
         self.exact = not self.cache._behind
-        base = self.cache.caches[0]._base
-        assert base is not None
-        self.pool = base
+        self.pool, self.pools = pool_of(self.cache), [pool_of(self.cache)]
+        if setting.device is not None:
+            twin = setting.allocate(setting.device)
+            self.pools.append(pool_of(twin))
+            self.cache = Twins(self.cache, twin, lambda one: [one.block_table, one.lengths, pool_of(one)])
         self.texts: list[list[int] | None] = [None] * setting.slots
         self.evicted: list[list[int]] = []
         self.round: Round | None = None
@@ -91,12 +106,14 @@ class Machine:
 
     # ------------------------------------------------------------------------------ steps
 
-    def run(self, steps: int, check_every: int = 1) -> None:
+    def run(self, steps: int, check_every: int = 1, compare_every: int = 50) -> None:
         for step in range(steps):
             self.step()
             self.check_counts()
             if step % check_every == 0:
                 self.check_rows()
+            if isinstance(self.cache, Twins) and (step % compare_every == 0 or step == steps - 1):
+                self.cache.compare()
 
     def step(self) -> None:
         dice = self.dice.random()
@@ -198,10 +215,13 @@ class Machine:
         if held:
             slot = self.dice.choice(held)
             self.evicted.append(list(self.texts[slot] or []))
-            self.cache.free(slot)
-            self.texts[slot] = None
+            self.empty(slot)
             self.seen["evict"] += 1
         self.evicted = self.evicted[-4:]
+
+    def empty(self, slot: int) -> None:
+        self.cache.free(slot)
+        self.texts[slot] = None
 
     def append(self) -> None:
         """Rows that say which token they are of, and at which position."""
@@ -212,7 +232,7 @@ class Machine:
             length = len(self.texts[row.slot] or [])
             for node, token in enumerate(row.tokens):
                 tags[b, node, 0] = token, length + len(row.path_to(node)) if self.tree else length + node
-        k = torch.from_numpy(tags).to(self.setting.device)
+        k = torch.from_numpy(tags)
         if not len(self.rows):
             return
         for layer in range(2):
@@ -252,25 +272,26 @@ class Machine:
             Status.BAD_ROW if row.live and row.tokens and not nodes else 0
             for row, nodes in zip(self.rows, stay, strict=True)
         ]
-        whole = all(len(nodes) == len(row.tokens) for row, nodes in zip(self.rows, stay, strict=True))
-        on = self.setting.device
-        if whole and not self.tree and self.dice.random() < 0.5:
-            status = self.cache.commit()
-        elif not self.tree and self.dice.random() < 0.3:
-            status = self.cache.commit(verdict.num_emitted.to(on))
-        else:
-            for name in ("num_emitted", "num_accepted", "path"):
-                setattr(verdict, name, getattr(verdict, name).to(on))
-            lazy = self.lazy and self.dice.random() < 0.5
-            status = self.cache.commit(verdict, tree=self.tree, lazy=lazy)
-            self.seen["lazy"] += self.apart > 0
-        assert status.tolist() == expected
+        self.settle(verdict, stay, expected)
         for row, nodes in zip(self.rows, stay, strict=True):
             if row.live and nodes:
                 text = self.texts[row.slot] or []
                 self.texts[row.slot] = text + [row.tokens[node] for node in nodes]
         self.seen["verify"] += 1
         self.round, self.rows = None, []
+
+    def settle(self, verdict: Verdict, stay: list[list[int]], expected: list[int]) -> None:
+        """End the cache's round, in one of the ways there are."""
+        whole = all(len(nodes) == len(row.tokens) for row, nodes in zip(self.rows, stay, strict=True))
+        if whole and not self.tree and self.dice.random() < 0.5:
+            status = self.cache.commit()
+        elif not self.tree and self.dice.random() < 0.3:
+            status = self.cache.commit(verdict.num_emitted)
+        else:
+            lazy = self.lazy and self.dice.random() < 0.5
+            status = self.cache.commit(verdict, tree=self.tree, lazy=lazy)
+            self.seen["lazy"] += self.apart > 0
+        assert status.tolist() == expected
 
     def cancel(self) -> None:
         self.cache.cancel()
@@ -279,12 +300,17 @@ class Machine:
         self.seen["cancel"] += 1
 
     @property
+    def bound(self) -> bool:
+        """No slot may come or go: a round is open behind rows that were left apart."""
+        return self.apart > 0 and self.round is not None
+
+    @property
     def apart(self) -> int:
         """Rows behind the lengths that lazy commits have left there."""
         return self.cache._apart.first
 
     def fork(self) -> None:
-        if self.apart and self.round is not None:
+        if self.bound:
             return
         reserved = {row.slot for row in self.rows if row.tokens and row.live}
         sources = [slot for slot, text in enumerate(self.texts) if text]
@@ -295,21 +321,29 @@ class Machine:
         text = self.texts[source] or []
         if self.dice.random() < 0.5:
             shared = self.dice.choice([1, len(text), self.dice.randint(1, len(text))])
-            if self.setting.window and not self.reaches(source, shared):
-                with pytest.raises(ValueError, match="still in the cache"):
-                    self.cache.fork(source, target, shared)
-                return
-            self.cache.fork(source, target, shared)
+            if not self.can_share(source, shared):
+                return self.refuse(source, target, shared)
+            self.share(source, target, shared)
             self.texts[target] = text[:shared]
             self.seen["share a prefix"] += 1
         else:
-            self.cache.fork(source, target)
+            self.share(source, target, None)
             self.texts[target] = list(text)
             self.seen["fork"] += 1
         for row in self.rows:
             row.live = row.live and row.slot != target
         if any(row.slot == source for row in self.rows):
             self.seen["forked in a round"] += 1
+
+    def can_share(self, source: int, shared: int) -> bool:
+        return not self.setting.window or self.reaches(source, shared)
+
+    def share(self, source: int, target: int, shared: int | None) -> None:
+        self.cache.fork(source, target, shared)
+
+    def refuse(self, source: int, target: int, shared: int) -> None:
+        with pytest.raises(ValueError, match="still in the cache"):
+            self.cache.fork(source, target, shared)
 
     def reaches(self, slot: int, length: int) -> bool:
         """Whether all rows that a query behind the prefix sees are still there."""
@@ -319,11 +353,10 @@ class Machine:
         return first >= max(self.cache.length(slot) - window + 1, 0) // self.setting.page_size
 
     def free(self) -> None:
-        if self.apart and self.round is not None:
+        if self.bound:
             return
         slot = self.dice.randrange(self.setting.slots)
-        self.cache.free(slot)
-        self.texts[slot] = None
+        self.empty(slot)
         for row in self.rows:
             if row.slot == slot and row.live:
                 row.live = False
@@ -394,7 +427,8 @@ class Machine:
             self.check_round()
         free = np.ones(setting.pages, dtype=bool)
         free[table[table >= 0]] = False
-        self.pool[:, torch.from_numpy(free).to(setting.device)] = NOBODY
+        for pool in self.pools:
+            pool[:, torch.from_numpy(free).to(pool.device)] = NOBODY
 
     def check_tags(self, table: np.ndarray, lengths: np.ndarray) -> None:
         """Rows in sight of the next query are there, of the right tokens at the right positions."""

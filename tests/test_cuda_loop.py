@@ -85,6 +85,17 @@ def test_a_loop_ends_at_its_limit_and_goes_on() -> None:
         loop.launch(61)
 
 
+def test_a_loop_ends_when_fewer_slots_go_on() -> None:
+    counting = Counting([30, 9, 50])
+    loop = counting.loop(60)
+    loop.launch(least_live=3)
+    assert loop.wait() == (9, "vacant")
+    loop.launch(least_live=2)
+    assert loop.wait() == (21, "vacant")
+    loop.launch()
+    assert loop.wait() == (20, "finished")
+
+
 def test_a_loop_is_cancelled_while_it_runs_and_can_run_again() -> None:
     counting = Counting([1 << 30], busy=50)
     loop = counting.loop(1 << 20, record=False)

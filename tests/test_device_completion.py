@@ -8,45 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from called_loops import CalledLoop
 from foretoken import _core
 from foretoken.device import LoopGraph, completion
 from foretoken.drafters import ModelDrafter
 from foretoken.generate import complete, decode, interrupt
 from foretoken.sampling import Sampling
-from foretoken.session import Session
+from foretoken.session import Event, Session
 from rounds_ahead import LENGTH, GatherModel, asks, pair, sessions_ahead
 from toys import GREEDY, VOCAB, Ask, alike, table
-
-
-class CalledLoop:
-    """As the kernel behind a round does it."""
-
-    launches = 0
-
-    def __init__(self, round_: completion.Round) -> None:
-        self._round, self.history, self.most = round_, None, 7
-        self.asked = False
-
-    def launch(self) -> None:
-        CalledLoop.launches += 1
-        state, records = self._round._rounds._state, []
-        self.end = "running"
-        while self.end == "running":
-            records.append(self._round()[0].clone())
-            if not bool((state.next_drafts[self._round.rows.index] >= 0).any()):
-                self.end = "finished"
-            elif len(records) >= self.most:
-                self.end = "limit"
-            elif self.asked:
-                self.end = "cancelled"
-        self.asked = False
-        self.history = torch.stack(records)
-
-    def wait(self) -> tuple[int, str]:
-        return len(self.history), self.end
-
-    def cancel(self) -> None:
-        self.asked = True
 
 
 @pytest.fixture
@@ -56,17 +26,24 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
     return sessions_ahead(monkeypatch)
 
 
-def texts(session: Session, forward: Any, wanted: list[Any], one_launch: bool) -> list[Any]:
+def texts(
+    session: Session, forward: Any, wanted: list[Any], one_launch: bool, streams: bool = False, **options: Any
+) -> list[Any]:
     requests = [ask.admit(session) for ask in wanted]
+    told: dict[int, list[int]] = {request.id: [] for request in requests}
+
+    def hear(event: Event) -> None:
+        told[event.request.id] += event.tokens
+
     if one_launch:
-        complete(session, forward)
+        complete(session, forward, on_event=hear if streams else None, **options)
     else:
         while (step := session.plan()) is not None:
             logits = forward(step)
             session.commit(None if step.kind == "prefill" else logits)
-    told: dict[int, list[int]] = {request.id: [] for request in requests}
     for event in session.events():
-        told[event.request.id] += event.tokens
+        assert not (one_launch and streams)
+        hear(event)
     assert [told[request.id] for request in requests] == [session.generated(r) for r in requests]
     return [(session.generated(r), r.finish_reason, r.metrics) for r in requests]
 
@@ -80,7 +57,7 @@ def test_texts_are_those_of_the_host(ahead, kind: str, num_drafts: int, sampled:
     wanted = asks(100 * seed + num_drafts, sampled, num_drafts)
     wanted[-2:] = (Ask([number, 5], 50, wanted[number].sampling) for number in range(2))
     host, device = pair(ahead, kind, num_drafts=num_drafts, prefill_chunk=8)
-    mine = texts(*device, wanted, one_launch=True)
+    mine = texts(*device, wanted, one_launch=True, streams=seed == 1)
     assert mine == texts(*host, wanted, one_launch=False)
     assert CalledLoop.launches > 0
 
@@ -88,9 +65,9 @@ def test_texts_are_those_of_the_host(ahead, kind: str, num_drafts: int, sampled:
 def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def counted(round_: completion.Round) -> CalledLoop:
-        made.append(round_)
-        return CalledLoop(round_)
+    def counted(*arguments: Any) -> CalledLoop:
+        made.append(arguments)
+        return CalledLoop(*arguments)
 
     monkeypatch.setattr(completion, "capture", counted)
     host, device = pair(ahead, "model", num_drafts=3)
@@ -179,17 +156,32 @@ def test_arguments_of_a_loop_are_checked() -> None:
 
     def make(**changes: Any) -> Any:
         arguments = {
-            "graph": 1, "next_drafts": ints(3), "slots": ints(2), "record": ints(2, 8),
-            "history": ints(5, 2, 8), "most_rounds": ints(1), "progress": ints(2),
+            "tiers": [(1, 2, 5, ints(2, 8))], "next_drafts": ints(3), "slots": ints(2), "acceptance": None,
+            "history": ints(5, 20), "ring": 0, "ring_rounds": 0, "limits": ints(2), "progress": ints(4),
         } | changes  # fmt: skip
         return _core.LoopGraph(**arguments)
 
+    lines = ints(2, 8)
+    two = [(1, 2, 5, lines), (1, 4, 9, ints(2, 10))]
     for changes, message in (
-        ({"graph": 0}, "graph: expected the handle of a captured graph, got 0"),
+        ({}, "next_drafts: expected a tensor on cuda, where graphs are, got one on cpu"),
+        ({"tiers": [(0, 2, 5, lines)]}, "graph: expected the handle of a captured graph, got 0"),
+        ({"tiers": []}, "tiers: expected 1 to 8, got 0"),
+        ({"tiers": two[::-1]}, "tiers: expected ascending drafts and costs of 1 to 1048576, got 2 and 5"),
+        ({"tiers": [(1, 2, 0, lines)]}, "tiers: expected ascending drafts and costs .*, got 2 and 0"),
+        ({"tiers": [two[0], (1, 4, 9, None)]}, "record: expected one of every tier or of none"),
+        (
+            {"tiers": two, "history": ints(5, 24)},
+            "acceptance: expected one, and records, beside several tiers",
+        ),
+        ({"tiers": two, "acceptance": ints(3, 2)}, r"history: expected int32 \[R >= 1, 24\]"),
+        ({"acceptance": ints(2, 2)}, r"acceptance: expected int32 \[3, 2\]"),
         ({"slots": ints(3)}, r"record: expected int32 \[3, W >= 1\]"),
-        ({"history": None}, "history: expected one beside a record, and none without"),
-        ({"history": ints(5, 2, 7)}, "history: expected int32"),
-        ({"progress": ints(1)}, r"progress: expected int32 \[2\]"),
+        ({"history": None}, "history: expected one, or a ring, beside records, and none without"),
+        ({"ring": 64, "ring_rounds": 6}, "ring_rounds: expected a power of two, got 6"),
+        ({"history": ints(5, 19)}, "history: expected int32"),
+        ({"progress": ints(1)}, r"progress: expected int32 \[4\]"),
+        ({"limits": ints(1)}, r"limits: expected int32 \[2\]"),
         ({"next_drafts": torch.zeros(3)}, r"next_drafts: expected int32"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

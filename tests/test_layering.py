@@ -3,7 +3,7 @@
 csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
-         {hf, session} -> cache -> device
+         {hf, session} -> cache -> {device, step}
          drafters -> tree -> step -> ops -> sampling -> _core
 """
 
@@ -57,7 +57,7 @@ PYTHON = {
     "tree": BASE | {"step"},
     "drafters": BASE | {"step", "tree"},
     "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
-    "cache": BASE | {"device"},
+    "cache": BASE | {"device", "step"},
     "session": LOOP,
     "generate": LOOP,
     "hf": LOOP | {"generate", "cache"},

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from foretoken import ops
-from foretoken.cache import OutOfPagesError, PagedCache, Round
+from foretoken.cache import OutOfPagesError, PagedCache, Round, SessionPages
 from foretoken.ops import Status, Verdict
+from foretoken.step import Step
 from mirrored import TEST_DEVICE
 from paged_machine import Machine, Setting
 
@@ -57,7 +58,7 @@ ON_DEVICE = [Setting(4, pages=18), Setting(16, pages=8, max_length=60), Setting(
 @pytest.mark.cuda
 @pytest.mark.parametrize("setting", ON_DEVICE, ids=str)
 def test_random_programs_on_a_device(setting: Setting):
-    """Counts of pages after every step; rows, which are read back, after every tenth."""
+    """Beside the same program on the CPU: what the device holds is compared after every 50th step."""
     machine = Machine(dataclasses.replace(setting, device=TEST_DEVICE), seed=3)
     machine.run(3000, check_every=10)
     assert machine.missing() == []
@@ -65,10 +66,12 @@ def test_random_programs_on_a_device(setting: Setting):
 
 @pytest.mark.cuda
 @pytest.mark.long
-def test_a_hundred_thousand_steps_on_a_device():
+@pytest.mark.parametrize("part", range(10))
+def test_a_hundred_thousand_steps_on_a_device(part: int):
+    """10^5 in all; parts may run side by side."""
     for seed, setting in enumerate(ON_DEVICE):
-        machine = Machine(dataclasses.replace(setting, device=TEST_DEVICE), seed=200 + seed)
-        machine.run(33_334, check_every=25)
+        machine = Machine(dataclasses.replace(setting, device=TEST_DEVICE), seed=200 + 10 * part + seed)
+        machine.run(3_334, check_every=10)
         assert machine.missing() == []
 
 
@@ -117,10 +120,11 @@ def test_no_page_is_lost_and_memory_stays(rounds: int, figure):
 @pytest.mark.long
 def test_no_page_is_lost_on_a_device(figure):
     before = torch.cuda.memory_allocated() if TEST_DEVICE == "cuda" else 0
-    steady, used = soak(200_000, TEST_DEVICE)
+    steady, used = soak(10**6, TEST_DEVICE)
     assert used == 0
-    figure("bytes a million rounds", (steady[-1] - steady[2]) / 0.14)
-    assert steady[-1] - steady[2] <= 1 << 20
+    slope = (steady[-1] - steady[2]) / 0.7
+    figure("bytes a million rounds", slope)
+    assert slope <= 1 << 20
     assert TEST_DEVICE != "cuda" or torch.cuda.memory_allocated() <= before
 
 
@@ -356,6 +360,58 @@ def test_tables_and_copies_on_a_device():
         found.append([pool.cpu(), cache.block_table.cpu(), cache.lengths.cpu()])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.cuda
+def test_copies_of_pages_go_where_all_else_goes():
+    """A page is copied behind what the caller's stream has yet to write to it."""
+    stream: Any = torch.cuda.Stream()
+    cache = small(device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        cache.reserve([0], 6)
+        torch.cuda._sleep(50_000_000)
+        for part in cache.caches:
+            part.fill_(3.0)
+        cache.commit()
+        cache.fork(0, 1)
+        cache.reserve([1], 1)
+        cache.commit()
+    stream.synchronize()
+    assert cache.pages(0) != cache.pages(1)
+    assert all(bool((part[cache.pages(1)] == 3.0).all()) for part in cache.caches)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_pages_that_a_session_asks_for(device):
+    """Held for rows that somebody else counts: taken, given back, all or none."""
+    pages = SessionPages(torch.zeros(2, 6, 4, 1, 2, device=device).unbind(0), max_slots=3, max_length=24)
+    table = pages.hold(planned([2, 0], [0, 0], [5, 9], device))
+    assert table.tolist() == [[0, 1, -1, -1, -1, -1], [2, 3, 4, -1, -1, -1]]
+    pages.hold(planned([0], [9], [6], device))
+    assert (pages.pages(0), pages.free_pages) == ([2, 3, 4, 5], 0)
+    before = pages.block_table.tolist()
+    with pytest.raises(OutOfPagesError, match="the 1 free of 6 pages are enough, got 2 pages' worth"):
+        pages.hold(planned([1, 0], [0, 10], [8, 1], device))
+    before[0][3] = -1  # what earlier drafts took and the step does not need
+    assert pages.block_table.tolist() == before
+    pages.hold(planned([1, 0], [0, 7], [8, 1], device))
+    assert (pages.pages(0), pages.pages(1), pages.free_pages) == ([2, 3], [4, 5], 0)
+    pages.free(2)
+    assert (pages.free_pages, pages.block_table[2].tolist()) == (2, [-1] * 6)
+    with pytest.raises(ValueError, match="ends: expected 0 to 24, got 25"):
+        pages.hold(planned([0], [24], [1], device))
+    with pytest.raises(ValueError, match="slots: expected each once, got 1 twice"):
+        pages.hold(planned([1, 1], [0, 0], [1, 1], device))
+    pages.reset()
+    assert (pages.free_pages, pages.block_table.max().item()) == (6, -1)
+
+
+def planned(slots: list[int], lengths: list[int], counts: list[int], device: str) -> Step:
+    return Step(
+        "decode", torch.zeros(len(slots), max(counts), dtype=torch.int64), torch.zeros(1), int32(counts),
+        torch.tensor(lengths), int32(slots).to(device), (), 0, False, None, slot_numbers=slots,
+    )  # fmt: skip
 
 
 def _generator() -> torch.Generator:

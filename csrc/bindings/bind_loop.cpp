@@ -107,8 +107,8 @@ py::tuple draft(Session& session, py::handle tokens, py::handle num_drafts, py::
 
 // (shape of the step, the outstanding one again, most drafts of a row, version of the rows, any held open,
 // any got a slot)
-py::tuple plan_ahead(Session& session) {
-  const bool again = session.plan_ahead();
+py::tuple plan_ahead(Session& session, bool admits) {
+  const bool again = session.plan_ahead(admits);
   return py::make_tuple(shape_of(session.step()), again, session.max_budget(), session.rows_version(),
                         session.any_held_open(), !session.assigned().empty());
 }
@@ -202,6 +202,7 @@ py::dict session_arrays(py::object self) {
   arrays["from_tokens"] = view_of(session.from_tokens(), self);
   arrays["from_counts"] = view_of(session.from_counts(), self);
   arrays["slot_lengths"] = view_of(session.lengths(), self);
+  arrays["shortfall"] = view_of(session.step().shortfall, self);
   return arrays;
 }
 
@@ -226,7 +227,7 @@ void bind_session(py::module_& module) {
            py::arg("num_drafts"), py::arg("eos_ids"), py::arg("stop_ids"))
       .def("plan", &plan, py::arg("drafting"))
       .def("draft", &draft, py::arg("tokens"), py::arg("num_drafts"), py::arg("parents"))
-      .def("plan_ahead", &plan_ahead)
+      .def("plan_ahead", &plan_ahead, py::arg("admits") = true)
       .def("launch", &Session::launch)
       .def("settle", &settle, py::arg("record"), py::arg("columns"))
       .def_property_readonly("in_flight", &Session::in_flight, "Rounds issued and not settled.")

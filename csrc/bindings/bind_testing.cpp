@@ -10,6 +10,7 @@
 
 #include "bindings/boundary.hpp"
 #include "dispatch.hpp"
+#include "math/draft_tiers.hpp"
 #include "math/selfcheck.hpp"
 
 namespace foretoken {
@@ -101,6 +102,18 @@ py::array_t<uint64_t> self_check_results(int64_t count, uint64_t seed, const std
   return result;
 }
 
+// After rounds of (drafted, accepted): trials, successes, the rate, and the tokens expected with so many
+// drafts.
+py::tuple draft_tiers(const std::vector<std::pair<int32_t, int32_t>>& rounds,
+                      const std::vector<int64_t>& drafts) {
+  AcceptanceRate rate{0, 0};
+  for (const auto& [drafted, accepted] : rounds) rate.note(drafted, accepted);
+  ExpectedTokens expected(rate.rate());
+  std::vector<int64_t> tokens;
+  for (const int64_t count : drafts) tokens.push_back(expected.with(count));
+  return py::make_tuple(rate.trials, rate.successes, rate.rate(), tokens);
+}
+
 }  // namespace
 
 void register_testing(py::module_& module) {
@@ -110,6 +123,7 @@ void register_testing(py::module_& module) {
               py::arg("draft_logits"), py::arg("base"), py::arg("tokens"), py::arg("num_emitted"),
               py::arg("logprobs"));
   testing.def("describe", &describe, py::arg("tensor"), py::arg("layout") = "rows", py::arg("write") = false);
+  testing.def("draft_tiers", &draft_tiers, py::arg("rounds"), py::arg("drafts"));
   testing.def("self_check", &self_check_results, py::arg("count"), py::arg("seed"), py::arg("device"),
               "The shared arithmetic on `count` sets of arguments, as integers: uint64 [count, fields].");
   register_testing_ops(testing);

@@ -6,47 +6,14 @@
 #include <vector>
 
 #include "cuda/errors.hpp"
-#include "cuda/views.cuh"
+#include "cuda/loop_end.cuh"
 
 namespace foretoken::cuda {
 
 namespace {
 
-constexpr int kEndThreads = 256;
-constexpr int kOldestDriver = 12040;  // the first with WHILE nodes
-
-// Behind each round, one block: keeps its record, and tells whether there is another.
-__global__ void __launch_bounds__(kEndThreads)
-    loop_end_kernel(const __grid_constant__ LoopGraphArgs args, const volatile int32_t* cancelled,
-                    cudaGraphConditionalHandle handle) {
-  const bool asked = threadIdx.x == 0 && *cancelled != 0;
-  const int64_t round = read_index(args.progress, kLoopRounds);
-  const int64_t rows = args.slots.shape[0];
-  bool lives = false;
-  for (int64_t b = threadIdx.x; b < rows; b += kEndThreads) {
-    const int64_t slot = slot_of(args.slots, b, args.next_drafts.shape[0]);
-    lives = lives || (slot >= 0 && read_index(args.next_drafts, slot) >= 0);
-  }
-  if (args.record && round < args.history.shape[0]) {
-    const int64_t width = args.record.shape[1];
-    for (int64_t i = threadIdx.x; i < rows * width; i += kEndThreads) {
-      write_index(args.history, read_index(args.record, i / width, i % width), round, i / width, i % width);
-    }
-  }
-  const bool more = __syncthreads_or(lives) != 0;  // and every thread has read how many rounds there were
-  if (threadIdx.x != 0) return;
-  LoopEnd end = LoopEnd::none;
-  if (!more) {
-    end = LoopEnd::finished;
-  } else if (round + 1 >= read_index(args.most_rounds, 0)) {
-    end = LoopEnd::limit;
-  } else if (asked) {
-    end = LoopEnd::cancelled;
-  }
-  write_index(args.progress, round + 1, kLoopRounds);
-  write_index(args.progress, static_cast<int32_t>(end), kLoopEnd);
-  cudaGraphSetConditional(handle, end == LoopEnd::none ? 1u : 0u);
-}
+constexpr int kOldestDriver = 12040;        // the first with WHILE nodes
+constexpr int kOldestTieredDriver = 12080;  // the first with SWITCH nodes
 
 // What a node is called that a conditional body may not hold; null: it may.
 const char* fault_of(cudaGraphNodeType type) {
@@ -103,30 +70,68 @@ int64_t checked_nodes(cudaGraph_t round) {
                               told + " among its " + std::to_string(census.nodes) + " nodes");
 }
 
-void check_driver() {
+int driver_version() {
   int version = 0;
   throw_if_failed(cudaDriverGetVersion(&version), "driver version");
+  return version;
+}
+
+void check_driver() {
+  const int version = driver_version();
   if (version < kOldestDriver) {
     throw std::invalid_argument("graph: repeating a round on the device needs a driver for CUDA 12.4, got " +
                                 std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10));
   }
 }
 
-cudaGraphNode_t add_while(cudaGraph_t graph, cudaGraphNode_t before, cudaGraphConditionalHandle handle,
-                          cudaGraph_t& body) {
+cudaGraphConditionalHandle handle_in(cudaGraph_t graph, unsigned value, unsigned flags, const char* what) {
+  cudaGraphConditionalHandle handle{};
+  throw_if_failed(cudaGraphConditionalHandleCreate(&handle, graph, value, flags), what);
+  return handle;
+}
+
+// Behind `before`, which may be null. Its bodies live as long as the graph.
+cudaGraphNode_t add_conditional(cudaGraph_t graph, cudaGraphNode_t before, cudaGraphConditionalHandle handle,
+                                cudaGraphConditionalNodeType type, unsigned size, const char* what,
+                                cudaGraph_t*& bodies) {
   cudaGraphNodeParams params{};
   params.type = cudaGraphNodeTypeConditional;
   params.conditional.handle = handle;
-  params.conditional.type = cudaGraphCondTypeWhile;
-  params.conditional.size = 1;
+  params.conditional.type = type;
+  params.conditional.size = size;
   cudaGraphNode_t node = nullptr;
+  const cudaGraphNode_t* const after = before == nullptr ? nullptr : &before;
+  const size_t count = before == nullptr ? 0 : 1;
 #if CUDART_VERSION >= 13000
-  throw_if_failed(cudaGraphAddNode(&node, graph, &before, nullptr, 1, &params), "WHILE node");
+  throw_if_failed(cudaGraphAddNode(&node, graph, after, nullptr, count, &params), what);
 #else
-  throw_if_failed(cudaGraphAddNode(&node, graph, &before, 1, &params), "WHILE node");
+  throw_if_failed(cudaGraphAddNode(&node, graph, after, count, &params), what);
 #endif
-  body = params.conditional.phGraph_out[0];
+  bodies = params.conditional.phGraph_out;
   return node;
+}
+
+// One block, behind `before`, which may be null.
+cudaGraphNode_t add_kernel(cudaGraph_t graph, cudaGraphNode_t before, const void* function, void** params) {
+  cudaKernelNodeParams kernel{};
+  kernel.func = const_cast<void*>(function);
+  kernel.gridDim = dim3(1);
+  kernel.blockDim = dim3(kEndThreads);
+  kernel.kernelParams = params;
+  cudaGraphNode_t node = nullptr;
+  throw_if_failed(
+      cudaGraphAddKernelNode(&node, graph, before == nullptr ? nullptr : &before, before != nullptr, &kernel),
+      "kernel around the rounds");
+  return node;
+}
+
+template <typename T>
+T* mapped_pointer(T* host) {
+  void* mapped = nullptr;
+  throw_if_failed(
+      cudaHostGetDevicePointer(&mapped, const_cast<void*>(static_cast<const volatile void*>(host)), 0),
+      "mapped memory");
+  return static_cast<T*>(mapped);
 }
 
 }  // namespace
@@ -153,49 +158,79 @@ struct LoopGraph::State {
     cudaGetLastError();  // the context may be gone
   }
 
-  void build(cudaGraph_t round) {
+  void build(const std::vector<void*>& rounds) {
     throw_if_failed(cudaGraphCreate(&graph, 0), "graph");
-    cudaMemsetParams zeros{};
-    zeros.dst = args.progress.data;
-    zeros.elementSize = sizeof(int32_t);
-    zeros.width = kLoopFields;
-    zeros.height = 1;
-    cudaGraphNode_t start = nullptr;
-    throw_if_failed(cudaGraphAddMemsetNode(&start, graph, nullptr, 0, &zeros), "first node");
-    cudaGraphConditionalHandle handle{};
-    throw_if_failed(cudaGraphConditionalHandleCreate(&handle, graph, 1, cudaGraphCondAssignDefault),
-                    "WHILE node");
-    cudaGraph_t body = nullptr;
-    add_while(graph, start, handle, body);
-    cudaGraphNode_t clone = nullptr, last = nullptr;
-    throw_if_failed(cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, round), "clone of the round");
-    void* mapped = nullptr;
-    throw_if_failed(cudaHostGetDevicePointer(&mapped, const_cast<int32_t*>(cancelled), 0), "mapped memory");
-    auto* flag = static_cast<const volatile int32_t*>(mapped);
-    void* params[] = {&args, &flag, &handle};
-    cudaKernelNodeParams kernel{};
-    kernel.func = reinterpret_cast<void*>(loop_end_kernel);
-    kernel.gridDim = dim3(1);
-    kernel.blockDim = dim3(kEndThreads);
-    kernel.kernelParams = params;
-    throw_if_failed(cudaGraphAddKernelNode(&last, body, &clone, 1, &kernel), "last node");
+    LoopHandles handles;
+    handles.again = handle_in(graph, 1, cudaGraphCondAssignDefault, "WHILE node");
+    // Its value stays from round to round; the kernels around the rounds write it.
+    if (rounds.size() > 1) handles.tier = handle_in(graph, 0, 0, "SWITCH node");
+    MappedWords mapped;
+    mapped.cancelled = mapped_pointer(cancelled);
+    if (args.ring != nullptr) mapped.ring = mapped_pointer<volatile int32_t>(args.ring);
+    void* begin_params[] = {&args, &handles};
+    const cudaGraphNode_t begin =
+        add_kernel(graph, nullptr, reinterpret_cast<const void*>(loop_begin_kernel), begin_params);
+    cudaGraph_t* bodies = nullptr;
+    add_conditional(graph, begin, handles.again, cudaGraphCondTypeWhile, 1, "WHILE node", bodies);
+    const cudaGraph_t body = bodies[0];
+    const cudaGraphNode_t work = add_rounds(body, rounds, handles.tier);
+    void* end_params[] = {&args, &mapped, &handles};
+    add_kernel(body, work, reinterpret_cast<const void*>(loop_end_kernel), end_params);
     throw_if_failed(cudaGraphInstantiate(&executable, graph, 0), "instantiation of the loop");
+  }
+
+  // A clone of the round; of several, one that the SWITCH node chooses.
+  static cudaGraphNode_t add_rounds(cudaGraph_t body, const std::vector<void*>& rounds,
+                                    [[maybe_unused]] cudaGraphConditionalHandle tier) {
+    cudaGraphNode_t clone = nullptr;
+    if (rounds.size() == 1) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, static_cast<cudaGraph_t>(rounds[0])),
+          "clone of the round");
+      return clone;
+    }
+#if CUDART_VERSION >= 12080
+    cudaGraph_t* tiers = nullptr;
+    const cudaGraphNode_t choice =
+        add_conditional(body, nullptr, tier, cudaGraphCondTypeSwitch, static_cast<unsigned>(rounds.size()),
+                        "SWITCH node", tiers);
+    for (size_t t = 0; t < rounds.size(); ++t) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, tiers[t], nullptr, 0, static_cast<cudaGraph_t>(rounds[t])),
+          "clone of a round");
+    }
+    return choice;
+#else
+    throw std::invalid_argument("rounds: expected one, as this build is older than CUDA 12.8");
+#endif
   }
 };
 
-LoopGraph::LoopGraph(const LoopGraphArgs& args, void* round, Device device)
+LoopGraph::LoopGraph(const LoopGraphArgs& args, const std::vector<void*>& rounds, Device device)
     : state_(std::make_unique<State>()) {
   check_driver();
+  if (rounds.size() > 1 && !takes_tiers()) {
+    throw std::invalid_argument("rounds: choosing among them on the device needs CUDA 12.8, got " +
+                                std::to_string(rounds.size()) + " of them");
+  }
   state_->args = args;
   state_->device = device;
-  state_->nodes = checked_nodes(static_cast<cudaGraph_t>(round));
+  for (void* const round : rounds) state_->nodes += checked_nodes(static_cast<cudaGraph_t>(round));
   void* flag = nullptr;
   throw_if_failed(cudaHostAlloc(&flag, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable),
                   "mapped memory");
   state_->cancelled = static_cast<volatile int32_t*>(flag);
   *state_->cancelled = 0;
   throw_if_failed(cudaEventCreateWithFlags(&state_->done, cudaEventDisableTiming), "event");
-  state_->build(static_cast<cudaGraph_t>(round));
+  state_->build(rounds);
+}
+
+bool LoopGraph::takes_tiers() {
+#if CUDART_VERSION >= 12080
+  return driver_version() >= kOldestTieredDriver;
+#else
+  return false;
+#endif
 }
 
 LoopGraph::~LoopGraph() = default;
@@ -209,6 +244,17 @@ void LoopGraph::launch(Stream stream) {
   throw_if_failed(cudaGraphLaunch(state_->executable, handle), "launch");
   state_->launched = true;
   throw_if_failed(cudaEventRecord(state_->done, handle), "launch");
+}
+
+bool LoopGraph::is_done() const {
+  if (!state_->launched) return true;
+  const cudaError_t state = cudaEventQuery(state_->done);
+  if (state == cudaErrorNotReady) {
+    cudaGetLastError();  // or it would be found by whoever asks next
+    return false;
+  }
+  throw_if_failed(state, "rounds of a launch");
+  return true;
 }
 
 void LoopGraph::cancel() { *state_->cancelled = 1; }

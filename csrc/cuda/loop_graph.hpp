@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "ops/loop_graph.hpp"
 
@@ -10,15 +11,19 @@ namespace foretoken::cuda {
 
 class LoopGraph {
  public:
-  // `round` is a cudaGraph_t, of which a clone is taken. What its nodes read and write has to stay.
-  LoopGraph(const LoopGraphArgs& args, void* round, Device device);
+  // `rounds` are cudaGraph_t, one a tier, of which clones are taken. What their nodes read and write has to
+  // stay.
+  LoopGraph(const LoopGraphArgs& args, const std::vector<void*>& rounds, Device device);
   ~LoopGraph();
   LoopGraph(const LoopGraph&) = delete;
   LoopGraph& operator=(const LoopGraph&) = delete;
 
   void launch(Stream stream);
   void cancel();  // from any thread: the launch that runs, if one does, ends after its round
+  bool is_done() const;
   int64_t nodes() const;
+
+  static bool takes_tiers();  // whether build and driver can choose among rounds
 
  private:
   struct State;

@@ -46,14 +46,19 @@ const PageTable::Slot& PageTable::at(int64_t slot) const {
   return slots_[static_cast<size_t>(slot)];
 }
 
+void PageTable::note_once(int32_t slot) {
+  int64_t& seen_in = seen_in_[static_cast<size_t>(slot)];
+  if (seen_in == number_) {
+    throw std::invalid_argument(expected("slots", "each once", slot) + " twice");
+  }
+  seen_in = number_;
+}
+
 void PageTable::check_round(const int32_t* slots, const int32_t* counts, int64_t rows) {
   ++number_;
   for (int64_t b = 0; b < rows; ++b) {
     const Slot& slot = at(slots[b]);
-    if (seen_in_[static_cast<size_t>(slots[b])] == number_) {
-      throw std::invalid_argument(expected("slots", "each once", slots[b]) + " twice");
-    }
-    seen_in_[static_cast<size_t>(slots[b])] = number_;
+    note_once(slots[b]);
     if (counts[b] < 0) throw std::invalid_argument(expected("num_tokens", "0 or more", counts[b]));
     if (slot.high + counts[b] > config_.max_length) {
       throw std::invalid_argument(expected("num_tokens",
@@ -132,15 +137,17 @@ void PageTable::reserve(const int32_t* slots, const int32_t* counts, int64_t row
   open_ = true;
 }
 
+void PageTable::check_free(int64_t needed) const {
+  if (needed <= allocator_.free()) return;
+  throw OutOfPages(expected("num_tokens",
+                            "rows for which the " + std::to_string(allocator_.free()) + " free of " +
+                                std::to_string(allocator_.total()) + " pages are enough",
+                            needed) +
+                   " pages' worth");
+}
+
 void PageTable::take_pages(const int32_t* slots, const int32_t* counts, int64_t rows) {
-  const int64_t needed = pages_needed(slots, counts, rows);
-  if (needed > allocator_.free()) {
-    throw OutOfPages(expected("num_tokens",
-                              "rows for which the " + std::to_string(allocator_.free()) + " free of " +
-                                  std::to_string(allocator_.total()) + " pages are enough",
-                              needed) +
-                     " pages' worth");
-  }
+  check_free(pages_needed(slots, counts, rows));
   for (int64_t b = 0; b < rows; ++b) {
     if (counts[b] > 0) own_pages(slots[b], counts[b]);
   }
@@ -154,6 +161,33 @@ void PageTable::resize(const int32_t* counts, int64_t rows) {
   take_pages(slots.data(), counts, rows);
   set_rows(slots.data(), counts, rows);
   for (const int32_t slot : slots) return_pages(slot);
+}
+
+void PageTable::hold(const int32_t* slots, const int32_t* ends, int64_t rows) {
+  if (open_ || !closed_.empty()) throw std::logic_error("hold: a round of reserve() is under way");
+  ++number_;
+  for (int64_t b = 0; b < rows; ++b) {
+    at(slots[b]);
+    note_once(slots[b]);
+    check_size("ends", ends[b], 0, config_.max_length);
+  }
+  int64_t needed = 0;
+  for (int64_t b = 0; b < rows; ++b) {
+    Slot& slot = slots_[static_cast<size_t>(slots[b])];
+    const int64_t held = static_cast<int64_t>(slot.pages.size()), wanted = columns_for(ends[b]);
+    slot.low = slot.high = std::min<int64_t>(ends[b], held * config_.page_size);
+    return_pages(slots[b]);
+    needed += std::max<int64_t>(wanted - held, 0);
+  }
+  check_free(needed);
+  for (int64_t b = 0; b < rows; ++b) {
+    Slot& slot = slots_[static_cast<size_t>(slots[b])];
+    slot.low = slot.high = ends[b];
+    while (static_cast<int64_t>(slot.pages.size()) < columns_for(ends[b])) {
+      slot.pages.push_back(allocator_.take());
+      edit(slots[b], static_cast<int64_t>(slot.pages.size()) - 1, slot.pages.back());
+    }
+  }
 }
 
 void PageTable::close() {

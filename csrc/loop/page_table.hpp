@@ -40,6 +40,9 @@ class PageTable {
   void reserve(const int32_t* slots, const int32_t* counts, int64_t rows);
   // The open round has so many rows of each slot instead, more or fewer; the first ones are the same.
   void resize(const int32_t* counts, int64_t rows);
+  // For an owner that counts rows itself and opens no rounds: so many rows of each slot have pages, and what
+  // is behind them goes back, that also where OutOfPages is thrown.
+  void hold(const int32_t* slots, const int32_t* ends, int64_t rows);
   void close();
   void cancel();                                   // the open round, as if nothing had been reserved
   void settle(const int32_t* kept, int64_t rows);  // of the oldest closed round; -1 counts as 0
@@ -78,6 +81,8 @@ class PageTable {
   using Round = std::vector<Entry>;
 
   const Slot& at(int64_t slot) const;
+  void note_once(int32_t slot);
+  void check_free(int64_t needed) const;
   void check_round(const int32_t* slots, const int32_t* counts, int64_t rows);
   int64_t pages_needed(const int32_t* slots, const int32_t* counts, int64_t rows);
   void take_pages(const int32_t* slots, const int32_t* counts, int64_t rows);

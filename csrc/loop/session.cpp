@@ -342,9 +342,9 @@ void Session::pack(const T* from, int64_t stride, int64_t columns, std::vector<T
   }
 }
 
-bool Session::plan(bool drafting) { return plan_step(&Session::build_decode, drafting); }
+bool Session::plan(bool drafting) { return plan_step(&Session::build_decode, drafting, true); }
 
-bool Session::plan_step(void (Session::*build_rows)(), bool drafting) {
+bool Session::plan_step(void (Session::*build_rows)(), bool drafting, bool admits) {
   if (outstanding_) {
     drop_finished_rows();
     if (!rows_.empty()) {
@@ -355,7 +355,7 @@ bool Session::plan_step(void (Session::*build_rows)(), bool drafting) {
   }
   drafting_ = trees_ = false;
   drafted_columns_ = 0;
-  assign_waiting();
+  if (admits) assign_waiting();
   if (!choose_rows()) return false;
   if (step_.kind == StepKind::prefill) {
     build_prefill();

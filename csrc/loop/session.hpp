@@ -74,10 +74,10 @@ class Session {
 
   // Running ahead of the results, where verdicts stay on a device. plan_ahead() is plan() for rounds whose
   // predecessors may not be settled yet: it knows bounds instead of lengths, and leaves out requests that
-  // have surely ended. Its decode step has slots, columns and max_length_after, and no tokens. launch() says
-  // that the round was issued; settle() takes the record of the oldest that was (ops/commit.hpp), of
-  // `columns` tokens a row.
-  bool plan_ahead();
+  // have surely ended. Its decode step has slots, columns and max_length_after, and no tokens. Unless it
+  // admits, no request that waits gets a slot. launch() says that the round was issued; settle() takes the
+  // record of the oldest that was (ops/commit.hpp), of `columns` tokens a row.
+  bool plan_ahead(bool admits);
   void launch();
   void settle(const int32_t* record, int64_t stride, int64_t columns);
   int64_t in_flight() const { return static_cast<int64_t>(launched_.size()); }
@@ -160,7 +160,7 @@ class Session {
   void check_path(const Verdict& verdict, int64_t b) const;
   int32_t moved_rows(const Verdict& verdict, int64_t b) const;
   bool closes_with_bonus(const Verdict& verdict, int64_t b) const;
-  bool plan_step(void (Session::*build_rows)(), bool drafting);
+  bool plan_step(void (Session::*build_rows)(), bool drafting, bool admits);
   void choose_budgets();
   void build_prefill();
   void build_decode();

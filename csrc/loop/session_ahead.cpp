@@ -24,11 +24,15 @@ void Session::build_ahead() {
     const int64_t tokens = static_cast<int64_t>(record->tokens.size());
     const int64_t most =
         std::min(tokens + record->ahead_tokens, record->prompt_length + record->limits.max_new_tokens);
+    step_.shortfall[step_.rows - 1] = most - 1 + step_.columns;
     step_.max_length_after = std::max(step_.max_length_after, most - 1 + step_.columns);
+  }
+  for (int64_t row = 0; row < step_.rows; ++row) {
+    step_.shortfall[row] = step_.max_length_after - step_.shortfall[row];
   }
 }
 
-bool Session::plan_ahead() { return plan_step(&Session::build_ahead, false); }
+bool Session::plan_ahead(bool admits) { return plan_step(&Session::build_ahead, false, admits); }
 
 void Session::launch() {
   if (!outstanding_ || step_.kind != StepKind::decode) {

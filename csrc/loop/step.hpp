@@ -26,6 +26,7 @@ struct Step {
         lengths(max_rows),
         slots(max_rows),
         num_tokens(max_rows),
+        shortfall(max_rows),
         visible(max_nodes > 0 ? max_rows : 0),
         ancestors(max_rows * max_nodes * words_of(max_nodes)) {}
 
@@ -67,8 +68,10 @@ struct Step {
   std::vector<int64_t> lengths;     // [B]
   std::vector<int32_t> slots;       // [B], ascending
   std::vector<int32_t> num_tokens;  // [B]
-  std::vector<int64_t> visible;     // [B] of a tree: cache rows that every node sees
-  std::vector<int64_t> ancestors;   // [B, T, W] of a tree, packed: bit j is cache row visible[b] + j
+  std::vector<int64_t>
+      shortfall;                 // [B] rows by which it surely stays below max_length_after, of plan_ahead()
+  std::vector<int64_t> visible;  // [B] of a tree: cache rows that every node sees
+  std::vector<int64_t> ancestors;  // [B, T, W] of a tree, packed: bit j is cache row visible[b] + j
 };
 
 }  // namespace foretoken::loop

@@ -124,7 +124,7 @@ class Session:
         ...
     def plan(self, drafting: bool) -> tuple[typing.Any, ...]:
         ...
-    def plan_ahead(self) -> tuple[typing.Any, ...]:
+    def plan_ahead(self, admits: bool = True) -> tuple[typing.Any, ...]:
         ...
     def release(self, request: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -187,11 +187,15 @@ class LoopGraph:
     """
     See foretoken.device.LoopGraph.
     """
-    def __init__(self, graph: typing.SupportsInt | typing.SupportsIndex, next_drafts: typing.Any, slots: typing.Any, record: typing.Any, history: typing.Any, most_rounds: typing.Any, progress: typing.Any) -> None:
+    def __init__(self, tiers: list[typing.Any], next_drafts: typing.Any, slots: typing.Any, acceptance: typing.Any, history: typing.Any, ring: typing.SupportsInt | typing.SupportsIndex, ring_rounds: typing.SupportsInt | typing.SupportsIndex, limits: typing.Any, progress: typing.Any) -> None:
         ...
     def cancel(self) -> None:
         """
         End after the round that runs.
+        """
+    def is_done(self) -> bool:
+        """
+        Whether the last launch has ended; waits for nothing.
         """
     def launch(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
@@ -200,7 +204,7 @@ class LoopGraph:
     @property
     def nodes(self) -> int:
         """
-        Of the round.
+        Of the rounds.
         """
 class OutOfPagesError(RuntimeError):
     pass
@@ -212,21 +216,25 @@ class PageTable:
         ...
     def apply_copies(self, plans: collections.abc.Sequence[CachePlan]) -> None:
         ...
-    def apply_edits(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any) -> None:
+    def apply_edits(self) -> None:
+        ...
+    def bind(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, record: typing.Any, status: typing.Any) -> None:
         ...
     def bounds(self, slot: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
         ...
     def cancel(self) -> None:
         ...
-    def close(self) -> None:
+    def commit(self, kept: typing.Any, blocked: typing.Any, settles: bool) -> None:
         ...
     def fork(self, source: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def free(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def keep_apart(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, first: typing.SupportsInt | typing.SupportsIndex, kept: typing.Any, path: typing.Any, num_accepted: typing.Any, apart: typing.Any, reached: typing.Any, status: typing.Any) -> None:
+    def hold(self, slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], ends: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...
-    def keep_rows(self, block_table: typing.Any, lengths: typing.Any, counts: typing.Any, row_slots: typing.Any, kept: typing.Any, blocked: typing.Any, record: typing.Any, status: typing.Any) -> None:
+    def keep_apart(self, first: typing.SupportsInt | typing.SupportsIndex, kept: typing.Any, path: typing.Any, num_accepted: typing.Any, apart: typing.Any, reached: typing.Any, status: typing.Any) -> None:
+        ...
+    def keep_rows(self, kept: typing.Any, blocked: typing.Any) -> None:
         ...
     def pages(self, slot: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
         ...
@@ -578,6 +586,10 @@ def last_logits(logits: typing.Any, used: typing.Any, out: typing.Any) -> None:
     """
     See foretoken.device.inputs.last_logits.
     """
+def loop_takes_tiers() -> bool:
+    """
+    Whether build and driver let the device choose among rounds.
+    """
 def merge(out_a: typing.Any, lse_a: typing.Any, out_b: typing.Any, lse_b: typing.Any, out: typing.Any, lse: typing.Any) -> None:
     """
     See foretoken.ops.merge.
@@ -598,10 +610,18 @@ def reserve_states(current: typing.Any, reserved: typing.Any, entries: typing.Su
     """
     See foretoken.cache.StateRing.reserve.
     """
+def ring_layout() -> tuple[int, int]:
+    """
+    Numbers in front of a ring, and of each of its entries.
+    """
+def ring_written(ring: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
 def sample(logits: typing.Any, sampling: SamplingTable, base: typing.Any, slots: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, path: typing.Any, vocab_map: typing.Any, vocab_size: typing.SupportsInt | typing.SupportsIndex, purpose: Purpose, method: SampleMethod, step: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, logprobs: typing.Any, status: typing.Any, records: typing.Any, workspace: typing.Any) -> int:
     """
     See foretoken.ops.sample. Returns the bytes of workspace that are missing; 0: done.
     """
+def set_ring_read(ring: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
 def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, ...]:
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.

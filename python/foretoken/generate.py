@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from foretoken.device import by_host, completions_of, replays_of
+from foretoken.device import Job, by_host, completions_of, replays_of, tiers_of
 from foretoken.drafters import Forward, compact_of
 from foretoken.session import Event, Request, Session, Step
 
@@ -178,12 +178,19 @@ def decode(
             on_event(event)
 
 
-def complete(session: Session, forward: Forward) -> int:
-    """Run every request of a session to its end; on a CUDA device in one launch, as nobody looks in between.
+def complete(
+    session: Session,
+    forward: Forward,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    draft_tiers: Sequence[int] | Mapping[int, float] | None = None,
+) -> int:
+    """Run every request of a session to its end; on a CUDA device the rounds between are its own.
 
     A round (drafts, target forward, verification, commit) is captured once as a CUDA graph, and the device
-    repeats it until all texts have ended: the host reads no result before. Prompts, and rounds while requests
-    wait for a slot, are issued by the host; elsewhere all rounds are. Events come afterwards.
+    repeats it until all texts have ended, or until one has ended while requests wait for a slot: the host
+    reads no result before, unless somebody looks. Prompts, and a round behind them, are issued by the host;
+    elsewhere all rounds are.
 
     Parameters
     ----------
@@ -191,6 +198,14 @@ def complete(session: Session, forward: Forward) -> int:
         ``forward(step) -> logits [B, T, V]``, and that of the draft model, can be captured: they read
         nothing of a step on the host, wait for nothing, and attend by the lengths on the device, up to the
         bound ``step.max_length_after``. With draft trees ``forward`` has a method ``compact``.
+    on_event
+        Gets events while the device goes on; it may admit and cancel requests. None: events come afterwards.
+    draft_tiers
+        Numbers of drafts, ascending, among which the device chooses before each round that it repeats: the
+        one with most tokens expected for what a round costs, by what the requests' last rounds accepted. A
+        mapping gives the costs, in any unit; else they are timed, and what is drawn at random may then
+        differ from run to run, within its law. None: every round drafts what the requests allow. Without
+        effect where the host issues all rounds, or the driver is older than CUDA 12.8.
 
     Returns
     -------
@@ -200,14 +215,24 @@ def complete(session: Session, forward: Forward) -> int:
     Raises
     ------
     ValueError
-        A round that cannot be repeated on the device, and what in it.
+        A round that cannot be repeated on the device, and what in it; tiers that are none.
     """
+    tiers = tiers_of(draft_tiers, session._num_drafts)
+
+    def tell() -> None:
+        for event in session.events():
+            if on_event is not None:
+                on_event(event)
+
     if session._ahead is not None:
-        return completions_of(session._ahead).run(forward, session._seat)
+        job = Job(forward, session._seat, None if on_event is None else tell, tiers)
+        return completions_of(session._ahead).run(job)
     rounds = 0
     while (step := session.plan()) is not None:
         rounds += step.kind == "decode"
         by_host(session, forward, step)
+        if on_event is not None:
+            tell()
     return rounds
 
 

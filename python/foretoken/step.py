@@ -88,6 +88,12 @@ class Step:
     """
     tree: StepTree | None = None
     """None: columns see everything before them."""
+    slot_numbers: Sequence[int] = ()
+    """``slots`` as the host knows them, of a step that is on a device."""
+    shortfall: Tensor | None = None
+    """int64 ``[B]`` on the host, of a step on a device: row b surely ends so many rows before
+    ``max_length_after``. None: nobody knows. Good until the next step is planned.
+    """
     provisional: bool = False
     """A later step may begin before this one's ``lengths``: of a draft model, all steps of a proposal but the
     first, as what they feed are drafts. What cannot go back that far has to keep where it stood before.

@@ -6,6 +6,7 @@ from foretoken._core import OutOfPagesError
 from foretoken.cache.paged import PagedCache, Round
 from foretoken.cache.quantised import QuantisedCache
 from foretoken.cache.replay import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
+from foretoken.cache.session_pages import SessionPages
 from foretoken.cache.state_ring import StateRing
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ReplayLayer",
     "ReplayPlan",
     "Round",
+    "SessionPages",
     "StateReplay",
     "StateRing",
     "TensorSpec",

@@ -120,6 +120,8 @@ class PagedCache:
         self._state = (self.block_table, self.lengths, self._counts, self._row_slots)
         self._rows = tuple(torch.empty_like(part) for part in self._state[:3])
         self._record, self._moved, self._status = ints(max_slots), ints(max_slots), ints(max_slots)
+        self._table.bind(*self._state, self._record, self._status)
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}  # of record and status, by rows
         self._behind = 1 if self.device.type == "cuda" else 0
         self._results = Results(max_slots, self.device)
         self._round: Round | None = None
@@ -179,7 +181,7 @@ class PagedCache:
                 self._reserve(rows, counts)
             finally:
                 self._table.apply_copies(self._plans)
-                self._table.apply_edits(*self._state)
+                self._table.apply_edits()
         block_table, lengths, num_nodes = self._row_tables(len(rows))
         starts = lengths
         if grown:
@@ -305,7 +307,7 @@ class PagedCache:
             self._table.resize([self._apart.first] * len(current.slots))
         else:
             self._table.cancel()
-        self._table.apply_edits(*self._state)
+        self._table.apply_edits()
 
     def gather(self) -> None:
         """Move rows that lazy commits left apart together, in all layers by one launch. No round is open."""
@@ -342,15 +344,15 @@ class PagedCache:
         self._settled_apart("fork")
         if num_tokens is not None and num_tokens > self._table.bounds(source)[0]:
             self._settle(0)
-            self._table.apply_edits(*self._state)
+            self._table.apply_edits()
         self._table.fork(source, target, -1 if num_tokens is None else num_tokens)
-        self._table.apply_edits(*self._state)
+        self._table.apply_edits()
 
     def free(self, slot: int) -> None:
         """Empty a slot, also one of the open round: its row is then one without tokens."""
         self._settled_apart("free")
         self._table.free(slot)
-        self._table.apply_edits(*self._state)
+        self._table.apply_edits()
         if self._round is not None:
             self._row_tables(len(self._round.slots))
 
@@ -358,7 +360,7 @@ class PagedCache:
         """Committed rows of a slot. On a CUDA device this waits for what has been committed."""
         self._settled_apart("length")
         self._settle(0)
-        self._table.apply_edits(*self._state)
+        self._table.apply_edits()
         return self._table.bounds(slot)[0]
 
     def bounds(self, slot: int) -> tuple[int, int]:
@@ -424,16 +426,14 @@ class PagedCache:
         return self._row_views(batch)
 
     def _close(self, batch: int, kept: Tensor | None, blocked: Tensor | None) -> Tensor:
-        record, status = self._record[:batch], self._status[:batch]
-        self._table.keep_rows(*self._state, kept, blocked, record, status)
+        views = self._views.get(batch)
+        if views is None:
+            views = self._views[batch] = self._record[:batch], self._status[:batch]
+        self._table.commit(kept, blocked, not self._behind)
         self._round = None
-        self._table.close()
         if self._behind:
-            self._results.send(record)
-        else:
-            self._table.settle(record)
-            self._table.apply_edits(*self._state)
-        return status
+            self._results.send(views[0])
+        return views[1]
 
     def _grow(self, counts: Sequence[int]) -> bool:
         """Rows for one more round behind those that were left apart; False: there is no room for them."""
@@ -442,7 +442,7 @@ class PagedCache:
         except (OutOfPagesError, ValueError):
             return False
         self._table.apply_copies(self._plans)
-        self._table.apply_edits(*self._state)
+        self._table.apply_edits()
         return True
 
     def _may_leave(self, current: Round) -> bool:
@@ -460,7 +460,7 @@ class PagedCache:
             path, accepted = as_path(kept, max(current.most - 1, 0))
         status = apart.status[:batch]
         self._table.keep_apart(
-            *self._state, apart.first, kept, path, accepted, apart.bits[:batch], apart.reached[:batch], status
+            apart.first, kept, path, accepted, apart.bits[:batch], apart.reached[:batch], status
         )
         apart.first += current.most
         return status

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from foretoken.device.completion import by_host, completions_of
+from foretoken.device.completion import Job, by_host, completions_of, tiers_of
 from foretoken.device.drafting import DeviceDrafter, drafter_on
-from foretoken.device.loop import LoopGraph, is_unrolled
+from foretoken.device.loop import LoopGraph, LoopTier, is_unrolled
 from foretoken.device.places import place_of, runs_ahead, why_no_edits_on, why_not_on
 from foretoken.device.replay import replays_of
+from foretoken.device.ring import RecordRing
 from foretoken.device.rounds import DeviceRounds
 from foretoken.step import numbers
 
 __all__ = [
     "DeviceDrafter",
     "DeviceRounds",
+    "Job",
     "LoopGraph",
+    "LoopTier",
+    "RecordRing",
     "by_host",
     "completions_of",
     "drafter_on",
@@ -22,6 +26,7 @@ __all__ = [
     "place_of",
     "replays_of",
     "runs_ahead",
+    "tiers_of",
     "why_no_edits_on",
     "why_not_on",
 ]

@@ -49,6 +49,8 @@ class DeviceContext:
     """Not None: drafts form trees of this shape."""
     nodes: Tensor | None = None
     """int32 ``[B]``: the most drafts of each row's tree, 0 where its budget is, -1 where that is."""
+    shortfall: Tensor | None = None
+    """As of `Step`."""
     inputs: StepInputs | None = None
     """Where the steps of a chain of a draft model are written; ``base`` and ``budget`` are known then."""
 
@@ -182,7 +184,8 @@ class DeviceModel:
                 for k in range(most):
                     law = self._draw_next(context, inputs, law, k)
             except BaseException:
-                context.rows.write(self._reach, inputs.draft_lengths[0])  # what the steps did not come to
+                if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                    context.rows.write(self._reach, inputs.draft_lengths[0])  # what the steps did not come to
                 raise
         return FedProposal(inputs.drafts, inputs.num_drafts, draft_logits=law, inputs=inputs)
 
@@ -190,7 +193,9 @@ class DeviceModel:
         self, context: DeviceContext, inputs: StepInputs, law: Tensor | None, k: int
     ) -> Tensor | None:
         """Run the step out of which draft k is drawn, and draw it; the law ``[B, K, V]`` if one is kept."""
-        step = inputs.draft_step(k, context.requests, context.longest + max(k, 1), context.rows.range)
+        step = inputs.draft_step(
+            k, context.rows, context.requests, context.longest + max(k, 1), context.shortfall
+        )
         logits = self._forward(step)
         if not (context.greedy or context.coupled is True):
             law = self._law_of(logits, *inputs.drafts.shape) if law is None else law
@@ -221,6 +226,7 @@ class DeviceModel:
             numbers_of_slots=rows.slot_numbers,
             slot_range=rows.range,
             longest=context.longest - 1,
+            shortfall=context.shortfall,
             max_length=self._drafter.max_length,
             depth_bound=most,
             node_bound=plan.nodes,
@@ -266,7 +272,8 @@ class DeviceModel:
             lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
             tokens = rows.tokens_at(state.text, lengths[:, None] + columns)
             fed = [slot_of[slot] for slot in slots]
-            self._run("prefill", rows, fed, tokens, lengths, used, start + max(counts))
+            short = torch.tensor([max(counts) - count for count in counts])
+            self._run("prefill", rows, fed, tokens, lengths, used, start + max(counts), short)
             start += chunk
         for slot in lacking:
             del self._fresh[slot]
@@ -278,9 +285,8 @@ class DeviceModel:
         lacking = (context.base - held).clamp(1, 2)
         lengths = self._inside(held, depth, context.longest + 1, 2)
         tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
-        logits = self._run(
-            "decode", rows, context.requests, tokens, lengths, lacking.to(torch.int32), context.longest + 1
-        )
+        bound, used = context.longest + 1, lacking.to(torch.int32)
+        logits = self._run("decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall)
         return self._fit(logits[rows.numbers, lacking - 1])
 
     def _inside(self, lengths: Tensor, num_drafts: Tensor, bound: int, columns: int) -> Tensor:
@@ -299,6 +305,7 @@ class DeviceModel:
         lengths: Tensor,
         used: Tensor,
         bound: int,
+        shortfall: Tensor | None,
     ) -> Tensor:
         positions = lengths[:, None]
         if tokens.shape[1] > 1:
@@ -316,6 +323,8 @@ class DeviceModel:
             False,
             rows.range,
             True,
+            slot_numbers=rows.slot_numbers,
+            shortfall=shortfall,
         )
         return self._forward(step)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import _core
+from foretoken.device.rows import Rows
 from foretoken.drafters import Proposal
 from foretoken.ops import RequestState
 from foretoken.step import Step
@@ -85,44 +86,52 @@ class StepInputs:
             cache_rows,
         )
 
-    def step(self, requests: Any, max_length_after: int, slot_range: tuple[int, int] | None) -> Step:
+    def step(self, rows: Rows, requests: Any, max_length_after: int, shortfall: Tensor | None) -> Step:
         """The target's."""
-        return Step(
-            "decode",
-            self.tokens,
-            self.positions,
-            self.num_tokens,
-            self.lengths,
-            self.slots,
-            requests,
-            max_length_after,
-            False,
-            slot_range,
-            True,
-        )
+        return self._step(
+            self.tokens, self.positions, self.num_tokens, self.lengths,
+            rows, requests, max_length_after, shortfall,
+        )  # fmt: skip
 
     def draft_step(
-        self, k: int, requests: Any, max_length_after: int, slot_range: tuple[int, int] | None
+        self, k: int, rows: Rows, requests: Any, max_length_after: int, shortfall: Tensor | None
     ) -> Step:
         """That of a draft model, out of which draft ``k`` is drawn."""
         lengths = self.draft_lengths[k]
-        tokens, positions = (
-            (self.first_tokens, self.first_positions)
+        tokens, positions, used = (
+            (self.first_tokens, self.first_positions, self.draft_used[0])
             if k == 0
-            else (self.drafts[:, k - 1 : k], lengths[:, None])
+            else (self.drafts[:, k - 1 : k], lengths[:, None], self.draft_used[1])
         )
+        return self._step(
+            tokens, positions, used, lengths, rows, requests, max_length_after, shortfall
+        )  # fmt: skip
+
+    def _step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        lengths: Tensor,
+        rows: Rows,
+        requests: Any,
+        max_length_after: int,
+        shortfall: Tensor | None,
+    ) -> Step:
         return Step(
             "decode",
             tokens,
             positions,
-            self.draft_used[0 if k == 0 else 1],
+            num_tokens,
             lengths,
             self.slots,
             requests,
             max_length_after,
             False,
-            slot_range,
+            rows.range,
             True,
+            slot_numbers=rows.slot_numbers,
+            shortfall=shortfall,
         )
 
 

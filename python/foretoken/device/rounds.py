@@ -77,6 +77,7 @@ class DeviceRounds:
         self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
         self._inputs: dict[tuple[int, int], StepInputs] = {}
+        self._shortfalls: dict[int, Tensor] = {}  # of the step that is planned, by rows
         self._version = -1
         self._rows: Rows | None = None
         self._row_requests: list[Request] = []
@@ -237,6 +238,8 @@ class DeviceRounds:
             step.uniform,
             step.slot_range,
             True,
+            slot_numbers=step.slots.tolist(),
+            shortfall=step.max_length_after - step.lengths - step.num_tokens,
         )
 
     def _decode(self, shape: Shape, most: int, again: bool) -> float:
@@ -246,6 +249,7 @@ class DeviceRounds:
             slots = [request.slot for request in self._row_requests]
             self._rows = Rows([s for s in slots if s is not None], self._state.text.shape[1], self._device)
         rows = self._rows
+        shortfall = self._shortfall(rows.count)
         drafted = 0.0
         if again and self._whole is not None:
             self._kept = upload(self._native.kept_rows(), torch.int64, self._device)
@@ -253,12 +257,12 @@ class DeviceRounds:
         else:
             before = perf_counter()
             self._whole = self._kept = None
-            self._whole = proposal = self._propose(rows, most, shape[4] - shape[2] + 1)
+            self._whole = proposal = self._propose(rows, most, shape[4] - shape[2] + 1, shortfall)
             drafted = perf_counter() - before
             self._seconds.draft += drafted
         base = self._base_of(rows, proposal)
         self._planned = rows, base, proposal
-        self._step = self._step_of(rows, base, proposal, shape[4])
+        self._step = self._step_of(rows, base, proposal, shape[4], shortfall)
         return drafted
 
     def _base_of(self, rows: Rows, proposal: Proposal) -> Tensor:
@@ -267,7 +271,7 @@ class DeviceRounds:
             return proposal.inputs.base
         return rows.of(self._state.base)
 
-    def _propose(self, rows: Rows, most: int, longest: int) -> Proposal:
+    def _propose(self, rows: Rows, most: int, longest: int, shortfall: Tensor | None = None) -> Proposal:
         """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
         drafter = self._drafter if most > 0 else None
         if drafter is None:
@@ -296,6 +300,7 @@ class DeviceRounds:
             self._coupled(),
             tree,
             nodes,
+            shortfall,
             inputs,
         )
         return drafter.propose(context, most)
@@ -315,9 +320,22 @@ class DeviceRounds:
         flags = [request._rule == "coupled" for request in self._row_requests]
         return flags[0] if len(set(flags)) == 1 else upload(flags, torch.bool, self._device)
 
-    def _step_of(self, rows: Rows, base: Tensor, proposal: Proposal, max_length_after: int) -> Step:
+    def _shortfall(self, rows: int) -> Tensor:
+        found = self._shortfalls.get(rows)
+        if found is None:
+            found = self._shortfalls[rows] = self._views.flat("shortfall")[:rows]
+        return found
+
+    def _step_of(
+        self,
+        rows: Rows,
+        base: Tensor,
+        proposal: Proposal,
+        max_length_after: int,
+        shortfall: Tensor | None = None,
+    ) -> Step:
         if isinstance(proposal, FedProposal) and proposal.inputs is not None:
-            return proposal.inputs.step(self._row_requests, max_length_after, rows.range)
+            return proposal.inputs.step(rows, self._row_requests, max_length_after, shortfall)
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
@@ -339,6 +357,8 @@ class DeviceRounds:
             rows.range,
             True,
             tree,
+            slot_numbers=rows.slot_numbers,
+            shortfall=shortfall,
         )
 
     def _verify(self, step: Step, logits: Tensor | None) -> ops.Verdict:

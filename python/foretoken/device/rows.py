@@ -50,7 +50,7 @@ class SeatedRows(Rows):
     """Rows whose slots are numbers on the device alone, so that captured rounds serve other requests, too."""
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self.count, self.range = count, None
+        self.count, self.range, self.slot_numbers = count, None, ()
         with torch.inference_mode(False):
             self.slots = torch.full((count,), PADDED, dtype=torch.int32, device=device)
 

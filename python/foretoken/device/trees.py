@@ -22,6 +22,8 @@ class DeviceTreeRows(TreeRows):
     slot_range: tuple[int, int] | None
     longest: int
     """What no length exceeds."""
+    shortfall: Tensor | None
+    """By how much lengths surely stay below that."""
     max_length: int
     """Rows of a slot of the drafter's cache."""
     depth_bound: int
@@ -59,6 +61,8 @@ class DeviceTreeRows(TreeRows):
             uniform=False,
             slot_range=self.slot_range,
             on_device=True,
+            slot_numbers=self.numbers_of_slots,
+            shortfall=self.shortfall,
             tree=StepTree(roots, seen.contiguous()),
         )
 

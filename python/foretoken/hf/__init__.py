@@ -15,6 +15,7 @@ from foretoken.hf.cache import LayerShape, SlotCache
 from foretoken.hf.decoding import Emission, Figures, Round
 from foretoken.hf.families import UnsupportedModelError, warn_untested_version
 from foretoken.hf.generation import custom_generate, generate, stream
+from foretoken.hf.paged import Pages
 from foretoken.hf.processors import pure
 from foretoken.hf.runner import ModuleRunner
 
@@ -24,6 +25,7 @@ __all__ = [
     "Figures",
     "LayerShape",
     "ModuleRunner",
+    "Pages",
     "Round",
     "SlotCache",
     "UnsupportedModelError",

@@ -27,6 +27,7 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.utils import GenerationMixin
 
 from foretoken.hf.captured import RunnerKind, check_kind
+from foretoken.hf.paged import CacheKind, Pages, pages_of
 from foretoken.hf.refusals import refuse_arguments, refuse_model, refuse_options
 from foretoken.hf.speculation import Speculation, read_speculation
 from foretoken.sampling import Sampling
@@ -81,6 +82,7 @@ class Prepared:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     runner: RunnerKind = "auto"
+    pages: Pages | None = None
 
     @property
     def batch(self) -> int:
@@ -105,6 +107,7 @@ def prepare(
     streamer: Any,
     keywords: Mapping[str, Any],
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
 ) -> Prepared:
     """Read the arguments of one call. No forward of any model has run when this returns or raises.
 
@@ -121,6 +124,7 @@ def prepare(
     """
     keywords = dict(keywords)
     check_kind(runner)
+    pages_of(cache)
     refuse_model(model)
     refuse_arguments(model, generation_config, tokenizer, keywords)
     speculation = read_speculation(model, drafter, num_drafts, tree, generation_config, keywords)
@@ -158,6 +162,7 @@ def prepare(
         user_processors=tuple(keywords.get("logits_processor") or ()),
         streamer=streamer,
         runner=runner,
+        cache=cache,
     )
 
 
@@ -174,6 +179,7 @@ def assemble(
     user_processors: tuple[Any, ...],
     streamer: Any,
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
 ) -> Prepared:
     """Put together what transformers hands a decoding loop; `custom_generate` enters here."""
     edits = [] if sampling is None else sampling.edits()
@@ -215,6 +221,7 @@ def assemble(
         eos_ids=tuple(sorted(eos_ids)),
         pad_id=int(pad) if pads and pad is not None else None,
         runner=runner,
+        pages=pages_of(cache),
     )
 
 

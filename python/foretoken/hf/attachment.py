@@ -12,6 +12,7 @@ from foretoken.hf.arguments import prepare
 from foretoken.hf.captured import RunnerKind, check_kind
 from foretoken.hf.forwards import Runners
 from foretoken.hf.generation import Callback, finish
+from foretoken.hf.paged import CacheKind, pages_of
 from foretoken.hf.refusals import refuse_model
 from foretoken.hf.speculation import check_drafter
 from foretoken.sampling import Sampling
@@ -35,6 +36,7 @@ class Attachment:
         tree: TreePlan | Trees | None,
         callback: Callback | None,
         runner: RunnerKind,
+        cache: CacheKind,
     ) -> None:
         self.model = model
         self._drafter = drafter
@@ -43,6 +45,7 @@ class Attachment:
         self._tree = tree
         self._callback = callback
         self._runner = runner
+        self._cache = cache
         self._runners = Runners()
         self._before = vars(model).get("generate")
         setattr(model, _ATTACHED, self)
@@ -111,6 +114,7 @@ class Attachment:
             streamer=streamer,
             keywords=keywords,
             runner=self._runner,
+            cache=self._cache,
         )
         return finish(prepared, self._callback, self._runners)
 
@@ -133,6 +137,7 @@ def attach(
     tree: TreePlan | Trees | None = None,
     callback: Callback | None = None,
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
 ) -> Attachment:
     """Make ``model.generate`` speculative, until ``detach``; also for ``with``.
 
@@ -142,7 +147,7 @@ def attach(
 
     Parameters
     ----------
-    drafter, sampling, num_drafts, tree, callback, runner
+    drafter, sampling, num_drafts, tree, callback, runner, cache
         As in `generate`, for every call that does not say otherwise. Without a drafter, calls decode
         plainly unless they name an assistant.
 
@@ -157,11 +162,12 @@ def attach(
     ...     print(pipeline("text-generation", model=model, tokenizer=tok)("Once upon a time"))
     """
     check_kind(runner)
+    pages_of(cache)
     refuse_model(model)
     check_drafter(model, drafter)
     if _ATTACHED in vars(model):
         raise ValueError("model: foretoken is attached to it already; detach first")
-    return Attachment(model, drafter, sampling, num_drafts, tree, callback, runner)
+    return Attachment(model, drafter, sampling, num_drafts, tree, callback, runner, cache)
 
 
 def detach(model: Any) -> None:

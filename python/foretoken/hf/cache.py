@@ -45,7 +45,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: SlotCache, index: int, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, cache: StepCache, index: int, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values
         self.dtype, self.device = keys.dtype, keys.device
@@ -171,7 +171,68 @@ class _Store:
         return whole[0].transpose(1, 2), whole[1].transpose(1, 2)
 
 
-class SlotCache(Cache):
+class StepCache(Cache):
+    """What transformers asks a cache about the step that is planned; nothing here reads a device."""
+
+    def __init__(self, layers: int, *, max_batch: int, max_length: int) -> None:
+        if max_batch < 1 or max_length < 1:
+            raise ValueError(f"max_batch and max_length must be at least 1, got {max_batch} and {max_length}")
+        self.max_batch, self.max_length = max_batch, max_length
+        self._rows = 0
+        self._trace: Trace | None = None
+        self._no = [False] * layers
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around the one forward that was planned."""
+        return nullcontext()
+
+    def check_room(self, slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> None:
+        """Refuse tokens that do not fit their slot."""
+        for slot, length, tokens in zip(slots, lengths, used, strict=True):
+            if length + tokens > self.max_length:
+                raise ValueError(
+                    f"slot {slot}: expected at most max_length = {self.max_length} rows, "
+                    f"got {length} and {tokens} more"
+                )
+
+    def bound_of(self, step: Step) -> int:
+        """Rows that no row of a step on a device reaches past, in whole blocks."""
+        end = step.max_length_after
+        if end > step.tokens.shape[1]:
+            end += -end % END_STEP
+        return min(end, self.max_length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows of the longest row of the current step, before the step's tokens."""
+        return self._rows
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the step's first query sits, for the longest row."""
+        return self._rows
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset for mask creation."""
+        rows = SlotRows(self._rows + query_length)
+        rows.trace = self._trace
+        return rows, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Windows are masked, not dropped: all layers keep all rows."""
+        return self._no
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No recurrent layers."""
+        return self._no
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layers without rows of their own."""
+        return self._no
+
+
+class SlotCache(StepCache):
     """Keys and values of `max_batch` slots with `max_length` rows each, appended in place.
 
     Each slot has a length of its own, which lives with the caller: a step says at which row of which slot its
@@ -197,9 +258,7 @@ class SlotCache(Cache):
     """
 
     def __init__(self, shapes: Sequence[LayerShape], *, max_batch: int, max_length: int) -> None:
-        if max_batch < 1 or max_length < 1:
-            raise ValueError(f"max_batch and max_length must be at least 1, got {max_batch} and {max_length}")
-        self.max_batch, self.max_length = max_batch, max_length
+        StepCache.__init__(self, len(shapes), max_batch=max_batch, max_length=max_length)
         members: dict[LayerShape, list[int]] = {}
         for layer, shape in enumerate(shapes):
             members.setdefault(shape, []).append(layer)
@@ -216,8 +275,6 @@ class SlotCache(Cache):
         self._masks = TailMasks(max_length)
         self._scattered = False
         self._picked: Tensor | None = None
-        self._rows = 0
-        self._trace: Trace | None = None
         self._slack = _slack(shapes)
         self._appended: DevicePlan | None = None
         self._scratch: dict[torch.device, Scratch] = {}
@@ -229,9 +286,8 @@ class SlotCache(Cache):
                     max_batch, dtype=torch.int32, device=store.shape.device
                 )
         self._plans: dict[torch.device, CachePlan] | None = None
-        self._no = [False] * len(shapes)
         pairs = enumerate(zip(*self._whole, strict=True))
-        super().__init__(layers=[SlotLayer(self, layer, *pair) for layer, pair in pairs])
+        Cache.__init__(self, layers=[SlotLayer(self, layer, *pair) for layer, pair in pairs])
 
     def plan(
         self,
@@ -296,10 +352,7 @@ class SlotCache(Cache):
     def plan_on_device(self, step: Step) -> DevicePlan:
         """The same for a step whose lengths are on the device: nothing of it is read, and bounds do."""
         num_tokens = step.tokens.shape[1]
-        end = step.max_length_after
-        if end > num_tokens:
-            end += -end % END_STEP
-        end = min(end, self.max_length)
+        end = self.bound_of(step)
         store = self._stores[0][0]
         pages = page_table(step.slots, store.page_numbers) if store.paged else None
         plan = DevicePlan(step, end, pages, self._scratch.get(step.tokens.device))
@@ -312,10 +365,6 @@ class SlotCache(Cache):
         self._trace = None
         self._appended = plan
         return plan
-
-    def running(self) -> AbstractContextManager[None]:
-        """Around the one forward that was planned."""
-        return nullcontext()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -368,37 +417,6 @@ class SlotCache(Cache):
         for store, _ in self._stores:
             store.clear()
 
-    # What transformers asks a cache; nothing here reads a device
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows of the longest row of the current step, before the step's tokens."""
-        return self._rows
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the step's first query sits, for the longest row."""
-        return self._rows
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset for mask creation."""
-        rows = SlotRows(self._rows + query_length)
-        rows.trace = self._trace
-        return rows, 0
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Windows are masked, not dropped: all layers keep all rows."""
-        return self._no
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """No recurrent layers."""
-        return self._no
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """No layers without rows of their own."""
-        return self._no
-
     def _make_plans(self) -> dict[torch.device, CachePlan]:
         """Keys and values of all layers, by where they are."""
         found: dict[torch.device, list[Tensor]] = {}
@@ -416,15 +434,6 @@ class SlotCache(Cache):
             for layer, key, value in zip(layers, *store.slices(slots, rows), strict=True):
                 keys[layer], values[layer] = key, value
         return keys, values
-
-    def check_room(self, slots: Sequence[int], lengths: Sequence[int], used: Sequence[int]) -> None:
-        """Refuse tokens that do not fit their slot."""
-        for slot, length, tokens in zip(slots, lengths, used, strict=True):
-            if length + tokens > self.max_length:
-                raise ValueError(
-                    f"slot {slot}: expected at most max_length = {self.max_length} rows, "
-                    f"got {length} and {tokens} more"
-                )
 
 
 def _slack(shapes: Sequence[LayerShape]) -> float:

@@ -98,7 +98,12 @@ class Decoding:
         wide = 0
         if self._tree is not None:
             wide = max(self._tree.nodes, self._tree.depth * self._tree.branches)
-        self._max_length = max(len(p) for p in prepared.prompts) + prepared.max_new_tokens + wide
+        lengths = [len(prompt) + prepared.max_new_tokens + wide for prompt in prepared.prompts]
+        self._max_length = max(lengths)
+        self._pages, self._seats = prepared.pages, prepared.batch
+        if self._pages is not None:
+            self._seats = self._pages.seats(lengths)
+            self._pages = self._pages.for_rows(lengths)
         self._runners = runners
         self._taken: dict[str, ModuleRunner] = {}
         self._runner = self._take_runner("target", prepared.model)
@@ -129,7 +134,7 @@ class Decoding:
         self._row: dict[Request, int] = {}
         kind = Session if self.why_on_host is None else _HostSession
         self._session = kind(
-            max_batch=prepared.batch,
+            max_batch=self._seats,
             vocab_size=self._vocab_size,
             max_length=self._max_length,
             num_drafts=self._num_drafts,
@@ -222,8 +227,8 @@ class Decoding:
             self._runners.put_back(*self._taken.popitem(), self._prepared.runner)
 
     def _take_runner(self, role: str, model: Any) -> ModuleRunner:
-        sizes = self._prepared.batch, self._max_length
-        runner = self._runners.take(role, model, *sizes, self._prepared.runner)
+        sizes = self._seats, self._max_length
+        runner = self._runners.take(role, model, *sizes, self._prepared.runner, self._pages)
         self._taken[role] = runner
         return runner
 
@@ -283,9 +288,7 @@ class Decoding:
         forward: Forward = runner
         if self._processors:
             forward = ProcessedForward(runner, self._processors, self._row, self._vocab_size, self._prepared)
-        return ModelDrafter(
-            forward, max_batch=self._prepared.batch, vocab_size=self._vocab_size, max_length=limit
-        )
+        return ModelDrafter(forward, max_batch=self._seats, vocab_size=self._vocab_size, max_length=limit)
 
     def _admit(self) -> None:
         prepared = self._prepared

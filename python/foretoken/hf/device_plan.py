@@ -92,6 +92,10 @@ class DevicePlan:
         int32 ``[B, pages]``: the pages of each row's slot; None: the cache has no pages.
     scratch
         The workspace of `ops.tree_attention`.
+    page_rows
+        Rows of a page.
+    pooled
+        Buffers are pages that slots share ``[pages, G, page_rows, D]``, not slots.
 
     Attributes
     ----------
@@ -102,13 +106,21 @@ class DevicePlan:
     """
 
     __slots__ = (
-        "_fresh", "_memo", "_positions", "_scratch", "_slot_range", "_slots", "_tree", "block_table",
-        "bounded", "end", "lengths", "num_tokens", "trace", "used",
+        "_fresh", "_memo", "_page_rows", "_pooled", "_positions", "_scratch", "_slot_range", "_slots",
+        "_tree", "block_table", "bounded", "end", "lengths", "num_tokens", "trace", "used",
     )  # fmt: skip
 
     on_device = True
 
-    def __init__(self, step: Step, end: int, block_table: Tensor | None, scratch: Scratch | None) -> None:
+    def __init__(
+        self,
+        step: Step,
+        end: int,
+        block_table: Tensor | None,
+        scratch: Scratch | None,
+        page_rows: int = PAGE_ROWS,
+        pooled: bool = False,
+    ) -> None:
         self.num_tokens = step.tokens.shape[1]
         self.lengths, self.used = step.lengths, step.num_tokens
         self.end = end
@@ -116,6 +128,7 @@ class DevicePlan:
         self.bounded = False
         self.trace = None
         self._scratch = scratch
+        self._page_rows, self._pooled = page_rows, pooled
         self._tree = step.tree
         self._slots, self._slot_range = step.slots, step.slot_range
         # No row reaches past the step's own tokens: then all lengths are 0.
@@ -146,7 +159,7 @@ class DevicePlan:
         if tree is not None and tree.visible is not self.lengths:
             return None  # columns of this step hang on columns of earlier ones
         pages = [part.transpose(1, 2) for part in (key, value)]
-        keys, values = (part.reshape(-1, PAGE_ROWS, *part.shape[2:]) for part in pages)
+        keys, values = (part.reshape(-1, self._page_rows, *part.shape[2:]) for part in pages)
         query = query.transpose(1, 2)
         words = None if tree is None else tree.ancestors
         sinks = None if sinks is None else sinks.float()
@@ -171,8 +184,15 @@ class DevicePlan:
         )
 
     def cut(self, buffer: Tensor) -> Tensor:
-        """``[B, G, end, D]`` of a layer's whole buffer ``[S, G, rows, D]``: a view of neighbouring slots."""
+        """``[B, G, end, D]`` of a layer's whole buffer ``[S, G, rows, D]``: a view of neighbouring slots. Of
+        pages always a copy.
+        """
         self.bounded = True
+        if self._pooled and self.block_table is not None:
+            pages = self.block_table[:, : -(-self.end // self._page_rows)]
+            # Where there is no page nothing is seen, but what is read there has to be finite.
+            found = buffer.transpose(1, 2).index_select(0, pages.clamp_min(0).view(-1))
+            return found.view(len(pages), -1, *found.shape[2:])[:, : self.end].transpose(1, 2)
         if self._slot_range is None:
             return buffer[:, :, : self.end].index_select(0, self._slots)
         first, last = self._slot_range

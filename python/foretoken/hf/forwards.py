@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.captured import RunnerKind
+from foretoken.hf.paged import Pages, PooledCache
 from foretoken.hf.processors import NodeProcessors
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Request, Step
@@ -25,18 +26,34 @@ class Runners:
         self._idle: dict[str, tuple[Any, ModuleRunner | None]] = {}
 
     def take(
-        self, role: str, model: Any, max_batch: int, max_length: int, kind: RunnerKind = "auto"
+        self,
+        role: str,
+        model: Any,
+        max_batch: int,
+        max_length: int,
+        kind: RunnerKind = "auto",
+        pages: Pages | None = None,
     ) -> ModuleRunner:
+        """One with at least so many slots of at least so many rows; with ``pages`` of that size, as many."""
         made_for, runner = self._idle.pop(role, (None, None))
         if runner is not None and made_for == (kind, *_made_for(model)):
-            wide = runner.max_batch >= max_batch
-            if wide and runner.max_length >= max_length:
+            wide = runner.max_batch >= max_batch and runner.max_length >= max_length
+            if wide and _has_pages(runner, pages):
                 return runner
         runner = None  # let go of it before the new one takes memory
-        return ModuleRunner(model, max_batch=max_batch, max_length=max_length, runner=kind)
+        return ModuleRunner(
+            model, max_batch=max_batch, max_length=max_length, runner=kind, cache=pages or "slots"
+        )
 
     def put_back(self, role: str, runner: ModuleRunner, kind: RunnerKind = "auto") -> None:
         self._idle[role] = (kind, *_made_for(runner.model)), runner
+
+
+def _has_pages(runner: ModuleRunner, pages: Pages | None) -> bool:
+    if not isinstance(runner.cache, PooledCache):
+        return pages is None
+    there = runner.cache.pages
+    return pages is not None and pages.size == there.page_size and (pages.count or 0) <= there.num_pages
 
 
 def _made_for(model: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from foretoken.hf.arguments import Prepared, assemble, prepare
 from foretoken.hf.captured import RunnerKind, check_kind
 from foretoken.hf.decoding import Decoding, Emission, Round
 from foretoken.hf.forwards import Runners
+from foretoken.hf.paged import CacheKind, pages_of
 from foretoken.hf.refusals import refuse_model, refuse_options
 from foretoken.hf.speculation import hook_speculation
 from foretoken.sampling import Sampling
@@ -42,6 +43,7 @@ def generate(
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
     **generation_kwargs: Any,
 ) -> Any:
     """Generate as ``model.generate`` would, in fewer forward passes.
@@ -75,6 +77,9 @@ def generate(
     runner
         How decode steps are issued on a CUDA device: ``"module"`` calls the model, ``"graph"`` replays CUDA
         graphs of it, ``"compiled"`` of what ``torch.compile`` makes of it; ``"auto"``: graphs where possible.
+    cache
+        ``"slots"``: every row has cache rows for its longest text. ``"paged"`` or a `Pages`: rows take pages
+        of a pool as they grow; where its pages are not enough for all rows, some wait for others to end.
     **generation_kwargs
         Any option of a generation config, ``logits_processor``, ``stopping_criteria``,
         ``prefix_allowed_tokens_fn``. What cannot be honoured is refused by name; docs/generate.md has the
@@ -91,6 +96,8 @@ def generate(
     ------
     ValueError
         An argument that is not supported, before any forward pass.
+    OutOfPagesError
+        A pool that is too small for one of the rows, before any forward pass of the call.
 
     Examples
     --------
@@ -117,6 +124,7 @@ def generate(
         tokenizer=tokenizer,
         streamer=streamer,
         runner=runner,
+        cache=cache,
         keywords=keywords,
     )
     return finish(prepared, callback, Runners())
@@ -134,6 +142,7 @@ def stream(
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
     **generation_kwargs: Any,
 ) -> Iterator[Emission]:
     """Generate, handing out tokens as they are committed; arguments as in `generate`.
@@ -164,6 +173,7 @@ def stream(
         tokenizer=tokenizer,
         streamer=streamer,
         runner=runner,
+        cache=cache,
         keywords=generation_kwargs,
     )
     decoding = Decoding(prepared, Runners())
@@ -183,12 +193,13 @@ def custom_generate(
     num_drafts: int | None = None,
     tree: TreePlan | Trees | None = None,
     runner: RunnerKind = "auto",
+    cache: CacheKind = "slots",
     callback: Callback | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Decoding loop for ``model.generate(..., custom_generate=foretoken.hf.custom_generate, drafter=draft)``.
 
-    ``drafter``, ``sampling``, ``num_drafts``, ``tree``, ``runner`` and ``callback`` go through
+    ``drafter``, ``sampling``, ``num_drafts``, ``tree``, ``runner``, ``cache`` and ``callback`` go through
     ``model.generate`` as keywords. transformers hands such a loop neither the streamer nor the tokenizer: a
     streamer would see the prompt and nothing more, and ``stop_strings`` is refused there. `generate` and
     `attach` have neither limit.
@@ -198,6 +209,7 @@ def custom_generate(
     >>> model.generate(ids, custom_generate=foretoken.hf.custom_generate, drafter=draft)  # doctest: +SKIP
     """
     check_kind(runner)
+    pages_of(cache)
     refuse_model(model)
     refuse_options(lambda name: getattr(generation_config, name, None))
     prepared = assemble(
@@ -212,6 +224,7 @@ def custom_generate(
         user_processors=(),
         streamer=None,
         runner=runner,
+        cache=cache,
     )
     return finish(prepared, callback, Runners())
 

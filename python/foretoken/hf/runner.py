@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from foretoken.device import is_unrolled, runs_ahead, why_not_on
 from foretoken.hf.attention import NAME
-from foretoken.hf.cache import SlotCache
+from foretoken.hf.cache import APPENDED_DTYPES, SlotCache
 from foretoken.hf.captured import CapturedForwards, RunnerKind, check_kind
 from foretoken.hf.families import (
     UnsupportedModelError,
@@ -30,6 +31,7 @@ from foretoken.hf.families import (
 )
 from foretoken.hf.hybrid import HybridCache
 from foretoken.hf.masks import TreeMasks
+from foretoken.hf.paged import CacheKind, Pages, PooledCache, pages_of
 from foretoken.hf.plan import Trace
 from foretoken.hf.probe import (
     PROBE_TOKENS,
@@ -69,10 +71,14 @@ class ModuleRunner:
         How decode steps are issued on a CUDA device; prefill is run as it is. ``"module"``: the module is
         called. ``"graph"``: each shape of a step becomes a CUDA graph. ``"compiled"``: the same of the module
         under ``torch.compile``, which takes long. ``"auto"``: ``"graph"`` where that can be done.
+    cache
+        ``"slots"``: ``max_length`` rows for every slot. ``"paged"`` or a :class:`Pages`: a pool of pages that
+        requests take as they grow; a step that finds too few raises ``OutOfPagesError`` before it writes
+        anything, and stays planned.
 
     Attributes
     ----------
-    cache : SlotCache
+    cache : SlotCache or PooledCache
     mode : str
         One of the three ways above.
     runner : str
@@ -94,7 +100,7 @@ class ModuleRunner:
     UnsupportedModelError
         The model cannot be run exactly; the message names model, layer and reason.
     ValueError
-        ``runner`` asks for graphs that cannot be had, and why.
+        ``runner`` asks for graphs that cannot be had, or ``cache`` for pages, and why.
 
     Examples
     --------
@@ -104,9 +110,16 @@ class ModuleRunner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_batch: int, max_length: int, runner: RunnerKind = "auto"
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch: int,
+        max_length: int,
+        runner: RunnerKind = "auto",
+        cache: CacheKind = "slots",
     ) -> None:
         check_kind(runner)
+        pages = pages_of(cache)
         refuse_by_design(model, max_length)
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
@@ -126,10 +139,11 @@ class ModuleRunner:
         shapes = layer_shapes(model, plain_cache)
         self._attending, self._shapes = list(shapes), list(shapes.values())
         units = finder.units(plain_cache)
-        self.cache = (
-            HybridCache(shapes, units, plain_cache, max_batch=max_batch, max_length=max_length)
-            if units
-            else SlotCache(self._shapes, max_batch=max_batch, max_length=max_length)
+        sizes = {"max_batch": max_batch, "max_length": max_length}
+        if pages is not None:  # until the probe is over
+            sizes = {"max_batch": min(max_batch, 2), "max_length": min(max_length, PROBE_TOKENS)}
+        self.cache: SlotCache | PooledCache = (
+            HybridCache(shapes, units, plain_cache, **sizes) if units else SlotCache(self._shapes, **sizes)
         )
         if isinstance(self.cache, HybridCache):
             self.cache.states.try_out(model, self.cache, tolerance)
@@ -140,7 +154,11 @@ class ModuleRunner:
         self._bounded = True
         self._repeated: Any = model  # what graphs are of
         self.mode = self._find_mode(tokens, logits)
-        self.why_on_host = self._find_why_on_host(tokens, logits)
+        self.why_on_host = why_not_ahead(self._device)
+        if pages is not None:
+            self._share_pages(pages, tokens, logits)
+        elif self.why_on_host is None:
+            self.why_on_host = self._find_why_on_host(tokens, logits)
         self._probe = tokens, logits
         self._why_no_trees: str | None = None
         self._trees_tried = False
@@ -189,8 +207,15 @@ class ModuleRunner:
         """
         if step.tree is not None:
             self.check_trees()
-        if self.why_on_host is not None:
-            return self._run(step, None)
+        if isinstance(self.cache, PooledCache):
+            if is_unrolled():
+                raise ValueError(
+                    'cache: expected "slots" for rounds that a device repeats by itself, got pages, which '
+                    "the host finds"
+                )
+            self.cache.hold(step)
+        elif self.why_on_host is not None:
+            return self._run(self.cache, step, None)
         if step.on_device:
             return self._run_on_device(step)
         self.cache.check_room(step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist())
@@ -226,7 +251,7 @@ class ModuleRunner:
         """Zero the cache. Not needed between requests: lengths live with the session."""
         self.cache.reset()
 
-    def _run(self, step: Step, trace: Trace | None) -> Tensor:
+    def _run(self, cache: SlotCache, step: Step, trace: Trace | None) -> Tensor:
         slots, lengths, used = step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist()
         tokens, positions = step.tokens, step.positions
         if max(lengths) + tokens.shape[1] > self._last_position:
@@ -236,8 +261,8 @@ class ModuleRunner:
         few = step.kind == "prefill"
         with torch.inference_mode():
             if self.mode == "rows":
-                return self._run_rows(step, tokens, positions, slots, lengths, used)
-            plan = self.cache.plan(
+                return self._run_rows(cache, step, tokens, positions, slots, lengths, used)
+            plan = cache.plan(
                 slots=slots,
                 lengths=lengths,
                 num_tokens=tokens.shape[1],
@@ -277,6 +302,7 @@ class ModuleRunner:
 
     def _run_rows(
         self,
+        cache: SlotCache,
         step: Step,
         tokens: Tensor,
         positions: Tensor,
@@ -289,7 +315,7 @@ class ModuleRunner:
         outputs = []
         for first, last in _alike(slots, lengths, used):
             width = used[first]
-            self.cache.plan(
+            cache.plan(
                 slots=slots[first:last],
                 lengths=lengths[first:last],
                 num_tokens=width,
@@ -337,11 +363,24 @@ class ModuleRunner:
                     else:
                         table[_SETTING] = before
 
+    def _share_pages(self, pages: Pages, tokens: Tensor, logits: Tensor) -> None:
+        """Give the model a pool in place of slots; it has been found out how it is run."""
+        reason: str | None = "it has no keys and values"
+        odd = {shape.dtype for shape in self._shapes} - set(APPENDED_DTYPES)
+        if odd:
+            reason = f"its keys and values are {odd.pop()}"
+        elif self._shapes and not isinstance(self.cache, HybridCache):
+            pages = pages.for_rows([self.max_length] * self.max_batch)
+            sizes = {"max_batch": self.max_batch, "max_length": self.max_length}
+            self.cache = PooledCache(self._shapes, pages, **sizes)
+            reason = self._find_why_on_host(tokens, logits)
+        elif self._shapes:
+            reason = "its recurrent layers keep states, which are not rows"
+        if reason is not None:
+            raise ValueError(f'cache: expected "slots" for {type(self.model).__name__}, got pages: {reason}')
+
     def _find_why_on_host(self, tokens: Tensor, logits: Tensor) -> str | None:
-        if (reason := why_not_on(self._device)) is not None:
-            return reason
-        if not runs_ahead(self._device):
-            return f"rounds do not run ahead on {self._device.type}"
+        """What of the model needs lengths on the host."""
         if self.mode != "attention":
             return f"it is run through its own attention ({self.mode})"
         if isinstance(self.cache, HybridCache):
@@ -394,6 +433,8 @@ class ModuleRunner:
         return None
 
     def _run_moved(self, step: Step) -> Tensor:
+        if isinstance(self.cache, PooledCache):
+            self.cache.hold(step)
         return self._call_on_device(moved(step, self._device), self.model).to(step.tokens.device)
 
     def _find_why_no_trees(self) -> str | None:
@@ -404,10 +445,18 @@ class ModuleRunner:
         if not self._takes_positions:
             return "its forward takes no position_ids"
         # Requests may be under way in the other one.
-        cache, self.cache = self.cache, SlotCache(self._shapes, max_batch=1, max_length=2 * PROBE_TOKENS)
+        cache, pages = self.cache, None
+        small = {"max_batch": 1, "max_length": 2 * PROBE_TOKENS}
+        if isinstance(cache, PooledCache):
+            pages = Pages(cache.pages.page_size).for_rows([2 * PROBE_TOKENS])
+            self.cache = PooledCache(self._shapes, pages, **small)
+        else:
+            self.cache = SlotCache(self._shapes, **small)
 
         def run(step: Step) -> Tensor:
-            return self._run(step, None) if self.why_on_host is not None else self._run_moved(step)
+            if isinstance(self.cache, PooledCache) or self.why_on_host is None:
+                return self._run_moved(step)
+            return self._run(self.cache, step, None)
 
         def compact(*tensors: Tensor) -> None:
             self.compact(*(tensor.to(self._device) for tensor in tensors))
@@ -420,6 +469,9 @@ class ModuleRunner:
     def _find_mode(self, tokens: Tensor, logits: Tensor) -> str:
         """The first way of running the model that gives its own logits."""
         faults: list[tuple[str, int | None, str]] = []
+        cache = self.cache
+        if isinstance(cache, PooledCache):
+            raise RuntimeError("the probe is over slots")
         for mode in ("attention", "masks", "rows"):
             if mode == "masks" and looks_local(text_config(self.model)):
                 faults.append((mode, None, "a 4-D mask would hide its local layers"))
@@ -428,7 +480,9 @@ class ModuleRunner:
             self.cache.reset()
             attending = self._attending if mode == "attention" else None
             try:
-                fault = disagreement(self._run, tokens, logits, self.max_batch, attending)
+                fault = disagreement(
+                    functools.partial(self._run, cache), tokens, logits, self.max_batch, attending
+                )
             except Exception as error:  # modelling code may fail in any way; the reason is kept and told
                 fault = None, f"{type(error).__name__}: {error}"
             if fault is None:
@@ -440,6 +494,13 @@ class ModuleRunner:
             for mode, layer, reason in faults
         )
         raise UnsupportedModelError(self.model, told + hint, faults[0][1])
+
+
+def why_not_ahead(device: torch.device) -> str | None:
+    """Why rounds of a model on this device wait for their results; None: they need not."""
+    if (reason := why_not_on(device)) is not None:
+        return reason
+    return None if runs_ahead(device) else f"rounds do not run ahead on {device.type}"
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
