@@ -11,7 +11,7 @@ graph (``rounds``), repeated by the device (``launch``), and replays of that one
 (``graph``). Rounds are timed as the difference of a long and a short run, so that prompts cancel out.
 ``bound`` is what the forwards alone would allow at the acceptance that was seen.
 ``--peers`` adds transformers' `generate`, plain and assisted by the same draft model. ``--grid``: see
-`loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models.
+`loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models, and how long it takes to.
 """
 
 from __future__ import annotations
@@ -78,17 +78,24 @@ class Pair:
     def __init__(self, target: Any, draft: Any, batch: int, drafts: int, new: int, kind: Any) -> None:
         self.batch, self.drafts, self.new = batch, drafts, new
         self.sizes = {"max_batch": batch, "max_length": -(-(PROMPT + new + 8) // 64) * 64}
-        began = perf_counter()
         self.runner = ModuleRunner(target, runner=kind, **self.sizes)
         self.draft_runner = ModuleRunner(draft, runner=kind, **self.sizes)
         middle = PROMPT + new // 2
-        self.target_us = {c: forward_us(self.runner, batch, c, middle) for c in {1, drafts + 1}}
-        self.draft_us = {c: forward_us(self.draft_runner, batch, c, middle) for c in (1, 2)}
+        self.target_us: dict[int, float] = {}
+        self.draft_us: dict[int, float] = {}
+        for name, columns in (("draft", 1), ("target", 1), ("draft", 2), ("target", drafts + 1)):
+            runner, us = (
+                (self.runner, self.target_us) if name == "target" else (self.draft_runner, self.draft_us)
+            )
+            began = perf_counter()
+            us[columns] = forward_us(runner, batch, columns, middle)
+            seconds = perf_counter() - began - 1e-6 * us[columns] * 101  # less what timing it takes
+            told({
+                "runner": kind, "step": name, "batch": batch, "columns": columns,
+                "step_us": us[columns], "ready_after_s": seconds,
+            })  # fmt: skip
         self.target_alone_us = {c: forward_alone_us(self.runner, batch, c, middle) for c in {1, drafts + 1}}
         self.draft_alone_us = {c: forward_alone_us(self.draft_runner, batch, c, middle) for c in (1, 2)}
-        torch.cuda.synchronize()
-        self.ready_seconds = perf_counter() - began
-        self.sessions: dict[bool, ft.Session] = {}
 
     def session(self, speculate: bool, rate: float) -> ft.Session:
         drafter = None
@@ -157,7 +164,7 @@ WAYS: dict[str, Callable[[ft.Session, ModuleRunner], Any]] = {
 
 def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict[str, Any]]:
     lines = [told({
-        "runner": kind, "batch": pair.batch, "ready_s": pair.ready_seconds,
+        "runner": kind, "batch": pair.batch,
         **{f"target_{c}_us": us for c, us in sorted(pair.target_us.items())},
         **{f"draft_{c}_us": us for c, us in sorted(pair.draft_us.items())},
     })]  # fmt: skip
@@ -234,19 +241,22 @@ def main() -> None:
         f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.shape}, acceptance {asked.rate}"
     )
     lines: list[dict[str, Any]] = []
-    if asked.grid:
-        kind = "compiled" if asked.compiled else "graph"
-        lines = loop_grid.grid(target, draft, asked.batch, asked.rates, asked.most_drafts, kind, asked.auto)
-        asked.batch = []
-    for batch in asked.batch:
-        if asked.peers:
-            lines += peers(target, draft, batch, 24)
-        for kind in ("graph", "compiled") if asked.compiled else ("graph",):
-            pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
-            lines += measure(pair, kind, asked.rate, dtype)
-            del pair
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(lines, indent=1))
+    kinds = ("graph", "compiled") if asked.compiled else ("graph",)
+    try:
+        for batch in asked.batch if not asked.grid else ():
+            if asked.peers:
+                lines += peers(target, draft, batch, 24)
+            for kind in kinds:
+                pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
+                lines += measure(pair, kind, asked.rate, dtype)
+                del pair
+        if asked.grid:
+            loop_grid.grid(
+                lines, target, draft, asked.batch, asked.rates, asked.most_drafts, kinds[-1], asked.auto
+            )
+    finally:  # what there is, when it takes too long
+        if asked.json is not None:
+            asked.json.write_text(json.dumps(lines, indent=1))
 
 
 if __name__ == "__main__":

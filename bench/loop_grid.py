@@ -117,10 +117,16 @@ def texts(session: ft.Session) -> list[list[int]]:
 
 
 def grid(
-    target: Any, draft: Any, batches: list[int], rates: list[float], most: int, kind: str, auto: bool
-) -> list[dict[str, Any]]:
-    """A line for each cell."""
-    lines = []
+    lines: list[dict[str, Any]],
+    target: Any,
+    draft: Any,
+    batches: list[int],
+    rates: list[float],
+    most: int,
+    kind: str,
+    auto: bool,
+) -> None:
+    """Adds a line for each cell."""
     for batch in batches:
         pair = Grid(target, draft, batch, most, kind)
         lines.append(told({
@@ -153,7 +159,6 @@ def grid(
                     "chosen": counts,
                 }))  # fmt: skip
         del pair
-    return lines
 
 
 def line_of(

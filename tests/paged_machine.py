@@ -112,8 +112,13 @@ class Machine:
             self.check_counts()
             if step % check_every == 0:
                 self.check_rows()
-            if isinstance(self.cache, Twins) and (step % compare_every == 0 or step == steps - 1):
-                self.cache.compare()
+            if step % compare_every == 0 or step == steps - 1:
+                self.compare()
+
+    def compare(self) -> None:
+        """What a twin has been told since the last time, and all that it holds."""
+        if isinstance(self.cache, Twins):
+            self.cache.compare()
 
     def step(self) -> None:
         dice = self.dice.random()

@@ -75,18 +75,17 @@ def test_a_hundred_thousand_steps_on_a_device(part: int):
         assert machine.missing() == []
 
 
-def soak(rounds: int, device: str) -> tuple[list[int], int]:
+def soak(rounds: int, device: str, seed: int = 5) -> tuple[list[int], int]:
     """Resident bytes every tenth of the rounds, and the pages in use when all is done."""
-    dice = random.Random(5)
+    dice = random.Random(seed)
     cache = small(pages=40, max_slots=4, device=device)
     cache.reserve(range(4), 3)
     cache.commit()
-    kept = torch.zeros(4, dtype=torch.int32, device=device)
+    kept = torch.zeros(4, dtype=torch.int32, device=device), torch.ones(4, dtype=torch.int32, device=device)
     steady = []
     for number in range(rounds):
         cache.reserve([0, 1, 2, 3] if number % 3 else [2, 0, 3, 1], dice.randint(1, 6))
-        kept.fill_(dice.randint(0, 1))
-        cache.commit(kept)
+        cache.commit(kept[dice.randint(0, 1)])
         slot = number % 4
         if cache.bounds(slot)[1] > 10:
             cache.free(slot)
@@ -118,11 +117,13 @@ def test_no_page_is_lost_and_memory_stays(rounds: int, figure):
 
 @pytest.mark.cuda
 @pytest.mark.long
-def test_no_page_is_lost_on_a_device(figure):
+@pytest.mark.parametrize("part", range(4))
+def test_no_page_is_lost_on_a_device(part, figure):
+    """10^6 rounds in all; parts may run side by side."""
     before = torch.cuda.memory_allocated() if TEST_DEVICE == "cuda" else 0
-    steady, used = soak(10**6, TEST_DEVICE)
+    steady, used = soak(250_000, TEST_DEVICE, seed=part)
     assert used == 0
-    slope = (steady[-1] - steady[2]) / 0.7
+    slope = (steady[-1] - steady[2]) / 0.175
     figure("bytes a million rounds", slope)
     assert slope <= 1 << 20
     assert TEST_DEVICE != "cuda" or torch.cuda.memory_allocated() <= before

@@ -10,6 +10,7 @@
 #endif
 
 #include "build_info.hpp"
+#include "cpu/attention_kernels.hpp"
 #include "cpu/row_kernels.hpp"
 #include "dispatch.hpp"
 
@@ -112,6 +113,7 @@ Report cpu_info_dict() {
   Report info;
   info["path"] = path;
   info["reason"] = reason;
+  info["matrix"] = cpu::matrix_kernels();
   info["features"] = cpu_features();
   return info;
 }

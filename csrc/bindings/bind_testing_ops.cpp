@@ -8,10 +8,12 @@
 #include <utility>
 
 #include "bindings/tolerance.hpp"
+#include "cpu/attention_kernels.hpp"
 #include "cpu/enumerate.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/residual.hpp"
 #include "cpu/row_kernels.hpp"
+#include "cpu/tiles.hpp"
 #include "math/philox.hpp"
 
 namespace foretoken {
@@ -198,6 +200,28 @@ void register_testing_ops(py::module_& testing) {
       },
       py::arg("name"),
       "Switch to portable, avx2 or avx512; False if this machine or build has no such path.");
+  testing.def("matrix_path", &cpu::matrix_kernels);
+  testing.def(
+      "force_matrix_path", [](const std::string& name) { return cpu::force_matrix_kernels(name.c_str()); },
+      py::arg("name"),
+      "Switch attention of bfloat16 to amx, emulated amx, emulated tiles, none or auto; False if this "
+      "machine "
+      "or build has no such path.");
+  testing.def(
+      "multiply_tiles",
+      [](const std::string& name, py::bytes left, py::bytes right, py::bytes sum) -> py::object {
+        std::string result = sum;
+        const std::string of_left = left, of_right = right;
+        const size_t size = static_cast<size_t>(cpu::kTileBytes);
+        if (of_left.size() != size || of_right.size() != size || result.size() != size) {
+          throw py::value_error("tiles: expected 1024 bytes each");
+        }
+        if (!cpu::multiply_tiles(name.c_str(), of_left.data(), of_right.data(), result.data()))
+          return py::none();
+        return py::bytes(result);
+      },
+      py::arg("name"), py::arg("left"), py::arg("right"), py::arg("sum"),
+      "sum + left * right as a matrix path computes it; None if this machine or build has no such path.");
 }
 
 }  // namespace foretoken

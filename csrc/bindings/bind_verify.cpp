@@ -317,13 +317,6 @@ void register_verify(py::module_& module) {
         return py::make_tuple(batch, nodes, VerdictPlaces(batch, nodes, bytes).bytes / bytes);
       },
       py::arg("draft_tokens"), "(B, N, elements of drafts' dtype that hold a verdict of chains).");
-  module.def(
-      "verdict_place",
-      [](const std::string& field, int64_t batch, int64_t nodes, int64_t id_bytes) {
-        return VerdictPlaces(batch, nodes, id_bytes).of(field);
-      },
-      py::arg("field"), py::arg("batch"), py::arg("nodes"), py::arg("id_bytes"),
-      "Bytes in front of a field in such a buffer.");
 }
 
 }  // namespace foretoken

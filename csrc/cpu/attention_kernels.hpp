@@ -1,6 +1,8 @@
 // The inner loops of attention over one chunk of slots. Compiled once per instruction set from
 // attention_kernels.inl. Arithmetic is float32 throughout, whatever the cache holds: widening is exact, and
-// on processors without matrix units float32 products are the fastest ones there are.
+// without matrix units float32 products are the fastest ones there are. With them (attention_tiles.inl),
+// queries and caches of bfloat16 are multiplied as they are, and so are weights, rounded to bfloat16; sums
+// are float32.
 //
 // What a row (a node and a query head) gets depends on its query and on the columns it sees alone: sums run
 // over head elements or columns in ascending order, and a column that is not seen adds an exact zero.
@@ -43,6 +45,7 @@ struct ChunkTask {
   const void* const* values = nullptr;  // [columns]
   int64_t first = 0, columns = 0;       // columns [first, columns) are there, of kAttentionChunk
   float softcap = 0.0f;                 // in units of log 2; the queries are then divided by it. 0: none
+  float factor = 1.0f;                  // of the scores, where kernels scale them
   // All ones where a row sees a column: row r has the line r / group of kAttentionChunk words. Columns
   // [first, mask_from) are seen by every row and have no words. Null: all columns are seen.
   const uint32_t* seen = nullptr;
@@ -61,8 +64,24 @@ struct AttentionKernels {
   void (*merge)(int64_t rows, int64_t padded, const PartialRows& left, const PartialRows& right);
   // out[0..count) of dtype = values * factor.
   void (*narrow)(const float* values, int64_t count, float factor, DType dtype, void* out);
+  bool scales_scores;  // with ChunkTask::factor; else queries come scaled
 };
 
-const AttentionKernels& attention_kernels();  // the path that row_kernels() takes
+// What rows of queries take up as `arrange` leaves them, whichever the kernels.
+constexpr int64_t query_floats(int64_t rows, int64_t padded) {
+  return (rows + 15) / 16 * 16 * ((padded + 31) / 32 * 32);
+}
+
+// The path that row_kernels() takes; for bfloat16 the processor's matrix units where it and the system have
+// them and FORETOKEN_CPU asks for nothing else.
+const AttentionKernels& attention_kernels(DType queries, DType cache);
+
+const char* matrix_kernels();  // the name of what bfloat16 takes then, or "none"
+
+// For tests: "amx", the emulations ("emulated amx", "emulated tiles"), "none", or "auto". False: not here.
+bool force_matrix_kernels(const char* name);
+
+// For tests: one product of tiles, as such kernels compute it. False: not here.
+bool multiply_tiles(const char* name, const void* left, const void* right, void* sum);
 
 }  // namespace foretoken::cpu

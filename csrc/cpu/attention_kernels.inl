@@ -1,7 +1,8 @@
 // Attention over a chunk, for one instruction set. Include behind a header that defines, in an unnamed
 // namespace within foretoken::cpu, the vector `Vec` of kLanes floats and its operations, kScoreRows and
 // kMixRows (rows of a block of registers that is two vectors wide), kScoreDepth (products that are summed in
-// one go), and FORETOKEN_ATTENTION, the table's name.
+// one go), and FORETOKEN_ATTENTION, the table's name; or FORETOKEN_ATTENTION_TILES, where attention_tiles.inl
+// follows in place of the products of vectors and of the table.
 #include <algorithm>
 #include <limits>
 
@@ -50,12 +51,16 @@ inline Vec tanh_of(Vec x) {
 }  // namespace foretoken::cpu
 
 #include "cpu/attention_pack.inl"
-#include "cpu/attention_products.inl"
 #include "cpu/attention_rows.inl"
+#ifndef FORETOKEN_ATTENTION_TILES
+#include "cpu/attention_products.inl"
+#endif
 
 namespace foretoken::cpu {
 
 namespace {
+
+#ifndef FORETOKEN_ATTENTION_TILES
 
 // Scores to weights, with the row's maximum and sum.
 inline void weigh(const ChunkTask& task, int64_t row, int64_t width, float* scores) {
@@ -224,10 +229,14 @@ void attend(const ChunkTask& task, const ChunkScratch& scratch) {
   }
 }
 
+#endif
+
 }  // namespace
 
+#ifndef FORETOKEN_ATTENTION_TILES
 extern const AttentionKernels FORETOKEN_ATTENTION;
 const AttentionKernels FORETOKEN_ATTENTION = {
-    FORETOKEN_ATTENTION_NAME, attend, widen, arrange, merge, narrow};
+    FORETOKEN_ATTENTION_NAME, attend, widen, arrange, merge, narrow, false};
+#endif
 
 }  // namespace foretoken::cpu

@@ -48,7 +48,7 @@ void merge_one(const MergeArgs& args, const AttentionKernels& kernels, int64_t b
 
 void merge(const MergeArgs& args) {
   const int64_t nodes = args.out.shape[1], heads = args.out.shape[2];
-  const AttentionKernels& kernels = attention_kernels();
+  const AttentionKernels& kernels = attention_kernels(args.out_a.dtype, DType::float32);
   parallel_for(args.out.shape[0] * nodes, heads * args.out.shape[3], [&](int64_t item) {
     for (int64_t head = 0; head < heads; ++head) merge_one(args, kernels, item / nodes, item % nodes, head);
   });

@@ -19,6 +19,19 @@ inline void in_blocks(int64_t rows, Call call) {
   }
 }
 
+// Queries of a block of rows alternate.
+void arrange(int64_t rows, int64_t padded, const float* queries, float* out) {
+  for (int64_t first = 0; first < rows; first += kRowBlock) {
+    in_blocks<kScoreRows>(std::min(kRowBlock, rows - first), [&](auto block, int64_t r) {
+      constexpr int64_t kCount = decltype(block)::kCount;
+      const int64_t offset = (first + r) * padded;
+      for (int64_t d = 0; d < padded; ++d) {
+        for (int64_t m = 0; m < kCount; ++m) out[offset + d * kCount + m] = queries[offset + m * padded + d];
+      }
+    });
+  }
+}
+
 // scores [rows, kScoreStride] of one panel of keys. The queries of the block alternate: [padded, rows]. Sums
 // of kScoreDepth products are added up, which keeps their rounding small.
 template <int rows>

@@ -20,18 +20,6 @@ void widen(const void* elements, DType dtype, int64_t count, int64_t padded, flo
   }
 }
 
-void arrange(int64_t rows, int64_t padded, const float* queries, float* out) {
-  for (int64_t first = 0; first < rows; first += kRowBlock) {
-    in_blocks<kScoreRows>(std::min(kRowBlock, rows - first), [&](auto block, int64_t r) {
-      constexpr int64_t kCount = decltype(block)::kCount;
-      const int64_t offset = (first + r) * padded;
-      for (int64_t d = 0; d < padded; ++d) {
-        for (int64_t m = 0; m < kCount; ++m) out[offset + d * kCount + m] = queries[offset + m * padded + d];
-      }
-    });
-  }
-}
-
 void merge(int64_t rows, int64_t padded, const PartialRows& left, const PartialRows& right) {
   for (int64_t row = 0; row < rows; ++row) {
     float* values = left.values + row * padded;

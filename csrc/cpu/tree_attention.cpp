@@ -65,7 +65,7 @@ class Attention {
  public:
   explicit Attention(const TreeAttentionArgs& args)
       : args_(args),
-        kernels_(attention_kernels()),
+        kernels_(attention_kernels(args.q.dtype, args.k_cache.dtype)),
         size_(args.q.shape[3]),
         padded_(padded_size(size_)),
         group_(args.q.shape[2] / args.k_cache.shape[2]),
@@ -81,6 +81,7 @@ class Attention {
   void split_row(int64_t row);
   void leave(int64_t row, int64_t first_node, float value, float lse) const;
   void attend(const Item& item, float* memory) const;
+  float factor_of(int64_t kv_head) const;  // from products to scores
   void read_queries(const Item& item, float* rows, float* out) const;
   bool reduce(Work& work, int64_t level, int64_t index, const PartialRows& to) const;
   void attend_chunk(Work& work, int64_t chunk, const PartialRows& to) const;
@@ -119,7 +120,7 @@ struct Attention::Work {
 };
 
 int64_t Attention::work_floats() const {
-  return rows_at_once_ * padded_ + 2 * kAttentionChunk * padded_ + kRowBlock * kScoreStride +
+  return query_floats(rows_at_once_, padded_) + 2 * kAttentionChunk * padded_ + kRowBlock * kScoreStride +
          std::min(nodes_at_once_, args_.q.shape[1]) * kAttentionChunk + (run_level_ + 1) * partial_floats();
 }
 
@@ -202,7 +203,7 @@ void Attention::leave(int64_t b, int64_t first_node, float value, float lse) con
 
 void Attention::attend(const Item& item, float* memory) const {
   Work work{item, rows_[static_cast<size_t>(item.row)], memory, {}, nullptr, nullptr, {}, {}, {}};
-  work.chunk.keys = work.queries + rows_at_once_ * padded_;
+  work.chunk.keys = work.queries + query_floats(rows_at_once_, padded_);
   work.chunk.values = work.chunk.keys + kAttentionChunk * padded_;
   work.chunk.scores = work.chunk.values + kAttentionChunk * padded_;
   work.seen = reinterpret_cast<uint32_t*>(work.chunk.scores + kRowBlock * kScoreStride);
@@ -219,9 +220,13 @@ void Attention::attend(const Item& item, float* memory) const {
   write(item, rows);
 }
 
+float Attention::factor_of(int64_t kv_head) const {
+  const float factor = args_.scale * scale_of(args_.k_scale, kv_head);
+  return args_.softcap > 0.0f ? factor / args_.softcap : factor * static_cast<float>(kLog2E);
+}
+
 void Attention::read_queries(const Item& item, float* rows, float* out) const {
-  float factor = args_.scale * scale_of(args_.k_scale, item.kv_head);
-  factor = args_.softcap > 0.0f ? factor / args_.softcap : factor * static_cast<float>(kLog2E);
+  const float factor = kernels_.scales_scores ? 1.0f : factor_of(item.kv_head);
   for (int64_t r = 0; r < item.nodes; ++r) {
     for (int64_t head = 0; head < group_; ++head) {
       kernels_.widen(element(args_.q, item.row, item.first_node + r, item.kv_head * group_ + head),
@@ -259,6 +264,7 @@ void Attention::attend_chunk(Work& work, int64_t chunk, const PartialRows& to) c
   task.keys = work.keys;
   task.values = work.values;
   task.softcap = args_.softcap * static_cast<float>(kLog2E);
+  task.factor = factor_of(work.item.kv_head);
   task.group = group_;
   task.out = to;
   const auto place = [&](const TensorView& cache, const void** places) {

@@ -29,18 +29,18 @@ class ChainVerifier : ChainDraw<kType, false> {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    const bool filtered = this->any_filter(), shared = args_.clusters > 1;
+    const bool filtered = this->any_filter();
     if (scouts) {
       this->look_ahead();
-    } else if (!filtered || !shared) {
+    } else if (!filtered) {
       this->stream(raw, tiles);
     }
-    if (filtered) Base::make_own_laws(args_, shared_, drafts_, dense_);
+    if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
     if (!filtered) {
       this->make_laws();
-    } else if (shared) {
+    } else if (args_.clusters > 1) {
       this->take_laws();
     }
     cluster_sync();

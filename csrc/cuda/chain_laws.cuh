@@ -31,6 +31,7 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   using Rows::vocab_;
   using Rows::warp_;
   using typename Rows::RowTiles;
+  static constexpr int kLoads = RawTile<kType>::kLoads;
 
   __device__ __forceinline__ ChainLaws(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
@@ -50,27 +51,20 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     }
   }
 
-  // With filters, before the clusters of a request have met: each makes the laws of some rows, which it reads
-  // for itself where it shares the request with others. Static: an object whose address is passed on lives in
-  // memory.
-  static __device__ __noinline__ void make_own_laws(const ChainArgs& args, ChainShared& shared,
-                                                    int32_t drafts, bool dense) {
-    ChainLaws laws(args, shared);
-    laws.drafts_ = drafts;
-    laws.dense_ = dense;
-    const uint32_t clusters = static_cast<uint32_t>(args.clusters), all = laws.rows();
-    const uint32_t first = laws.part_ * all / clusters, end = (laws.part_ + 1) * all / clusters;
-    if (clusters > 1) laws.read_own(first, end);
-    cluster_sync();
-    laws.take_turns(first, end);
+  // With filters, before the clusters of a request have met: each reads some rows and makes their laws, a few
+  // at a time, while they are in the caches. Inlined: other functions have a third of the registers.
+  __device__ __forceinline__ void make_own_laws() {
+    const uint32_t clusters = static_cast<uint32_t>(args_.clusters), all = rows();
+    take_turns<true>(part_ * all / clusters, (part_ + 1) * all / clusters);
   }
 
-  // The rows in question have been read, and all of the cluster know it.
+  // The rows in question have been read, and all of the cluster know it. Static: an object whose address is
+  // passed on lives in memory.
   static __device__ __noinline__ void make_filtered_laws(const ChainArgs& args, ChainShared& shared,
                                                          uint32_t first, uint32_t end, int32_t drafts) {
     ChainLaws laws(args, shared);
     laws.drafts_ = drafts;
-    laws.take_turns(first, end);
+    laws.template take_turns<false>(first, end);
   }
 
   // What the clusters have found; every block takes it for itself.
@@ -84,13 +78,18 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   }
 
  private:
-  // By all warps but the one that looks ahead meanwhile.
-  __device__ __forceinline__ void read_own(uint32_t first, uint32_t end) {
-    if (rank_ == 0 && warp_ == 0) return;
-    RowTiles tiles(warp_ * size_ + rank_ - 1, size_ * kWarps - 1, first, first + 1, end - first, tiles_);
-    RawTile<kType> raw;
-    if (tiles.any()) this->load(tiles, raw);
-    this->stream(raw, tiles);
+  // By all warps, but at first by all but the one that looks ahead.
+  __device__ __forceinline__ void read_rows(uint32_t first, uint32_t count, bool scouts_are_away) {
+    const uint32_t away = scouts_are_away ? 1 : 0, worker = warp_ * size_ + rank_;
+    if (worker < away) return;
+    RowTiles tiles(worker - away, size_ * kWarps - away, first, first + 1, count, tiles_);
+#pragma unroll 1
+    for (; tiles.any(); tiles.move_on()) {
+      if (!is_wanted(tiles.row())) continue;
+      RawTile<kType> raw;
+      this->load(tiles, raw);
+      this->leave_stats(tiles.row(), tiles.index(), raw);
+    }
   }
 
   __device__ __forceinline__ const Filters& filters_of(uint32_t row) const {
@@ -105,10 +104,17 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   }
 
   // Every block takes a row at a time.
+  template <bool kReads>
   __device__ __forceinline__ void take_turns(uint32_t first, uint32_t end) {
+    bool begins = true;
 #pragma unroll 1
     for (int turn = 0; first < end; first += size_, turn ^= 1) {
-      start(first + rank_, end, turn);
+      if constexpr (kReads) {
+        read_rows(first, end - first < size_ ? end - first : size_, begins);
+        begins = false;
+        cluster_sync();
+      }
+      start(args_, shared_, drafts_, dense_, first + rank_, end, turn);
       cluster_sync();
       look_around(turn);
       if (const unsigned rows = those(Threshold::in_window)) {
@@ -128,15 +134,21 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     }
   }
 
+  static __device__ __noinline__ void start(const ChainArgs& args, ChainShared& shared, int32_t drafts,
+                                            bool dense, uint32_t row, uint32_t end, int turn) {
+    ChainLaws laws(args, shared);
+    laws.drafts_ = drafts;
+    laws.dense_ = dense;
+    laws.start(row, end, turn);
+  }
   __device__ __forceinline__ void start(uint32_t row, uint32_t end, int turn) {
     RowLaw law;
     WindowFilter::Window window;
     Threshold threshold = Threshold::settled;
     if (row < end && is_wanted(row)) {
-      const RowTask task = task_of(row);
-      law = law_of_stats(task);
+      law = this->law_of(row);
       if (law.usable && law.kind == LawKind::logits && filters_of(row).any(vocab_))
-        threshold = begin_search(task, shared_.filter, filters_of(row), law, window);
+        threshold = begin_search(task_of(row), shared_.filter, filters_of(row), law, window, args_.aligned);
       if (threshold == Threshold::settled && warp_ == 0) hand_over(row, law);
     }
     __syncthreads();
@@ -145,17 +157,22 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     shared_.filter.listed = 0;
   }
 
+  // `shares`: the passes over a row can be left to all blocks.
   static __device__ __noinline__ Threshold begin_search(const RowTask& task, FilterScratch& scratch,
                                                         const Filters& filters, RowLaw& law,
-                                                        WindowFilter::Window& window) {
+                                                        WindowFilter::Window& window, bool shares) {
     BlockFilter filter(task, scratch);
-    if (filter.list(filters, law)) {
-      law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
-      return Threshold::settled;
+    if (!filter.list(filters, law)) {
+      if (!filter.takes_window(filters)) return Threshold::anywhere;
+      WindowFilter search(task, scratch);
+      if (shares) {
+        window = search.guess(filters, law);
+        return window.low < window.high ? Threshold::in_window : Threshold::anywhere;
+      }
+      if (!search.run(filters, law)) return Threshold::anywhere;
     }
-    if (!filter.takes_window(filters)) return Threshold::anywhere;
-    window = WindowFilter(task, scratch).guess(filters, law);
-    return window.low < window.high ? Threshold::in_window : Threshold::anywhere;
+    law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
+    return Threshold::settled;
   }
 
   // Behind a barrier of the cluster.
@@ -170,79 +187,136 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     return __ballot_sync(kAllLanes, lane < size_ && shared_.seen[lane].threshold == threshold);
   }
 
-  // body(owner, index, tile, statistics) for this warp's tiles of the rows of `owners`; the next one is on
-  // its way meanwhile.
-  template <class Body>
-  __device__ __forceinline__ void for_tiles(unsigned owners, const Body& body) {
+  struct Place {
+    uint32_t owner, index;
+    const void* row;
+  };
+  __device__ __forceinline__ Place place_of(unsigned owners, uint32_t item) const {
+#pragma unroll 1
+    for (uint32_t before = item / tiles_; before > 0; --before) owners &= owners - 1;
+    const uint32_t owner = static_cast<uint32_t>(__ffs(static_cast<int>(owners)) - 1);
+    return {owner, item % tiles_, row_data(shared_.seen[owner].row)};
+  }
+  __device__ __forceinline__ void load_quarter(const Place& place, int quarter, uint4* words) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      words[i] = TileOfRow<kType>::load_words(
+          place.row, vocab_, place.index * kTile + quarter * 256 + lane_id() * 8 + i * (8 / kLoads), true);
+    }
+  }
+
+  // For this warp's tiles of the rows of `owners`: begin(place), quarter(number, elements) and end(place).
+  // What has been looked at makes room for the next tile, which is on its way meanwhile. Backwards, a pass
+  // begins with what the one before it has left in the cache. Of aligned rows.
+  template <bool kBackwards, class Begin, class Quarter, class End>
+  __device__ __forceinline__ void for_tiles(unsigned owners, const Begin& begin, const Quarter& quarter,
+                                            const End& end) const {
     const uint32_t items = static_cast<uint32_t>(__popc(owners)) * tiles_, workers = size_ * kWarps;
     uint32_t item = warp_ * size_ + rank_;
     if (item >= items) return;
-    uint32_t owner = owner_of(owners, item), index = item % tiles_;
-    RawTile<kType> raw;
-    float2 found = load_tile(owner, index, raw);
+    const auto at = [&](uint32_t which) { return place_of(owners, kBackwards ? items - 1 - which : which); };
+    Place place = at(item);
+    uint4 words[4][kLoads];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) load_quarter(place, q, words[q]);
 #pragma unroll 1
     while (true) {
       item += workers;
       const bool more = item < items;
-      const uint32_t next_owner = more ? owner_of(owners, item) : owner, next_index = item % tiles_;
-      RawTile<kType> next;
-      float2 next_found;
-      if (more) next_found = load_tile(next_owner, next_index, next);
-      body(owner, index, raw, found);
+      const Place next = more ? at(item) : place;
+      begin(place);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        Eight eight;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) unpack_words<kType>(words[q][i], eight.x + i * (8 / kLoads));
+        if (more) load_quarter(next, q, words[q]);
+        quarter(q, eight);
+      }
+      end(place);
       if (!more) return;
-      raw = next;
-      found = next_found;
-      owner = next_owner;
-      index = next_index;
+      place = next;
     }
   }
-  __device__ __forceinline__ uint32_t owner_of(unsigned owners, uint32_t item) const {
-#pragma unroll 1
-    for (uint32_t before = item / tiles_; before > 0; --before) owners &= owners - 1;
-    return static_cast<uint32_t>(__ffs(static_cast<int>(owners)) - 1);
-  }
-  __device__ __forceinline__ float2 load_tile(uint32_t owner, uint32_t index, RawTile<kType>& raw) const {
-    const uint32_t row = shared_.seen[owner].row;
-    TileOfRow<kType>::load(raw, row_data(row), vocab_, index, args_.aligned);
-    return this->read(stats(row) + index);
-  }
 
-  // Lists what lies in the windows, and adds up what lies above, in the memory of the rows' owners.
+  // Lists what lies in the windows, and adds up what lies above, in the memory of the rows' owners. What
+  // counts is few in a tile: it is put into a column for each lane first.
   __device__ __forceinline__ void look_through(unsigned owners, int turn) {
+    constexpr int kColumn = kParts * kBins / kThreads;
+    uint32_t* const column = shared_.filter.parts + warp_ * kColumn * kWarpSize + lane_id();
+    uint32_t* const held = shared_.filter.kept + warp_ * (kMaxTiles / kWarps);  // keys of the window
+    static_assert(kMaxTiles / kWarps >= 2 * kWarpSize);
     uint64_t above = 0;  // of this lane
+    int num_held = 0;
     uint32_t current = 0;
-    for_tiles(owners, [&](uint32_t owner, uint32_t index, const RawTile<kType>& raw, const float2&) {
-      if (owner != current) {
-        add_above(current, turn, above);
-        above = 0;
-        current = owner;
-      }
-      const FilterTurn& seen = shared_.seen[owner];
-      const uint32_t row = seen.row;
-      const float low = seen.window.low, high = seen.window.high;
-      uint32_t hits = 0, near = 0;
-      {
-        LaneTile tile;
-        raw.unpack(tile);
+    int count = 0;
+    float low = 0.0f, high = 0.0f;
+    const auto let_go = [&] {
+      add_above(current, turn, above);
+      above = 0;
+      list(current, held, num_held);
+      num_held = 0;
+    };
+    const auto take = [&](bool there, float x, LaneMass& mass) {
+      const RowLaw& law = shared_.seen[current].law;
+      const float weight = weight_of_logit(x, law.max, law.scale, law.cut);
+      mass.add(there && x >= high ? weight : 0.0f);
+      const bool near = there && x < high;
+      const unsigned all = __ballot_sync(kAllLanes, near);
+      if (all == 0) return;
+      if (near) held[num_held + __popc(all & ((1u << lane_id()) - 1))] = key_of(x);
+      num_held += __popc(all);
+      __syncwarp();
+      if (num_held < kWarpSize) return;
+      num_held -= kWarpSize;
+      list(current, held + num_held, kWarpSize);
+    };
+    for_tiles<true>(
+        owners,
+        [&](const Place& place) {
+          if (place.owner != current) let_go();
+          current = place.owner;
+          low = shared_.seen[current].window.low;
+          high = shared_.seen[current].window.high;
+          count = 0;
+        },
+        [&](int, const Eight& eight) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) hits |= tile.x[i] >= low ? 1u << i : 0u;
-      }
-      if (!__any_sync(kAllLanes, hits != 0)) return;
-      LaneMass mass;
+          for (int j = 0; j < 8; ++j) {
+            if (!(eight.x[j] >= low)) continue;
+            if (count < kColumn) column[count * kWarpSize] = __float_as_uint(eight.x[j]);
+            ++count;
+          }
+        },
+        [&](const Place& place) {
+          const int most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(count)));
+          LaneMass mass;
+          if (most <= kColumn) {
 #pragma unroll 1
-      for (; hits != 0; hits &= hits - 1) {
-        const int i = __ffs(static_cast<int>(hits)) - 1;
-        const float x = element(row, index * kTile + LaneTile::element_of(i));
-        if (x >= high) {
-          mass.add(weight_of_logit(x, seen.law.max, seen.law.scale, seen.law.cut));
-        } else {
-          near |= 1u << i;
-        }
-      }
-      above += mass.total();
-      list(owner, row, index, near);
-    });
-    add_above(current, turn, above);
+            for (int k = 0; k < most; ++k) {
+              const bool there = k < count;
+              take(there, there ? __uint_as_float(column[k * kWarpSize]) : low, mass);
+            }
+          } else {
+#pragma unroll 1
+            for (int q = 0; q < 4; ++q) {
+              uint4 words[kLoads];
+              load_quarter(place, q, words);
+              Eight eight;
+#pragma unroll
+              for (int i = 0; i < kLoads; ++i) unpack_words<kType>(words[i], eight.x + i * (8 / kLoads));
+#pragma unroll 1
+              for (int j = 0; j < 8; ++j) {
+                float x = eight.x[0];
+#pragma unroll
+                for (int i = 0; i < 7; ++i) eight.x[i] = eight.x[i + 1];
+                take(x >= low, x, mass);
+              }
+            }
+          }
+          above += mass.total();
+        });
+    let_go();
   }
 
   // By a warp.
@@ -254,22 +328,16 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     atomicAdd(&of_block(&shared_.turns[turn], owner)->above[lane_id()], piece);
   }
 
-  // The elements of a tile that `near` says.
-  __device__ __forceinline__ void list(uint32_t owner, uint32_t row, uint32_t index, uint32_t near) {
-    const int count = __popc(near), up_to = sum_up_to_lane(count);
-    const int of_tile = __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
-    if (of_tile == 0) return;
+  // By a warp: `count` keys, at most one for each lane.
+  __device__ __forceinline__ void list(uint32_t owner, const uint32_t* keys, int count) {
+    if (count == 0) return;
     FilterScratch* const scratch = of_block(&shared_.filter, owner);
     int place = 0;
-    if (lane_id() == 0) place = atomicAdd(&scratch->listed, of_tile);
-    place = __shfl_sync(kAllLanes, place, 0) + up_to - count;
-    uint32_t* const keys = WindowFilter::list(*scratch);
-#pragma unroll 1
-    for (; near != 0; near &= near - 1, ++place) {
-      const int i = __ffs(static_cast<int>(near)) - 1;
-      if (place < WindowFilter::kWindow)
-        keys[place] = key_of(element(row, index * kTile + LaneTile::element_of(i)));
-    }
+    if (lane_id() == 0) place = atomicAdd(&scratch->listed, count);
+    place = __shfl_sync(kAllLanes, place, 0) + lane_id();
+    if (lane_id() < count && place < WindowFilter::kWindow)
+      WindowFilter::list(*scratch)[place] = keys[lane_id()];
+    __syncwarp();
   }
 
   // All of this block's row has been looked through.
@@ -292,16 +360,28 @@ class ChainLaws : protected ChainRows<kType, kTree> {
 
   // The sums of the first pass contain what the filters have removed since.
   __device__ __forceinline__ void count_anew(unsigned owners) {
-    for_tiles(owners, [&](uint32_t owner, uint32_t index, const RawTile<kType>& raw, const float2& found) {
-      const FilterTurn& seen = shared_.seen[owner];
-      const float anchor = found.x, scale = seen.law.scale;
-      if (anchor < seen.law.cut) return;
-      const float cut = fmaxf(seen.law.cut, shared_.reading[of_target(seen.row) ? 0 : 1].floor_below(anchor));
-      LaneTile tile;
-      raw.unpack(tile);
-      const float sum = sum_of_weights(tile, anchor, scale, cut);
-      if (lane_id() == 0) stats(seen.row)[index].sum = sum;
-    });
+    float anchor = 0.0f, scale = 0.0f, cut = 0.0f;
+    PinnedSum sum;
+    for_tiles<false>(
+        owners,
+        [&](const Place& place) {
+          const FilterTurn& seen = shared_.seen[place.owner];
+          anchor = this->read(stats(seen.row) + place.index).x;
+          scale = seen.law.scale;
+          sum = PinnedSum();
+          cut = fmaxf(seen.law.cut, shared_.reading[of_target(seen.row) ? 0 : 1].floor_below(anchor));
+        },
+        [&](int q, const Eight& eight) {
+          Eight weights;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) weights.x[j] = weight_of_logit(eight.x[j], anchor, scale, cut);
+          sum.add(q, weights);
+        },
+        [&](const Place& place) {
+          const float total = sum.total();
+          const FilterTurn& seen = shared_.seen[place.owner];
+          if (lane_id() == 0 && anchor >= seen.law.cut) stats(seen.row)[place.index].sum = total;
+        });
   }
 
   // The tiles have been counted.

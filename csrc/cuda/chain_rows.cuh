@@ -147,6 +147,13 @@ class ChainRows {
     return args_.lanes + ((b_ * (2 * args_.most_drafts + 3) + row) * tiles_) * kWarpSize;
   }
 
+  __device__ __forceinline__ void leave_stats(uint32_t row, uint32_t index, RawTile<kType>& raw) {
+    float lane_max = -infinity();
+    const TileStats found = stats_of_tile(raw, shared_.reading[of_target(row) ? 0 : 1], lane_max);
+    if (lane_id() == 0) *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
+    if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
+  }
+
   // `raw`: the first of them.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
 #pragma unroll 1
@@ -155,13 +162,7 @@ class ChainRows {
       tiles.move_on();
       RawTile<kType> next;
       if (tiles.any()) load(tiles, next);
-      if (is_wanted(row)) {
-        float lane_max = -infinity();
-        const TileStats found = stats_of_tile(raw, shared_.reading[of_target(row) ? 0 : 1], lane_max);
-        if (lane_id() == 0)
-          *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
-        if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
-      }
+      if (is_wanted(row)) leave_stats(row, index, raw);
       raw = next;
     }
   }

@@ -136,7 +136,7 @@ void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
 // in us.
 inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
                               bool may_share) {
-  constexpr double kOfTile = 1.3, kOfTilePair = 2.5, kOfSharing = 1.2;
+  constexpr double kOfTile = 1.8, kOfTilePair = 1.3, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
   for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {

@@ -13,9 +13,11 @@ namespace foretoken::cuda {
 // One row by one block. Every member is called by all of its threads.
 class WindowFilter {
  public:
-  // Keys of elements near the threshold, where bins and the list are otherwise.
-  static constexpr int kWindow = kParts * kBins + 4 * kList;
-  static __device__ uint32_t* list(FilterScratch& scratch) { return scratch.parts; }
+  // Keys of elements near the threshold, where the list of those that matter is otherwise.
+  static constexpr int kWindow = 4 * kList;
+  static __device__ uint32_t* list(FilterScratch& scratch) {
+    return reinterpret_cast<uint32_t*>(scratch.masses);
+  }
 
   __device__ WindowFilter(const RowTask& task, FilterScratch& scratch)
       : task_(task), scratch_(scratch), tiles_(tiles_of(task.row.size)) {}
@@ -65,7 +67,7 @@ class WindowFilter {
   static constexpr int kRoom = kMaxTiles / kWarps;  // of a warp
   static_assert(kRoom >= 2 * kWarpSize, "what a lane each adds fits behind less than a lane each");
 
-  static_assert(offsetof(FilterScratch, groups) == sizeof(uint32_t) * kWindow, "one behind the other");
+  static_assert(offsetof(FilterScratch, groups) - offsetof(FilterScratch, masses) == 4 * kWindow);
 
   __device__ float weight(const RowLaw& law, float x) const {
     return weight_of_logit(x, law.max, law.scale, law.cut);
@@ -206,24 +208,14 @@ class WindowFilter {
 
   // Largest listed element t such that the listed ones >= t have `need`; -infinity if all of them do not.
   __device__ float pick(const RowLaw& law, const Window& window, uint64_t need) {
-    constexpr int kEach = kWindow / kThreads;
     const int listed = scratch_.listed;
-    uint32_t keys[kEach];
-    uint64_t masses[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int place = static_cast<int>(threadIdx.x) + i * kThreads;
-      keys[i] = place < listed ? list(scratch_)[place] : 0;
-      masses[i] = place < listed ? mass_of(weight(law, value_of(keys[i]))) : 0;
-    }
-    __syncthreads();
     clear_bins(scratch_);
     __syncthreads();
     const KeyRange range{key_of(window.low), key_of(window.high)};
     return search_keys(scratch_, range, need, [&](auto count) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (masses[i] != 0) count(keys[i], masses[i]);
+      for (int i = threadIdx.x; i < listed; i += kThreads) {
+        const uint32_t key = list(scratch_)[i];
+        count(key, mass_of(weight(law, value_of(key))));
       }
     });
   }

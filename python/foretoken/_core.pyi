@@ -634,10 +634,6 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
     """
     See foretoken.ops.tree_index.
     """
-def verdict_place(field: str, batch: typing.SupportsInt | typing.SupportsIndex, nodes: typing.SupportsInt | typing.SupportsIndex, id_bytes: typing.SupportsInt | typing.SupportsIndex) -> int:
-    """
-    Bytes in front of a field in such a buffer.
-    """
 def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any, packed: typing.Any = None, kept: typing.Any = None) -> int:
     """
     See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are missing; 0: done.

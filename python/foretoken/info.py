@@ -73,6 +73,7 @@ def render(report: dict[str, Any]) -> str:
         ("cpu", cpu["model"]),
         ("cpu features", ", ".join(cpu["features"]) or "none that matter here"),
         ("row loops", f"{cpu['path']}: {cpu['reason']}"),
+        ("matrix units", f"{cpu['matrix']}, for attention of bfloat16"),
         ("threads", f"{threads['foretoken']} (torch {threads['torch']}, usable cores {threads['cores']})"),
         ("openmp", ", ".join(threads["openmp_runtimes"]) or "none loaded"),
         ("build", kind),

@@ -103,14 +103,10 @@ class Completions:
         return count, True
 
     def _is_admitting(self) -> bool:
-        """Whether prompts are on their way, or about to be."""
-        phases = [request.phase for request in self._rounds._requests.values()]
-        seated = phases.count("prefill") + phases.count("decode")
-        has_room = seated < len(self._rounds._state.next_drafts)
-        return "prefill" in phases or ("waiting" in phases and has_room)
-
-    def _is_waiting(self) -> bool:
-        return any(request.phase == "waiting" for request in self._rounds._requests.values())
+        """Whether a request that waits can have a slot."""
+        native = self._rounds._native
+        room: bool = native.live < len(self._rounds._state.next_drafts)
+        return room and native.waiting > 0
 
     def _tell(self, job: Job) -> None:
         if job.tell is None:
@@ -192,11 +188,12 @@ class Completions:
         """Launch until there is something for the host to do; the session goes through the same rounds."""
         native, done = self._rounds._native, 0
         ids = native.row_ids()
-        self._note_requests()
+        if len(loop.widths) > 1:
+            self._note_requests()
         self._changed, self._is_planned, self._running = False, True, loop
         try:
             while True:
-                loop.launch(least_live=len(ids) if self._is_waiting() else 1)
+                loop.launch(least_live=len(ids) if native.waiting else 1)
                 if self._interrupted:  # before the launch began
                     loop.cancel()
                 count, end = self._follow(loop, ids, job)

@@ -130,7 +130,7 @@ class CapturedForwards:
     ) -> None:
         self._forward = forward
         self._max_batch, self._max_length = max_batch, max_length
-        self.bounded = bounded
+        self._bounded = bounded
         self._device = device
         self._shapes: dict[ShapeKey, _Shape] = {}
         self._pool: Any = None
@@ -142,6 +142,11 @@ class CapturedForwards:
     def graphs(self) -> int:
         """Shapes that are captured."""
         return sum(shape.graph is not None for shape in self._shapes.values())
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether steps of any lengths, padded rows among them, may become part of other graphs."""
+        return self.why_not is None and not self._bounded
 
     def takes(self, step: Step) -> bool:
         """Whether a step may be replayed: decode steps outside other captures."""
@@ -159,7 +164,7 @@ class CapturedForwards:
         tree = step.tree
         words = 0 if tree is None else tree.ancestors.shape[2]
         rooted = tree is None or tree.visible is step.lengths
-        if self.bounded or not rooted:
+        if self._bounded or not rooted:
             reach = bucket_reach(step.max_length_after, self._max_length)
             return ShapeKey(rows, columns, reach, step.slot_range, words, rooted)
         if tree is None:

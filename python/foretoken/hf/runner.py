@@ -179,8 +179,7 @@ class ModuleRunner:
     @property
     def repeatable(self) -> bool:
         """Whether decode steps may become part of graphs of whole rounds, padded rows among them."""
-        captured = self._captured
-        return captured is not None and captured.why_not is None and not captured.bounded
+        return self._captured is not None and self._captured.repeatable
 
     def expect(self, columns: int) -> None:
         """Say how wide steps will be: narrower ones are then filled up, and need no graph of their own."""
@@ -263,16 +262,11 @@ class ModuleRunner:
             if self.mode == "rows":
                 return self._run_rows(cache, step, tokens, positions, slots, lengths, used)
             plan = cache.plan(
-                slots=slots,
-                lengths=lengths,
-                num_tokens=tokens.shape[1],
-                used=used,
-                stacked=self.mode == "masks",
-                trace=trace,
+                slots=slots, lengths=lengths, num_tokens=tokens.shape[1], used=used,
+                stacked=self.mode == "masks", trace=trace,
                 trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
-                final=few,
-                provisional=step.provisional,
-            )
+                final=few, provisional=step.provisional,
+            )  # fmt: skip
             if self.mode == "attention":
                 with self._switched():
                     return self._forward(few, tokens, positions, foretoken=plan)

@@ -286,7 +286,9 @@ def verify(
     if type(sampling) is SamplingTable:
         table = sampling
     else:
-        table = table_of("sampling", sampling, _core.sizes(draft_tokens, "draft_tokens", 2)[0])
+        if out is not None:
+            batch, _ = _core.sizes(draft_tokens, "draft_tokens", 2)
+        table = table_of("sampling", sampling, batch)
     if draft_sampling is None:
         draft_table = table
     else:

@@ -1,0 +1,9 @@
+#pragma once
+
+namespace foretoken::cpu {
+
+// Whether the processor has matrix tiles of bfloat16 and the system lets this process use them, which it is
+// asked for here: their registers are 8 KB a thread.
+bool amx_is_usable();
+
+}  // namespace foretoken::cpu
