@@ -15,6 +15,7 @@
 #include "cpu/sampling.hpp"
 #include "cpu/state_ring.hpp"
 #include "cpu/step_inputs.hpp"
+#include "cpu/tile_stats.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cpu/verify.hpp"
@@ -28,6 +29,7 @@
 #include "ops/selfcheck.hpp"
 #include "ops/state_ring.hpp"
 #include "ops/step_inputs.hpp"
+#include "ops/tile_stats.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
 #include "ops/verify.hpp"
@@ -43,6 +45,7 @@
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/state_ring.hpp"
 #include "cuda/step_inputs.hpp"
+#include "cuda/tile_stats.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
 #include "cuda/verify.hpp"
@@ -224,6 +227,14 @@ PreparedRows prepare(const Args& args, const Preparation& what, void* workspace,
   return cuda::prepare(args, what, workspace, device, stream);
 #else
   return {};
+#endif
+}
+
+inline void tile_stats(const TileStatsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::tile_stats(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::tile_stats(args, stream);
 #endif
 }
 

@@ -14,7 +14,7 @@ import foretoken as ft
 import hf_toys
 from foretoken.cache import OutOfPagesError, SessionPages
 from foretoken.device import places
-from foretoken.generate import decode, stream
+from foretoken.generate import complete, decode, stream
 from foretoken.hf import ModuleRunner, Pages, paged
 from foretoken.hf.runner import PooledCache
 from foretoken.session import Session
@@ -331,6 +331,21 @@ def test_models_that_cannot_are_refused_in_words(target: Any) -> None:
             ValueError, match=f'cache: expected "slots" for {type(model).__name__}, got pages: {reason}'
         ):
             ModuleRunner(model, max_batch=1, max_length=20, cache="paged")
+
+
+def test_a_device_does_not_repeat_rounds_over_pages(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the session can go on."""
+    monkeypatch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+    sizes = {"max_batch": 1, "max_length": 30}
+    for role, caches in (("target", ("paged", "slots")), ("drafter", ("slots", "paged"))):
+        runner, drafting = (ModuleRunner(target, cache=cache, **sizes) for cache in caches)
+        drafter = ft.ModelDrafter(drafting, vocab_size=VOCAB, **sizes)
+        session = Session(vocab_size=VOCAB, drafter=drafter, **sizes)
+        text = session.admit([5, 6, 7], ft.Sampling(temperature=0.0), max_new_tokens=6)
+        with pytest.raises(ValueError, match=f"{role}: its rounds cannot be repeated .* found by the host"):
+            complete(session, runner)
+        decode(session, runner)
+        assert text.finish_reason == "length"
 
 
 # ---- on a device ----

@@ -626,6 +626,10 @@ def sizes(tensor: typing.Any, name: str, rank: typing.SupportsInt | typing.Suppo
     """
     Sizes of a tensor of `rank` dimensions; refuses anything else, naming the argument.
     """
+def tile_stats(logits: typing.Any, sampling: SamplingTable, slots: typing.Any, out: typing.Any) -> None:
+    """
+    See foretoken.ops.tile_stats.
+    """
 def tree_attention(q: typing.Any, k_cache: typing.Any, v_cache: typing.Any, lengths: typing.Any, num_nodes: typing.Any, ancestors: typing.Any, block_table: typing.Any, layout: str, scale: typing.SupportsFloat | typing.SupportsIndex | None, softcap: typing.SupportsFloat | typing.SupportsIndex | None, window: typing.SupportsInt | typing.SupportsIndex | None, sinks: typing.Any, k_scale: typing.Any, v_scale: typing.Any, out: typing.Any, lse: typing.Any, workspace: typing.Any) -> int:
     """
     See foretoken.ops.tree_attention. Returns the bytes of workspace that are missing; 0: done.
@@ -634,7 +638,7 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
     """
     See foretoken.ops.tree_index.
     """
-def verify(target_logits: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any, packed: typing.Any = None, kept: typing.Any = None) -> int:
+def verify(target_logits: typing.Any, target_stats: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any, packed: typing.Any = None, kept: typing.Any = None) -> int:
     """
     See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are missing; 0: done.
     """
@@ -642,3 +646,4 @@ def write_step_inputs(text: typing.Any, base: typing.Any, next_drafts: typing.An
     """
     See foretoken.device.inputs.StepInputs.write.
     """
+TILE: int = 1024

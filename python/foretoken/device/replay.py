@@ -239,9 +239,9 @@ class Replays:
 
 def repeatable(forward: Any) -> bool:
     """Whether a forward may become part of a graph of rounds: it says so itself. It passes over rows without
-    tokens, attends by the lengths on the device, and has ``max_positions``.
+    tokens, attends by the lengths on the device, has ``max_positions``, and the host does nothing for a step.
     """
-    return bool(getattr(forward, "repeatable", False))
+    return getattr(forward, "repeatable", False) and getattr(forward, "why_not_repeated", None) is None
 
 
 def replays_of(rounds: DeviceRounds) -> Replays:
