@@ -13,7 +13,6 @@ void register_loop_graph(pybind11::module_& module);
 void register_pages(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 void register_state_ring(pybind11::module_& module);
-void register_step_inputs(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
 void register_tile_stats(pybind11::module_& module);
 void register_tree(pybind11::module_& module);
@@ -32,7 +31,6 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_pages(module);
   foretoken::register_sampling(module);
   foretoken::register_state_ring(module);
-  foretoken::register_step_inputs(module);
   foretoken::register_tile_stats(module);
   foretoken::register_tree(module);
   foretoken::register_draft_tree(module);
