@@ -70,10 +70,10 @@ def forward_us(runner: ModuleRunner, rows: int, columns: int, length: int, count
 
 
 def forward_alone_us(runner: ModuleRunner, rows: int, columns: int, length: int) -> float:
-    """As it is in a graph of whole rounds: rows are not filled up."""
+    """As it is in a graph of whole rounds: rows are not filled up, and others follow."""
     step = step_of(rows, columns, length)
     with torch.inference_mode(), unrolled():
-        return replay_us(lambda: runner(step))
+        return replay_us(lambda: runner(step), 4)
 
 
 def whole_round_us(session: ft.Session, runner: ModuleRunner) -> float:
