@@ -137,7 +137,7 @@ void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
 template <int kPasses>
 Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
                        bool may_share) {
-  constexpr double kOfTile = 0.11, kOfTilePair = 0.14, kOfSharing = 1.2;
+  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
   for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
