@@ -49,6 +49,7 @@ class Row:
     rule: str = ""  # none: rows to sample from
     law: str = "dense"
     filters: str = "none"
+    given: bool = False  # statistics of the target's tiles
     goal: float | None = None
     factor: float | None = None
 
@@ -67,6 +68,7 @@ def chain_rows(quick: bool) -> Iterator[Row]:
         goal = GOALS["token"][dtype][batch]  # type: ignore[index]
         yield Row("token", shape, "token", goal=goal)
         yield Row("block", shape, "block", factor=FACTORS["block"])
+        yield Row("token, given stats", shape, "token", given=True)
         halved = batch >= 32  # where the point and greedy factors have to be kept
         yield Row("point", shape, "target_only", "point", factor=FACTORS["point"] if halved else None)
         yield Row("greedy", shape, "token", "greedy", "greedy", factor=FACTORS["greedy"] if halved else None)
@@ -124,6 +126,9 @@ def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured
     beside: dict[str, Any] = {}
     if row.rule:
         requests = requests_of(shape, row.law, row.filters)
+        requests.stats = None
+        if row.given:
+            requests.give_stats()
         requests.assert_answers(row.rule)
         accepted: float | None = round(requests.mean_accepted(row.rule), 3)
         out = requests.empty(shape.batch, shape.device)
@@ -133,6 +138,8 @@ def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured
             for one in given
         ]  # type: ignore[arg-type]
         size, sets = requests.bytes, requests.sets
+        if row.given:  # the drafts' rows, and the one that a token is drawn from
+            size = size * (requests.laws + 1) // (requests.laws + shape.drafts + 1)
         if peers:
             beside["vLLM"] = functools.partial(peers_cuda.vllm_calls, requests, row.rule)
             beside["FlashInfer"] = functools.partial(peers_cuda.flashinfer_calls, requests, row.rule)

@@ -1,6 +1,6 @@
 """Recurrent states of a round: what a commit costs when it is an index, and what the alternatives cost.
 
-    python bench/bench_states.py [--device cpu|cuda] [--layers 48] [--batch 1 8] [--nodes 5] [--models]
+    python bench/bench_states.py [--device cpu|cuda] [--layers 48] [--batch 1 8] [--nodes 5] [--models [NAME]]
 
 Answers are asserted first: committed states are those of running the accepted tokens one by one, logits those
 of the plain module. Without --models, times on a CUDA device are device times, by replays of a graph.
@@ -209,12 +209,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--nodes", type=int, default=5)
-    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--models", nargs="*", metavar="NAME", help="all of them without names")
     parser.add_argument("--size", type=int, default=1024)
     options = parser.parse_args()
     device = torch.device(options.device)
-    if options.models:
-        for kind in ("Mamba-2", "Bamba, 1 of 8 attends", "LFM2, 6 of 16 attend"):
+    if options.models is not None:
+        known = ("Mamba-2", "Bamba, 1 of 8 attends", "LFM2, 6 of 16 attend")
+        wanted = options.models or [""]
+        for kind in (kind for kind in known if any(kind.startswith(name) for name in wanted)):
             for batch in options.batch:
                 time_models(kind, device, batch, options.nodes, options.size)
         return

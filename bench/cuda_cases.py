@@ -145,6 +145,11 @@ class Requests:
         else:
             self.choose_likeliest(logits.to(dtype).float())
         self.target = logits.to(dtype)
+        self.stats: Tensor | None = None
+
+    def give_stats(self) -> None:
+        """Calls carry statistics of the target's tiles, as a kernel that computed the logits leaves them."""
+        self.stats = ft.ops.tile_stats(self.target, sampling=self.table, slots=self.slots)
 
     def draw_tokens(self, draft: Tensor) -> None:
         for node in range(1, self.shape.drafts + 1):
@@ -183,6 +188,7 @@ class Requests:
         some = slice(index * self.shape.batch, (index + 1) * self.shape.batch)
         return {
             "target_logits": self.target[some],
+            "target_stats": None if self.stats is None else self.stats[some],
             "draft_tokens": self.tokens[some],
             "draft_logits": None if self.draft is None else self.draft[some],
             "draft_row": self.draft_row,

@@ -224,13 +224,15 @@ class RingFollower(Follower):
     def __init__(self, leader: Combined) -> None:
         def make(device: str) -> StateRing:
             there = torch.device(device)
-            specs = [TensorSpec((), torch.int64, there), TensorSpec((4,), torch.int64, there)]
-            return StateRing(specs, slots=leader.setting.slots, nodes=MOST_NODES)
+            return StateRing(
+                [TensorSpec((5,), torch.int64, there)], slots=leader.setting.slots, nodes=MOST_NODES
+            )
 
         def held(ring: StateRing) -> list[Tensor]:
-            return [ring.current, ring.committed(0), ring.committed(1)]
+            return [ring.current, ring.committed(0)]
 
         super().__init__(leader, twins(leader, make, held))
+        self.ring: StateRing = self.cache.here if isinstance(self.cache, Twins) else self.cache
 
     def open(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -242,19 +244,26 @@ class RingFollower(Follower):
     def walk(
         self, slots: list[int], tokens: list[list[int]], counts: list[int], parents: list[list[int]] | None
     ) -> None:
-        ring, width = self.cache, max(counts)
+        ring, width = self.ring, max(counts)
         above = None
         if parents is not None:
             padded = [row[: width - 1] + [0] * (width - 1 - len(row)) for row in parents]
             above = torch.tensor(padded, dtype=torch.int64).view(len(slots), width - 1)
         padded = [(row[:count] + [0] * width)[:width] for row, count in zip(tokens, counts, strict=True)]
         fed, nodes = torch.tensor(padded), torch.tensor(counts)
-        ring.reserve(len(slots), width, slots=torch.tensor(slots), parents=above, num_nodes=nodes)
+        self.cache.reserve(len(slots), width, slots=torch.tensor(slots), parents=above, num_nodes=nodes)
         assert not ring.status.any()
+        behind = []
         for node in range(width):
-            number, last = ring.take(0)[:, node], ring.take(1)[:, node]
-            ring.append(0, (number * 31 + fed[:, node]) % MODULUS, node)
-            ring.append(1, torch.cat([last[:, 1:], fed[:, node : node + 1]], 1), node)
+            before = ring.take(0)[:, node]
+            number = (before[:, :1] * 31 + fed[:, node : node + 1]) % MODULUS
+            behind.append(torch.cat([number, before[:, 2:], fed[:, node : node + 1]], 1))
+            ring.append(0, behind[-1], node)
+        if isinstance(self.cache, Twins):  # all nodes at once, and then what each of them has read
+            twin = self.cache.there
+            twin.append(0, torch.stack(behind, 1).to(twin.device))
+            found = [one.take(0).masked_fill((one.read < 0)[..., None], 0) for one in (ring, twin)]
+            self.cache.note(*found)
 
     def close(self, verdict: Verdict, stay: list[list[int]], expected: list[int]) -> None:
         rows = self.rows
@@ -278,19 +287,17 @@ class RingFollower(Follower):
     def feed(self, slot: int, text: list[int]) -> None:
         """States have no prefixes: the text is read again, which may be in the middle of a round."""
         number, last = fold(text)
-        ring = self.cache.here if isinstance(self.cache, Twins) else self.cache
-        for one in [ring, *([self.cache.there] if isinstance(self.cache, Twins) else [])]:
-            one.states[0][slot, one.current[slot]] = number
-            one.states[1][slot, one.current[slot]] = torch.tensor(last, device=one.device)
+        for one in [self.ring, *([self.cache.there] if isinstance(self.cache, Twins) else [])]:
+            one.states[0][slot, int(one.current[slot])] = torch.tensor([number, *last], device=one.device)
 
     def free(self, slot: int) -> None:
         self.cache.free(torch.tensor([slot]))
 
     def check(self) -> None:
-        ring = self.cache.here if isinstance(self.cache, Twins) else self.cache
-        numbers, last = ring.committed(0).tolist(), ring.committed(1).tolist()
+        held = self.ring.committed(0).tolist()
         for slot, text in enumerate(self.leader.texts):
-            assert (numbers[slot], last[slot]) == fold(text or [])
+            number, last = fold(text or [])
+            assert held[slot] == [number, *last]
 
 
 class ReplayFollower(Follower):

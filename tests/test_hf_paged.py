@@ -14,14 +14,14 @@ import foretoken as ft
 import hf_toys
 from foretoken.cache import OutOfPagesError, SessionPages
 from foretoken.device import places
-from foretoken.generate import decode, stream
+from foretoken.generate import complete, decode, stream
 from foretoken.hf import ModuleRunner, Pages, paged
 from foretoken.hf.runner import PooledCache
 from foretoken.session import Session
 from hf_models import one_thread, tiny_model  # noqa: F401
 from hf_toys import EOS, PAD, VOCAB
 from rounds_ahead import no_waiting
-from test_hf_captured import with_graphs
+from test_hf_captured import step_of, with_graphs
 
 TREE = ft.TreePlan(nodes=8, branches=2, depth=3)
 DRAWN = {"sampling": ft.Sampling(temperature=0.9, top_p=0.95, seed=5)}
@@ -38,7 +38,7 @@ def draft(target: Any) -> Any:
     return hf_toys.disturbed(target, 0.05)
 
 
-@pytest.fixture(params=["on the host", "ahead", "captured"])
+@pytest.fixture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rounds are issued; the last two as on a CUDA device, on CPU tensors."""
     if request.param != "on the host":
@@ -48,23 +48,24 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+WAYS = ["on the host", "ahead", "captured"]
 KINDS = ["plain", "ngram", "model", "tree", "ngram tree"]
 FEW = {
-    ("plain", "drawn"),
-    ("ngram", "greedy"),
-    ("model", "drawn"),
-    ("tree", "drawn"),
-    ("ngram tree", "greedy"),
-}
+    ("on the host", "tree", "drawn"), ("on the host", "ngram tree", "greedy"), ("ahead", "plain", "drawn"),
+    ("ahead", "model", "drawn"), ("ahead", "tree", "greedy"), ("captured", "ngram", "greedy"),
+    ("captured", "tree", "drawn"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("kind", "law"),
+    ("way", "kind", "law"),
     [
-        pytest.param(kind, law, marks=() if (kind, law) in FEW else pytest.mark.long)
+        pytest.param(way, kind, law, marks=() if (way, kind, law) in FEW else pytest.mark.long)
+        for way in WAYS
         for kind in KINDS
         for law in ("greedy", "drawn")
     ],
+    indirect=["way"],
 )
 def test_ids_are_those_of_slots(way: str, target: Any, draft: Any, kind: str, law: str) -> None:
     ids, mask = hf_toys.left_padded(4, 11)
@@ -80,6 +81,7 @@ def test_ids_are_those_of_slots(way: str, target: Any, draft: Any, kind: str, la
         assert torch.equal(ft.generate(target, ids, cache=pages, **options), expected)
 
 
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 def test_long_prompts_and_other_heads(way: str) -> None:
     """Chunks that go to torch's attention, and keys of another width than values."""
     for model in (hf_toys.llama(max_position_embeddings=600), tiny_model("deepseek_v3")):
@@ -89,6 +91,7 @@ def test_long_prompts_and_other_heads(way: str) -> None:
         assert torch.equal(ft.generate(model, ids, cache=Pages(7), **options), expected)
 
 
+@pytest.mark.parametrize("way", [WAYS[1]], indirect=True)
 @pytest.mark.parametrize("name", ["gemma2_window_softcap", "gemma3_window", "mistral_window", "gpt2"])
 def test_windows_caps_and_learned_positions(way: str, name: str) -> None:
     model = tiny_model(name)
@@ -137,7 +140,11 @@ def pages_of(runner: ModuleRunner) -> SessionPages:
     return runner.cache.pages
 
 
-@pytest.mark.parametrize("trees", [False, True])
+@pytest.mark.parametrize(
+    ("way", "trees"),
+    [(WAYS[0], True), (WAYS[1], False), pytest.param(WAYS[2], True, marks=pytest.mark.long)],
+    indirect=["way"],
+)
 def test_no_page_is_lost(way: str, target: Any, draft: Any, trees: bool) -> None:
     """Requests come, wait, end and are cancelled; slots change hands."""
     dice = random.Random(4)
@@ -220,6 +227,37 @@ def test_pools_are_as_large_as_the_texts(target: Any) -> None:
     assert torch.equal(first[:2], second)
 
 
+def test_a_call_that_breaks_off_leaves_no_pages_taken(target: Any) -> None:
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    ids = hf_toys.prompts(3, 9)
+    with ft.hf.attach(target, cache=Pages(4, 13)) as attached:
+        attached._callback = stop
+        with pytest.raises(KeyboardInterrupt):
+            target.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=PAD)
+        attached._callback = None
+        runner = attached._runners._idle["target"][1]
+        assert pages_of(runner).free_pages < 13
+        target.generate(ids[:1], max_new_tokens=5, do_sample=False, pad_token_id=PAD)
+        assert attached._runners._idle["target"][1] is runner
+        assert pages_of(runner).free_pages == 13 - 4
+
+
+@pytest.mark.long
+def test_compiled_forwards_take_pages(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph without a break, as `torch.compile` traces it."""
+    monkeypatch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+    runner = ModuleRunner(target, max_batch=3, max_length=40, cache=Pages(5))
+    torch._dynamo.reset()
+    compiled = torch.compile(target, dynamic=False, backend="aot_eager", fullgraph=True)
+    for lengths in ([0, 0], [3, 2], [6, 4]):
+        step = step_of([[5, 6, 7], [8, 9]], lengths, [0, 2])
+        runner.cache.hold(step)
+        plain = runner._call_on_device(step, target).clone()
+        assert torch.equal(runner._call_on_device(step, compiled), plain)
+
+
 def test_rows_wait_for_pages_and_criteria_still_hold(target: Any, draft: Any) -> None:
     """Also where a row that waits is ended before it begins."""
     from transformers import StoppingCriteriaList
@@ -293,6 +331,21 @@ def test_models_that_cannot_are_refused_in_words(target: Any) -> None:
             ValueError, match=f'cache: expected "slots" for {type(model).__name__}, got pages: {reason}'
         ):
             ModuleRunner(model, max_batch=1, max_length=20, cache="paged")
+
+
+def test_a_device_does_not_repeat_rounds_over_pages(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the session can go on."""
+    monkeypatch.setattr(places, "AHEAD_ON", {"cpu", "cuda"})
+    sizes = {"max_batch": 1, "max_length": 30}
+    for role, caches in (("target", ("paged", "slots")), ("drafter", ("slots", "paged"))):
+        runner, drafting = (ModuleRunner(target, cache=cache, **sizes) for cache in caches)
+        drafter = ft.ModelDrafter(drafting, vocab_size=VOCAB, **sizes)
+        session = Session(vocab_size=VOCAB, drafter=drafter, **sizes)
+        text = session.admit([5, 6, 7], ft.Sampling(temperature=0.0), max_new_tokens=6)
+        with pytest.raises(ValueError, match=f"{role}: its rounds cannot be repeated .* found by the host"):
+            complete(session, runner)
+        decode(session, runner)
+        assert text.finish_reason == "length"
 
 
 # ---- on a device ----

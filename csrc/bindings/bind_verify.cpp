@@ -27,7 +27,7 @@ using boundary::Layout;
 
 // The tensors of a call, in the order of the native signature.
 struct Inputs {
-  py::handle target_logits, row_offsets, draft_tokens, parents, num_drafts;
+  py::handle target_logits, target_stats, row_offsets, draft_tokens, parents, num_drafts;
   py::handle draft_logits, draft_probs, topk_ids, topk_probs, draft_row, draft_records, vocab_map;
   py::handle bitmask, history, prompt_lengths, base, slots;
 };
@@ -41,6 +41,8 @@ struct Sizes {
   int64_t batch = 0, nodes = 0, vocab = 0;
 };
 
+int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+
 void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size) {
   const bool flattened = intake.rank_of(in.target_logits, "target_logits") == 2;
   if (flattened == in.row_offsets.is_none()) {
@@ -53,6 +55,9 @@ void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size
     args.target_logits =
         intake.read(in.target_logits, "target_logits", kRealDTypes, {size.batch, size.nodes + 1, vocab});
     check_vocab("target_logits", size.vocab);
+    args.target_stats =
+        intake.read_or_null(in.target_stats, "target_stats", DType::float32,
+                            {size.batch, size.nodes + 1, tiles_of(size.vocab), 2}, Layout::contiguous);
     args.bitmask = intake.read_or_null(in.bitmask, "bitmask", DType::int32,
                                        {size.batch, size.nodes + 1, (size.vocab + 31) / 32}, Layout::any);
     return;
@@ -61,6 +66,8 @@ void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size
   args.target_logits =
       intake.read(in.target_logits, "target_logits", kRealDTypes, {Dim::bind(rows, "R"), vocab});
   check_vocab("target_logits", size.vocab);
+  args.target_stats = intake.read_or_null(in.target_stats, "target_stats", DType::float32,
+                                          {rows, tiles_of(size.vocab), 2}, Layout::contiguous);
   args.row_offsets = intake.read(in.row_offsets, "row_offsets", kIndexDTypes, {size.batch + 1}, Layout::any);
   args.bitmask =
       intake.read_or_null(in.bitmask, "bitmask", DType::int32, {rows, (size.vocab + 31) / 32}, Layout::any);
@@ -183,6 +190,13 @@ py::object find_kept(py::handle kept, Device device, Stream stream, int64_t batc
   return found != nullptr ? py::reinterpret_borrow<py::object>(found) : py::none();
 }
 
+void check_stats(const VerifyArgs& args) {
+  if (!args.target_stats || (!args.bitmask && !args.target_constrained)) return;
+  throw py::value_error(std::string("target_stats: expected None beside ") +
+                        (args.bitmask ? "bitmask" : "penalties, bias or bans") +
+                        ", which change the rows that they are of, got both");
+}
+
 void check_rule(const VerifyArgs& args) {
   if (args.rules) return;
   if (args.rule == Rule::gbv && args.draw != Draw::iid_paths) {
@@ -195,20 +209,20 @@ void check_rule(const VerifyArgs& args) {
 
 // Bytes of device scratch that are missing: then nothing was done, and the call is to be made again with a
 // workspace of that size, all zero. 0: done.
-int64_t verify(py::handle target_logits, py::handle row_offsets, py::handle draft_tokens, py::handle parents,
-               py::handle num_drafts, py::handle draft_logits, py::handle draft_probs, py::handle topk_ids,
-               py::handle topk_probs, py::handle draft_row, py::handle draft_records, py::handle vocab_map,
-               py::handle bitmask, py::handle history, py::handle prompt_lengths, py::handle base,
-               py::handle slots, const SamplingTable& sampling, const SamplingTable& draft_sampling,
-               Rule rule, py::handle rules, Draw draw, int32_t num_paths, const ToleranceValues& tolerance,
-               py::handle tokens, py::handle num_emitted, py::handle num_accepted, py::handle path,
-               py::handle path_rows, py::handle next_token, py::handle next_lengths, py::handle status,
-               py::handle logprobs, py::handle top_tokens, py::handle top_logprobs, py::handle raw_logprobs,
-               py::handle raw_top_tokens, py::handle raw_top_logprobs, py::handle workspace,
-               py::handle packed, py::handle kept) {
-  const Inputs in{target_logits, row_offsets, draft_tokens,   parents,   num_drafts,    draft_logits,
-                  draft_probs,   topk_ids,    topk_probs,     draft_row, draft_records, vocab_map,
-                  bitmask,       history,     prompt_lengths, base,      slots};
+int64_t verify(py::handle target_logits, py::handle target_stats, py::handle row_offsets,
+               py::handle draft_tokens, py::handle parents, py::handle num_drafts, py::handle draft_logits,
+               py::handle draft_probs, py::handle topk_ids, py::handle topk_probs, py::handle draft_row,
+               py::handle draft_records, py::handle vocab_map, py::handle bitmask, py::handle history,
+               py::handle prompt_lengths, py::handle base, py::handle slots, const SamplingTable& sampling,
+               const SamplingTable& draft_sampling, Rule rule, py::handle rules, Draw draw, int32_t num_paths,
+               const ToleranceValues& tolerance, py::handle tokens, py::handle num_emitted,
+               py::handle num_accepted, py::handle path, py::handle path_rows, py::handle next_token,
+               py::handle next_lengths, py::handle status, py::handle logprobs, py::handle top_tokens,
+               py::handle top_logprobs, py::handle raw_logprobs, py::handle raw_top_tokens,
+               py::handle raw_top_logprobs, py::handle workspace, py::handle packed, py::handle kept) {
+  const Inputs in{target_logits, target_stats, row_offsets, draft_tokens,   parents,   num_drafts,
+                  draft_logits,  draft_probs,  topk_ids,    topk_probs,     draft_row, draft_records,
+                  vocab_map,     bitmask,      history,     prompt_lengths, base,      slots};
   const Outputs out{tokens,         num_emitted,     num_accepted, path,       path_rows,    next_token,
                     next_lengths,   status,          logprobs,     top_tokens, top_logprobs, raw_logprobs,
                     raw_top_tokens, raw_top_logprobs};
@@ -241,6 +255,7 @@ int64_t verify(py::handle target_logits, py::handle row_offsets, py::handle draf
   args.num_paths = num_paths;
   args.tolerance = tolerance.view();
   check_rule(args);
+  check_stats(args);
   if (packed.is_none()) {
     write_outputs(intake, out, args, size);
   } else {
@@ -292,17 +307,17 @@ void register_verify(py::module_& module) {
            py::arg("threshold_single"), py::arg("threshold_sum"), py::arg("relaxed_top_k"),
            py::arg("relaxed_delta"), py::arg("window_entropy"), py::arg("window_delta"), py::arg("rates"));
   module.def(
-      "verify", &verify, py::arg("target_logits"), py::arg("row_offsets"), py::arg("draft_tokens"),
-      py::arg("parents"), py::arg("num_drafts"), py::arg("draft_logits"), py::arg("draft_probs"),
-      py::arg("topk_ids"), py::arg("topk_probs"), py::arg("draft_row"), py::arg("draft_records"),
-      py::arg("vocab_map"), py::arg("bitmask"), py::arg("history"), py::arg("prompt_lengths"),
-      py::arg("base"), py::arg("slots"), py::arg("sampling"), py::arg("draft_sampling"), py::arg("rule"),
-      py::arg("rules"), py::arg("draw"), py::arg("num_paths"), py::arg("tolerance"), py::arg("tokens"),
-      py::arg("num_emitted"), py::arg("num_accepted"), py::arg("path"), py::arg("path_rows"),
-      py::arg("next_token"), py::arg("next_lengths"), py::arg("status"), py::arg("logprobs"),
-      py::arg("top_tokens"), py::arg("top_logprobs"), py::arg("raw_logprobs"), py::arg("raw_top_tokens"),
-      py::arg("raw_top_logprobs"), py::arg("workspace"), py::arg("packed") = py::none(),
-      py::arg("kept") = py::none(),
+      "verify", &verify, py::arg("target_logits"), py::arg("target_stats"), py::arg("row_offsets"),
+      py::arg("draft_tokens"), py::arg("parents"), py::arg("num_drafts"), py::arg("draft_logits"),
+      py::arg("draft_probs"), py::arg("topk_ids"), py::arg("topk_probs"), py::arg("draft_row"),
+      py::arg("draft_records"), py::arg("vocab_map"), py::arg("bitmask"), py::arg("history"),
+      py::arg("prompt_lengths"), py::arg("base"), py::arg("slots"), py::arg("sampling"),
+      py::arg("draft_sampling"), py::arg("rule"), py::arg("rules"), py::arg("draw"), py::arg("num_paths"),
+      py::arg("tolerance"), py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
+      py::arg("path"), py::arg("path_rows"), py::arg("next_token"), py::arg("next_lengths"),
+      py::arg("status"), py::arg("logprobs"), py::arg("top_tokens"), py::arg("top_logprobs"),
+      py::arg("raw_logprobs"), py::arg("raw_top_tokens"), py::arg("raw_top_logprobs"), py::arg("workspace"),
+      py::arg("packed") = py::none(), py::arg("kept") = py::none(),
       "See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: "
       "workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are "
       "missing; 0: done.");
@@ -317,13 +332,6 @@ void register_verify(py::module_& module) {
         return py::make_tuple(batch, nodes, VerdictPlaces(batch, nodes, bytes).bytes / bytes);
       },
       py::arg("draft_tokens"), "(B, N, elements of drafts' dtype that hold a verdict of chains).");
-  module.def(
-      "verdict_place",
-      [](const std::string& field, int64_t batch, int64_t nodes, int64_t id_bytes) {
-        return VerdictPlaces(batch, nodes, id_bytes).of(field);
-      },
-      py::arg("field"), py::arg("batch"), py::arg("nodes"), py::arg("id_bytes"),
-      "Bytes in front of a field in such a buffer.");
 }
 
 }  // namespace foretoken

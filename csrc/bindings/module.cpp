@@ -14,6 +14,7 @@ void register_pages(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 void register_state_ring(pybind11::module_& module);
 void register_testing(pybind11::module_& module);
+void register_tile_stats(pybind11::module_& module);
 void register_tree(pybind11::module_& module);
 void register_verify(pybind11::module_& module);
 }  // namespace foretoken
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_core, module) {
   foretoken::register_pages(module);
   foretoken::register_sampling(module);
   foretoken::register_state_ring(module);
+  foretoken::register_tile_stats(module);
   foretoken::register_tree(module);
   foretoken::register_draft_tree(module);
   foretoken::register_verify(module);

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 namespace foretoken {
 
@@ -21,24 +19,6 @@ struct VerdictPlaces {  // in bytes
     status = num_accepted + batch * kCount;
     path = status + batch * kCount;
     bytes = (path + batch * nodes * kCount + kLength - 1) / kLength * kLength;
-  }
-
-  int64_t of(const std::string& field) const {
-    struct Named {
-      const char* name;
-      int64_t place;
-    };
-    const Named all[] = {{"next_lengths", next_lengths},
-                         {"tokens", tokens},
-                         {"next_token", next_token},
-                         {"num_emitted", num_emitted},
-                         {"num_accepted", num_accepted},
-                         {"status", status},
-                         {"path", path}};
-    for (const Named& each : all) {
-      if (field == each.name) return each.place;
-    }
-    throw std::invalid_argument("field: expected one of a verdict, got " + field);
   }
 };
 

@@ -60,6 +60,8 @@ namespace foretoken::cpu {
 
 namespace {
 
+#ifndef FORETOKEN_ATTENTION_TILES
+
 // Scores to weights, with the row's maximum and sum.
 inline void weigh(const ChunkTask& task, int64_t row, int64_t width, float* scores) {
   if (task.softcap > 0.0f) {
@@ -90,8 +92,6 @@ inline void weigh(const ChunkTask& task, int64_t row, int64_t width, float* scor
   task.out.maxima[row] = anchor;
   task.out.sums[row] = sum_of(sum);
 }
-
-#ifndef FORETOKEN_ATTENTION_TILES
 
 template <class From>
 inline void add_odd(const ChunkTask& task, const OddColumns& odd, int64_t row, const float* weights) {

@@ -133,14 +133,45 @@ void score_tiles(const char* queries, const char* keys, int64_t steps, float* sc
   }
 }
 
-// The weights of a row, in float32 from its scores, and then as bfloat16 in the front half of their room.
+// Scores of kLanes columns that not all are there or seen: -infinity for the others.
+void mask_columns(const ChunkTask& task, const uint32_t* seen, int64_t column, float* scores) {
+  for (int64_t c = column; c < column + kLanes; ++c) {
+    const bool there = c >= task.first && c < task.columns;
+    if (!there || (seen != nullptr && c >= task.mask_from && seen[c] == 0)) scores[c] = kUnseen;
+  }
+}
+
+// The weights of a row, as bfloat16 in the front half of its scores' room, with its maximum and sum.
 void weigh_row(const ChunkTask& task, int64_t row, int64_t width, float* scores) {
-  for (int64_t c = 0; c < width; c += kLanes)
-    multiply(Vec::load(scores + c), Vec::all(task.factor)).store(scores + c);
-  weigh(task, row, width, scores);
+  const uint32_t* seen = task.seen != nullptr ? task.seen + row / task.group * kAttentionChunk : nullptr;
+  const int64_t whole_from = whole(task.first, kLanes), whole_to = task.columns / kLanes * kLanes;
+  const int64_t masked_from = seen != nullptr ? task.mask_from / kLanes * kLanes : width;
+  const Vec factor = Vec::all(task.factor), cap = Vec::all(task.softcap);
+  Vec most = Vec::all(kUnseen);
+  for (int64_t c = 0; c < width; c += kLanes) {
+    Vec score = multiply(Vec::load(scores + c), factor);
+    if (task.softcap > 0.0f) score = multiply(tanh_of(score), cap);
+    score.store(scores + c);
+    if (c < whole_from || c >= whole_to || c == masked_from) {
+      mask_columns(task, seen, c, scores);
+      score = Vec::load(scores + c);
+    } else if (c > masked_from) {
+      unless_unseen(scores + c, seen + c);
+      score = Vec::load(scores + c);
+    }
+    most = larger(score, most);  // passes over NaN
+  }
+  const float max = largest_of(most);
+  const float anchor = max == kUnseen ? 0.0f : max;
   char* weights = reinterpret_cast<char*>(scores);
-  for (int64_t c = 0; c < width; c += kLanes)
-    Vec::load(scores + c).narrow(Kind<DType::bfloat16>{}, weights + 2 * c);
+  Vec sum = Vec::zero();
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec weight = exp2_of(subtract(Vec::load(scores + c), Vec::all(anchor)));
+    sum = add(sum, weight);
+    weight.narrow(Kind<DType::bfloat16>{}, weights + 2 * c);
+  }
+  task.out.maxima[row] = anchor;
+  task.out.sums[row] = sum_of(sum);
 }
 
 template <class Tiles>

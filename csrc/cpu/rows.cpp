@@ -38,6 +38,35 @@ Top top_of(const Row& row) {
   return {best_tile * kTile + (std::find(x, x + kTile, best) - x), any_nan};
 }
 
+// The same from statistics of the tiles. Where those are of another row, the row is read.
+Top top_of(const Row& row, const TileStats* given) {
+  const RowKernels& kernels = row_kernels();
+  int64_t best_tile = -1;
+  bool regular = true;
+  for (int64_t index = 0; index < tiles_of(row.size); ++index) {
+    regular &= is_regular(given[index].max, given[index].sum, true);
+    if (given[index].max > (best_tile < 0 ? -kInfinity : given[best_tile].max)) best_tile = index;
+  }
+  if (best_tile < 0 || !regular) return {argmax(row), !regular};
+  Tile tile;
+  const float* x = tile.of(kernels, row, best_tile, -kInfinity);
+  const float* place = std::find(x, x + kTile, given[best_tile].max);
+  return place == x + kTile ? top_of(row) : Top{best_tile * kTile + (place - x), false};
+}
+
+// What summarise() finds, from statistics of the tiles.
+bool take_summary(const TileStats* given, int64_t tiles, RowLaw& law, RowSummary& summary) {
+  law.max = -kInfinity;
+  bool regular = true;
+  for (int64_t index = 0; index < tiles; ++index) {
+    const TileStats stats = given[index];
+    regular &= is_regular(stats.max, stats.sum, false);
+    summary.tiles[index] = {stats.max, stats.sum, true};
+    law.max = std::max(law.max, stats.max);
+  }
+  return regular && law.max > -kInfinity;
+}
+
 RowLaw unusable(const Row& row) {
   RowLaw law;
   law.usable = false;
@@ -140,11 +169,12 @@ Processing processing_of(const SamplingView& sampling, int64_t slot) {
   return {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
 }
 
-RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses) {
+RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses,
+                     const TileStats* given) {
   RowLaw law;
   if (processing.temperature == 0.0f) {
     law.kind = LawKind::point;
-    const Top top = top_of(row);
+    const Top top = given != nullptr ? top_of(row, given) : top_of(row);
     law.top = top.token;
     law.usable = !top.has_nan && row.at(top.token) > -kInfinity;
     return law;
@@ -152,11 +182,14 @@ RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* til
   law.kind = LawKind::logits;
   law.scale = logits_scale(processing.temperature);
   RowSummary summary;
-  if (!summarise(row, law, summary)) return unusable(row);
+  const bool filtered = filters_on(processing, row.size);
+  const bool usable = given != nullptr && !filtered ? take_summary(given, tiles_of(row.size), law, summary)
+                                                    : summarise(row, law, summary);
+  if (!usable) return unusable(row);
 
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
-  if (filters_on(processing, row.size)) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
+  if (filtered) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
   CutTiles tiles(row, law, summary);
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float anchor = summary.tiles[index].max;

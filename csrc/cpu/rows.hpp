@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/row_kernels.hpp"
-#include "ops/sampling.hpp"
+#include "ops/tile_stats.hpp"
 
 namespace foretoken::cpu {
 
@@ -44,7 +44,9 @@ Processing processing_of(const SamplingView& sampling, int64_t slot);
 // Temperature, top-k (keeps ties), top-p (every token at or above the smallest threshold whose mass reaches
 // it), min-p (relative to the largest), in transformers' order. Temperature 0 is the point law of the argmax.
 // `tile_masses`, if given: of a law that is usable and no point, how its mass is made up.
-RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses = nullptr);
+// `given`, if it is: statistics of the row's tiles, so that it need not be read; used where nothing filters.
+RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* tile_masses = nullptr,
+                     const TileStats* given = nullptr);
 
 // Probabilities are final; they are normalised by their own sum, which must be within 2 % of 1.
 RowLaw law_of_probs(const Row& row);

@@ -165,11 +165,17 @@ Row TreeRows::target_row(int32_t node) {
   return {edited.data(), DType::float32, vocab_};
 }
 
+const TileStats* TreeRows::given_stats(int32_t node) const {
+  if (!args_.target_stats) return nullptr;
+  return static_cast<const TileStats*>(args_.target_stats.data) + target_row_index(node) * tiles_of(vocab_);
+}
+
 void TreeRows::make_target_law(int32_t node) {
   const size_t index = static_cast<size_t>(node);
   if (target_made_[index]) return;
   if (!greedy()) target_tiles_[index].resize(static_cast<size_t>(tiles_of(vocab_)));
-  target_[index] = law_of_logits(target_row(node), processing_, target_tiles_[index].data());
+  target_[index] =
+      law_of_logits(target_row(node), processing_, target_tiles_[index].data(), given_stats(node));
   target_made_[index] = 1;
 }
 

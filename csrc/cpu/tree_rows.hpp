@@ -64,6 +64,7 @@ class TreeRows {
   bool law_usable(int32_t node);
   void make_laws(int32_t first, bool with_drafts);
   void make_target_law(int32_t node);
+  const TileStats* given_stats(int32_t node) const;
   const TensorView& laws() const;
   int64_t law_row(int32_t node) const;
   const DraftLaw& draft_law(int32_t node);

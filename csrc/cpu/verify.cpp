@@ -80,7 +80,9 @@ void verify_row(const VerifyArgs& args, int64_t b, bool share_row) {
   NodeState states[kMaxNodes];
   const TreeVerdict verdict = walk(rows, rows.tree(), options, states, coins);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
-  write_verdict(args, b, rows, verdict.node, close(rows, verdict, coins, options.rule), status);
+  // Nothing to draw at all is left only of a row whose given statistics are those of another.
+  const int64_t closing = std::max<int64_t>(close(rows, verdict, coins, options.rule), 0);
+  write_verdict(args, b, rows, verdict.node, closing, status);
 }
 
 }  // namespace

@@ -19,9 +19,12 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ void run() {
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
-    const uint32_t rows = static_cast<uint32_t>(args_.most_drafts) * (args_.draft.data ? 2 : 1) + 1;
+    const bool given = args_.given != nullptr;
+    const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1, first = given ? of_target : 0;
+    const uint32_t end = of_target + (args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0);
     typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                  size_ * kWarps * clusters - clusters, 0, 1, rows, tiles_);
+                                  size_ * kWarps * clusters - clusters, first, first + 1, end - first,
+                                  tiles_);
     RawTile<kType> raw;
     if (!scouts && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
@@ -35,6 +38,7 @@ class ChainVerifier : ChainDraw<kType, false> {
     } else if (!filtered) {
       this->stream(raw, tiles);
     }
+    if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "math/row_law.hpp"
+#include "ops/tile_stats.hpp"
 #include "ops/verify.hpp"
 
 namespace foretoken::cuda {
@@ -22,8 +23,6 @@ struct ChainRowsView {
   int64_t strides[2] = {0, 0};  // of batch and row, in elements
 };
 
-struct TileStats;
-
 // A law, and the probability of the drafted token under it.
 struct alignas(16) ChainRecord {
   RowLaw law;
@@ -39,6 +38,8 @@ struct ChainArgs {
   Numbers draft_tokens, num_drafts, base, slots;
   SamplingView sampling, draft_sampling;
   Numbers tokens, path, num_emitted, num_accepted, next_token, next_lengths, status;
+  const TileStats* given =
+      nullptr;                 // [B, N + 1, tiles] of the target's rows, which are then not read for them
   int32_t clusters = 1;        // that share the reading of a request
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room

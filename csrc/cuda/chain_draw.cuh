@@ -72,7 +72,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
   template <class Removed>
   __device__ __forceinline__ int64_t closing_token(ChainStep step, int turn, Removed removed) {
     int64_t token = step.closing;
-    bool exact = step.gain >= 0.0;
+    bool exact = step.gain >= 0.0, whole = false;
 #pragma unroll 1
     while (token < 0) {
       if (exact && !step.summed) {
@@ -83,10 +83,13 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
         step.summed = true;
       }
       token = draw(step, turn, exact, removed);
-      if (token == kUndecided) {
+      if (token == kUndecided && !exact) {
         exact = true;
+      } else if (token < 0 && whole) {  // statistics of another row were given: any token will do
+        return 0;
       } else if (token < 0) {  // both laws agree to the last bit: what is left to draw from is the target
         step.gain = -1.0;
+        whole = true;
         removed.clear();
         step.summed = false;
       }

@@ -167,6 +167,18 @@ class ChainRows {
     }
   }
 
+  // Statistics of the target's rows from whoever computed them. By all threads of all clusters.
+  __device__ __forceinline__ void take_given() {
+    const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
+    const TileStats* const from = args_.given + b_ * (args_.most_drafts + 1) * tiles_;
+    for (uint32_t i = (part_ * size_ + rank_) * kThreads + threadIdx.x;
+         i < static_cast<uint32_t>(drafts_ + 1) * tiles_; i += clusters * size_ * kThreads) {
+      const TileStats found = from[i];
+      const bool regular = is_regular(found.max, found.sum, greedy_);
+      *reinterpret_cast<float2*>(stats(0) + i) = make_float2(found.max, regular ? found.sum : infinity());
+    }
+  }
+
   // What can be known of the nodes before any law is. By one warp, a lane for each node.
   __device__ __forceinline__ void look_ahead() {
     const int32_t node = lane_id();
@@ -277,7 +289,9 @@ class ChainRows {
     for (int i = 31; i >= 0; --i) {
       if (tile.x[i] == high) place = static_cast<uint32_t>(LaneTile::element_of(i));
     }
-    return static_cast<int64_t>(first) * kTile + __reduce_min_sync(kAllLanes, place);
+    place = __reduce_min_sync(kAllLanes, place);
+    return static_cast<int64_t>(first) * kTile +
+           (place == ~0u ? 0 : place);  // none: statistics of another row
   }
 
   // The law of a row, and what it says of the drafted token, to every block. By one warp.

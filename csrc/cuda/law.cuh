@@ -33,7 +33,8 @@ inline __device__ __noinline__ int64_t lowest_of(const DeviceRow& row, const Til
     if (tile.x[i] == high) lowest = static_cast<unsigned>(LaneTile::element_of(i));
   }
   lowest = __reduce_min_sync(kAllLanes, lowest);
-  return static_cast<int64_t>(first) * kTile + lowest;
+  return static_cast<int64_t>(first) * kTile +
+         (lowest == ~0u ? 0 : lowest);  // none: statistics of another row
 }
 
 // Mass of one tile in a row's law.

@@ -184,8 +184,17 @@ class Request {
   __device__ int64_t law_rows() const { return laws().shape[1]; }
   __device__ bool has_row_laws() const { return args_.draft_logits || args_.draft_probs; }
 
+  // From here on those of the target's rows are those that came with the call, if any did: nobody writes
+  // them.
+  __device__ void use_given_stats() { given_ = args_.target_stats.data != nullptr; }
+  __device__ bool has_given_stats() const { return given_; }
+
   // Row 0 .. T - 1 of the target, T .. 2 T - 1 of the drafts by node, 2 T: one more.
   __device__ TileStats* stats(int64_t row) const {
+    if (given_ && row < max_nodes_) {
+      return static_cast<TileStats*>(args_.target_stats.data) +
+             target_row_index(static_cast<int32_t>(row)) * tiles_;
+    }
     return launch_.workspace.stats + (b_ * (2 * max_nodes_ + 1) + row) * stats_tiles();
   }
   __device__ float* lanes(int64_t row) const {
@@ -231,6 +240,7 @@ class Request {
   const VerifyArgs& args_;
   const int64_t b_;
   int64_t vocab_, tiles_, max_nodes_;
+  bool given_ = false;
 };
 
 // Whether this cluster is the one that goes on: all others of the request have read their share.

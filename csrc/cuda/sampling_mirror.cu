@@ -79,6 +79,8 @@ SamplingMirror::SamplingMirror(const SamplingView& host, Device device, Stream s
   allocate(numbers.bytes().size());
   try {
     update(host, stream);
+    // The first call may be followed by one on another stream, which knows nothing of this one's copies.
+    throw_if_failed(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle)), "sampling");
   } catch (...) {
     for (void* block : blocks_) cudaFree(block);
     throw;

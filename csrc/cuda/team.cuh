@@ -33,6 +33,7 @@ class Team {
 
   // The wave of target rows first .. first + count - 1, and of the rows of all dense nodes.
   __device__ __noinline__ void plan_wave(int32_t first, int32_t count, bool with_drafts) {
+    if (request_.has_given_stats()) count = 0;
     const int32_t drafts = with_drafts && makes_draft_laws() ? shared_.num_dense : 0;
     __syncthreads();
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count + drafts; i += kThreads) {

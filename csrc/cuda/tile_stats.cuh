@@ -3,15 +3,12 @@
 #pragma once
 
 #include "cuda/tile.cuh"
+#include "ops/tile_stats.hpp"
 
 namespace foretoken::cuda {
 
-// Of logits: the sum of weights relative to the tile's own largest element. Of probabilities: their sum. Of a
-// greedy row: 0. A NaN anywhere in the tile makes the sum of logits larger than kTile, the others NaN.
-struct TileStats {
-  float max;
-  float sum;
-};
+// TileStats::sum of probabilities is their own sum. A NaN anywhere in the tile makes the sum of logits larger
+// than kTile, the others NaN.
 
 // How the elements of a row are read.
 struct RowReading {

@@ -173,7 +173,8 @@ __device__ __noinline__ void lead(const VerifyLaunch& launch, const Request& req
                     static_cast<uint64_t>(read_index(args.base, request.index())), shared.coin};
   const TreeVerdict verdict = walk(rows, rows.tree(), options, request.states(), coins);
   if (verdict.closing == Closing::argmax) status |= kLawLost;
-  const int64_t closing = close(rows, verdict, coins, options.rule);
+  const int64_t drawn = close(rows, verdict, coins, options.rule);
+  const int64_t closing = drawn > 0 ? drawn : 0;  // statistics of another row may leave nothing to draw
   VerdictWriter(args, request.index()).verdict(request, rows, verdict.node, closing, status);
   Command done;
   rows.call(done);
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   __syncthreads();
   const VerifyLaunch& launch = shared.launch;
   const VerifyArgs& args = launch.args;
-  const Request request(launch, b);
+  Request request(launch, b);
   const Header header = read_header(launch, request);
   if (!header.admitted) {  // the same for all blocks of the request
     if (part == 0 && rank == 0 && threadIdx.x < kWarpSize) VerdictWriter(args, b).none(header.status);
@@ -204,6 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   const bool reads_laws = request.laws() && filters.target.temperature != 0.0f &&
                           args.draw != Draw::deterministic && header.rule != Rule::target_only &&
                           header.rule != Rule::coupled;
+  if (!filters.target.any(request.vocab())) request.use_given_stats();
   Team team(request, filters, shared);
   load_proposal(request, header.drafts, reads_laws, shared);
   // Leaving the leader out of the reading lets it look at the proposal meanwhile.

@@ -69,6 +69,7 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   const bool reads_laws =
       args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
   if (reads_laws) chain.draft = rows(args.draft_logits);
+  chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   launch_chains(args.target_logits.dtype, chain, args.draft_tokens.shape[0], rows_in(args), 0, device,
                 stream);

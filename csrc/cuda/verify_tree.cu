@@ -28,8 +28,8 @@ bool takes_trees(const VerifyArgs& args) {
   const bool edited = args.bitmask || args.target_constrained || args.draft_constrained;
   const bool asked =
       args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
-  return walks_down(args) && !edited && !asked && args.draft_tokens.shape[1] <= kMaxDrafts &&
-         args.tokens.shape[1] <= kThreads;
+  return walks_down(args) && !edited && !asked && !args.target_stats &&
+         args.draft_tokens.shape[1] <= kMaxDrafts && args.tokens.shape[1] <= kThreads;
 }
 
 void verify_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {

@@ -42,14 +42,16 @@ struct Tolerance {
 
 struct VerifyArgs {          // B rows, N draft nodes, T = N + 1, V vocabulary, M draft law rows, S slots
   TensorView target_logits;  // [B, T, V], row r = node r; or [R, V] with row_offsets
-  TensorView row_offsets;    // [B + 1] int32 | int64: row b's nodes are rows row_offsets[b] .. of [R, V]
-  TensorView draft_tokens;   // [B, N] int32 | int64
-  TensorView parents;        // [B, N] int32 | int64: parent of node i + 1, a node <= i; null: a chain
-  TensorView num_drafts;     // [B] int32; null: N. 0: a plain draw. -1: a padded row, nothing read or emitted
-  TensorView draft_logits;   // [B, M, Vd] law the drafts were drawn from; null: see the next three
-  TensorView draft_probs;    // [B, M, Vd] the same as final probabilities
-  TensorView topk_ids;       // [B, M, k] int32 | int64: the same as a short list of ids (-1: no entry) ...
-  TensorView topk_probs;     // [B, M, k] float32 ... and their final probabilities; all null: point laws
+  TensorView
+      target_stats;        // [B, T, tiles, 2] float32, or [R, ..]: TileStats of the rows; null: they are read
+  TensorView row_offsets;  // [B + 1] int32 | int64: row b's nodes are rows row_offsets[b] .. of [R, V]
+  TensorView draft_tokens;  // [B, N] int32 | int64
+  TensorView parents;       // [B, N] int32 | int64: parent of node i + 1, a node <= i; null: a chain
+  TensorView num_drafts;    // [B] int32; null: N. 0: a plain draw. -1: a padded row, nothing read or emitted
+  TensorView draft_logits;  // [B, M, Vd] law the drafts were drawn from; null: see the next three
+  TensorView draft_probs;   // [B, M, Vd] the same as final probabilities
+  TensorView topk_ids;      // [B, M, k] int32 | int64: the same as a short list of ids (-1: no entry) ...
+  TensorView topk_probs;    // [B, M, k] float32 ... and their final probabilities; all null: point laws
   TensorView draft_row;  // [B, T] int32 law row of each node's children, -1 = point; null: row r for node r
   TensorView draft_records;  // [B, M, 4] int64: laws of draft_logits as sample() wrote them; null: computed
   TensorView vocab_map;   // [Vd] int32 draft id -> target id, -1 = masked before drawing; null: the same ids

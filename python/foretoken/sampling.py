@@ -160,6 +160,18 @@ class Sampling:
             list(self.stop_ids),
         )
 
+    def is_fixed(self) -> bool:
+        """Whether the law is one of numbers alone, its seed among them, which nobody can change."""
+        numbers = (int, float)
+        return (
+            isinstance(self.seed, int)
+            and isinstance(self.temperature, numbers)
+            and isinstance(self.top_k, numbers)
+            and isinstance(self.top_p, numbers)
+            and isinstance(self.min_p, numbers)
+            and not self._constrained()
+        )
+
     def edits(self) -> list[str]:
         """Names of the fields in use that change single logits: penalties, bias and bans."""
         return [name for name, off in _EDITS.items() if not _all_equal(getattr(self, name), off)]

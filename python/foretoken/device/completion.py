@@ -80,9 +80,13 @@ class Completions:
     # ---- rounds of the host ----
 
     def _check(self, job: Job) -> None:
+        rounds = self._rounds
+        drafting = getattr(getattr(rounds._drafter, "_drafter", None), "forward", None)
+        for role, forward in (("target", job.forward), ("drafter", drafting)):
+            if (reason := getattr(forward, "why_not_repeated", None)) is not None:
+                raise ValueError(f"{role}: its rounds cannot be repeated by the device: {reason}")
         if job.tiers is None:
             return
-        rounds = self._rounds
         if rounds._tree is not None or rounds._drafter is None:
             found = "no drafter" if rounds._drafter is None else "draft trees"
             raise ValueError(f"draft_tiers: expected a session that drafts chains, got one with {found}")

@@ -39,6 +39,8 @@ class Runners:
         if runner is not None and made_for == (kind, *_made_for(model)):
             wide = runner.max_batch >= max_batch and runner.max_length >= max_length
             if wide and _has_pages(runner, pages):
+                if isinstance(runner.cache, PooledCache):  # a call that broke off has left its requests live
+                    runner.cache.pages.reset()
                 return runner
         runner = None  # let go of it before the new one takes memory
         return ModuleRunner(

@@ -116,6 +116,7 @@ class PooledCache(StepCache):
 
         # Each with memory of its own, as a compiler copies what shares it.
         pool = [zeros(shape, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
+        self._keys, self._values = pool[::2], pool[1::2]
         self.pages = SessionPages(pool, max_slots=max_batch, max_length=max_length)
         self._scratch = Scratch()
         with torch.inference_mode(False):
@@ -156,7 +157,8 @@ class PooledCache(StepCache):
         ops.append(
             key_states.transpose(1, 2),
             value_states.transpose(1, 2),
-            *self.pages.layer(layer_idx),
+            self._keys[layer_idx],
+            self._values[layer_idx],
             lengths=plan.lengths,
             num_nodes=plan.used,
             block_table=plan.block_table,
@@ -175,5 +177,4 @@ class PooledCache(StepCache):
             part.zero_()
 
     def _heads_first(self, layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.pages.layer(layer)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return self._keys[layer].transpose(1, 2), self._values[layer].transpose(1, 2)

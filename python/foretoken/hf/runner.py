@@ -176,6 +176,16 @@ class ModuleRunner:
         """Why decode steps call the module; None: they do not."""
         return self._why_module if self._captured is None else self._captured.why_not
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether decode steps may become part of graphs of whole rounds, padded rows among them."""
+        return self._captured is not None and self._captured.repeatable
+
+    @property
+    def why_not_repeated(self) -> str | None:
+        """Why a device cannot repeat rounds of this model by itself; None: nothing here is in the way."""
+        return "pages are found by the host" if isinstance(self.cache, PooledCache) else None
+
     def expect(self, columns: int) -> None:
         """Say how wide steps will be: narrower ones are then filled up, and need no graph of their own."""
         if self._captured is not None:
@@ -202,11 +212,6 @@ class ModuleRunner:
         if step.tree is not None:
             self.check_trees()
         if isinstance(self.cache, PooledCache):
-            if is_unrolled():
-                raise ValueError(
-                    'cache: expected "slots" for rounds that a device repeats by itself, got pages, which '
-                    "the host finds"
-                )
             self.cache.hold(step)
         elif self.why_on_host is not None:
             return self._run(self.cache, step, None)
@@ -257,16 +262,11 @@ class ModuleRunner:
             if self.mode == "rows":
                 return self._run_rows(cache, step, tokens, positions, slots, lengths, used)
             plan = cache.plan(
-                slots=slots,
-                lengths=lengths,
-                num_tokens=tokens.shape[1],
-                used=used,
-                stacked=self.mode == "masks",
-                trace=trace,
+                slots=slots, lengths=lengths, num_tokens=tokens.shape[1], used=used,
+                stacked=self.mode == "masks", trace=trace,
                 trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
-                final=few,
-                provisional=step.provisional,
-            )
+                final=few, provisional=step.provisional,
+            )  # fmt: skip
             if self.mode == "attention":
                 with self._switched():
                     return self._forward(few, tokens, positions, foretoken=plan)

@@ -19,6 +19,7 @@ from foretoken.ops._draft_tree import (
     finalize_tree,
 )
 from foretoken.ops._sample import sample
+from foretoken.ops._tile_stats import TILE, tile_stats
 from foretoken.ops._tree import MAX_DRAFTS, TreeIndex, tree_index
 from foretoken.ops._verdict import Status, Tolerance, Verdict
 from foretoken.ops._verify import Draw, Rule, rule_codes, verify
@@ -28,6 +29,7 @@ __all__ = [
     "MAX_CANDIDATES",
     "MAX_CHILDREN",
     "MAX_DRAFTS",
+    "TILE",
     "CachePlan",
     "DraftTopK",
     "Draw",
@@ -50,6 +52,7 @@ __all__ = [
     "record_width",
     "rule_codes",
     "sample",
+    "tile_stats",
     "tree_attention",
     "tree_index",
     "verify",

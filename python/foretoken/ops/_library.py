@@ -31,9 +31,9 @@ _TAGS = tuple(
     if hasattr(torch.Tag, name)
 )[:2]
 
-_VERIFY_INPUTS = """Tensor target_logits, Tensor? row_offsets, Tensor draft_tokens, Tensor? parents,
-    Tensor? num_drafts, Tensor? draft_logits, Tensor? draft_probs, Tensor? topk_ids, Tensor? topk_probs,
-    Tensor? draft_row, Tensor? draft_records, Tensor? vocab_map, Tensor? bitmask, Tensor? history,
+_VERIFY_INPUTS = """Tensor target_logits, Tensor? target_stats, Tensor? row_offsets, Tensor draft_tokens,
+    Tensor? parents, Tensor? num_drafts, Tensor? draft_logits, Tensor? draft_probs, Tensor? topk_ids,
+    Tensor? topk_probs, Tensor? draft_row, Tensor? draft_records, Tensor? vocab_map, Tensor? bitmask, Tensor? history,
     Tensor? prompt_lengths, Tensor base, Tensor? slots, SymInt sampling, SymInt draft_sampling, str rule,
     Tensor? rules, str draw, SymInt num_paths, float[] tolerance"""
 _VERIFY_OUTPUTS = """Tensor(a!) tokens, Tensor(b!) num_emitted, Tensor(c!) num_accepted, Tensor(d!)? path,
@@ -43,6 +43,7 @@ _VERIFY_OUTPUTS = """Tensor(a!) tokens, Tensor(b!) num_emitted, Tensor(c!) num_a
 _SAMPLE = """Tensor logits, SymInt sampling, Tensor base, Tensor? slots, Tensor? bitmask, Tensor? history,
     Tensor? prompt_lengths, Tensor? path, Tensor? vocab_map, SymInt vocab_size, str purpose, str method,
     SymInt step, Tensor(a!) out, Tensor(b!)? logprobs, Tensor(c!)? status, Tensor(d!)? records"""
+_TILE_STATS = """Tensor logits, SymInt sampling, Tensor? slots, Tensor(a!) out"""
 _TREE_INDEX = """Tensor parents, Tensor? num_drafts, Tensor? lengths, Tensor(a!) depth,
     Tensor(b!) first_child, Tensor(c!) next_sibling, Tensor(d!) ancestors, Tensor(e!)? positions,
     Tensor(f!) status"""
@@ -73,14 +74,14 @@ _MERGE = """Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) o
 
 def _run_verify(*arguments: Any) -> None:
     given = list(arguments)
-    sampling, draft_sampling, rule, _, draw, _, tolerance = arguments[17:24]
+    sampling, draft_sampling, rule, _, draw, _, tolerance = arguments[18:25]
     numbers: list[Any] = [*tolerance[:8], list(tolerance[8:])]
     numbers[4] = int(numbers[4])
-    given[17] = live_table("sampling", sampling)
-    given[18] = live_table("draft_sampling", draft_sampling)
-    given[19] = choose("rule", _verify._RULES, rule)
-    given[21] = _core.Draw.iid_paths if draw == "iid_paths" else choose("draw", _verify._DRAWS, draw)
-    given[23] = _core.Tolerance(*numbers)
+    given[18] = live_table("sampling", sampling)
+    given[19] = live_table("draft_sampling", draft_sampling)
+    given[20] = choose("rule", _verify._RULES, rule)
+    given[22] = _core.Draw.iid_paths if draw == "iid_paths" else choose("draw", _verify._DRAWS, draw)
+    given[24] = _core.Tolerance(*numbers)
     missing = _core.verify(*given)
     if missing:
         given[-1] = torch.zeros(missing, dtype=torch.uint8, device=arguments[0].device)
@@ -97,6 +98,10 @@ def _run_sample(*arguments: Any) -> None:
     if missing:
         given[-1] = torch.empty(missing, dtype=torch.uint8, device=arguments[0].device)
         _core.sample(*given)
+
+
+def _run_tile_stats(logits: Tensor, sampling: int, slots: Tensor | None, out: Tensor) -> None:
+    _core.tile_stats(logits, live_table("sampling", sampling), slots, out)
 
 
 def _run_append(*arguments: Any) -> None:
@@ -135,6 +140,7 @@ def _register(name: str, schema: str, run: Callable[..., None]) -> None:
 
 _register("verify", f"{_VERIFY_INPUTS}, {_VERIFY_OUTPUTS}", _run_verify)
 _register("sample", _SAMPLE, _run_sample)
+_register("tile_stats", _TILE_STATS, _run_tile_stats)
 _register("tree_attention", _TREE_ATTENTION, _attention.run_tree_attention)
 _register("append", _APPEND, _run_append)
 _register("compact", _COMPACT, _run_compact)
@@ -190,6 +196,7 @@ def _numbers_of(tolerance: Tolerance | None) -> Sequence[float]:
 def verify(
     target_logits: Tensor,
     draft_tokens: Tensor,
+    target_stats: Tensor | None,
     parents: Tensor | None,
     row_offsets: Tensor | None,
     num_drafts: Tensor | None,
@@ -234,6 +241,7 @@ def verify(
     rules = rule if isinstance(rule, Tensor) else None
     torch.ops.foretoken.verify(
         target_logits,
+        target_stats,
         row_offsets,
         draft_tokens,
         parents,
@@ -321,6 +329,11 @@ def sample(
         records,
     )
     return out if scores is None else (out, scores)
+
+
+def tile_stats(logits: Tensor, sampling: object, slots: Tensor | None, out: Tensor) -> Tensor:
+    torch.ops.foretoken.tile_stats(logits, _handle_of("sampling", sampling), slots, out)
+    return out
 
 
 def tree_index(

@@ -102,6 +102,7 @@ def verify(
     target_logits: Tensor,
     draft_tokens: Tensor,
     *,
+    target_stats: Tensor | None = None,
     parents: Tensor | None = None,
     row_offsets: Tensor | None = None,
     num_drafts: Tensor | None = None,
@@ -135,6 +136,12 @@ def verify(
     target_logits
         float32, bfloat16 or float16 ``[B, N + 1, V]``, row r being the target's logits behind node
         r (node 0 is the last committed token); or flattened ``[R, V]`` with ``row_offsets``.
+    target_stats
+        float32 ``[B, N + 1, ceil(V / 1024), 2]`` (``[R, ...]`` with ``row_offsets``), contiguous: what
+        :func:`tile_stats` says of these rows under the request's temperature, from a kernel that computed the
+        logits. Rows are then read where a token is drawn from them, and nowhere else; requests with top-k,
+        top-p or min-p read them all the same. Numbers of other rows give other tokens, none outside the
+        vocabulary. Not beside ``bitmask``, penalties, bias or bans, which change rows.
     draft_tokens
         int32 or int64 ``[B, N]``: the tokens of nodes 1 to N, N <= 255.
     parents
@@ -231,6 +238,7 @@ def verify(
         return _library.verify(
             target_logits,
             draft_tokens,
+            target_stats,
             parents,
             row_offsets,
             num_drafts,
@@ -286,7 +294,9 @@ def verify(
     if type(sampling) is SamplingTable:
         table = sampling
     else:
-        table = table_of("sampling", sampling, _core.sizes(draft_tokens, "draft_tokens", 2)[0])
+        if out is not None:
+            batch, _ = _core.sizes(draft_tokens, "draft_tokens", 2)
+        table = table_of("sampling", sampling, batch)
     if draft_sampling is None:
         draft_table = table
     else:
@@ -303,6 +313,7 @@ def verify(
     workspace = buffers.workspace
     while missing := _core.verify(
         target_logits,
+        target_stats,
         row_offsets,
         draft_tokens,
         parents,
