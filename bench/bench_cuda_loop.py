@@ -4,10 +4,12 @@
     python bench/bench_cuda_loop.py --grid [--rates 0.6 0.8 0.9] [--batch 1 8 32] [--most-drafts 8] [--auto]
 
 Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every forward and every op is timed
-alone, as replays of a graph of its own (ops twenty times in it). Before a figure is told, both ways of
+alone, as replays of a graph of its own (ops twenty times in it). Before a figure is told, all ways of
 running rounds have to give as many ids as were asked for, and the same ids while their shapes are the same.
-``overhead`` is a round less its parts: issued by the host one round ahead (``rounds``), and repeated by the
-device (``launch``). ``bound`` is what the forwards alone would allow at the acceptance that was seen.
+``overhead`` is a round less its parts: issued by the host one round ahead, by its parts (``parts``) or as one
+graph (``rounds``), repeated by the device (``launch``), and replays of that one graph without a host
+(``graph``). Rounds are timed as the difference of a long and a short run, so that prompts cancel out.
+``bound`` is what the forwards alone would allow at the acceptance that was seen.
 ``--peers`` adds transformers' `generate`, plain and assisted by the same draft model. ``--grid``: see
 `loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models, and how long it takes to.
 """
@@ -29,7 +31,7 @@ import loop_grid
 from bench_cuda_generate import SHAPES, random_model
 from foretoken import ops
 from foretoken.hf.runner import ModuleRunner
-from loop_parts import PROMPT, forward_us, replay_us, same_part, told
+from loop_parts import PROMPT, forward_alone_us, forward_us, replay_us, same_part, told, whole_round_us
 
 COPIES = 20
 # Rounds of the host drop rows that have ended, and products over fewer rows have other bits: until the first
@@ -78,6 +80,7 @@ class Pair:
         self.sizes = {"max_batch": batch, "max_length": -(-(PROMPT + new + 8) // 64) * 64}
         self.runner = ModuleRunner(target, runner=kind, **self.sizes)
         self.draft_runner = ModuleRunner(draft, runner=kind, **self.sizes)
+        middle = PROMPT + new // 2
         self.target_us: dict[int, float] = {}
         self.draft_us: dict[int, float] = {}
         for name, columns in (("draft", 1), ("target", 1), ("draft", 2), ("target", drafts + 1)):
@@ -85,12 +88,14 @@ class Pair:
                 (self.runner, self.target_us) if name == "target" else (self.draft_runner, self.draft_us)
             )
             began = perf_counter()
-            us[columns] = forward_us(runner, batch, columns, PROMPT + new // 2)
+            us[columns] = forward_us(runner, batch, columns, middle)
             seconds = perf_counter() - began - 1e-6 * us[columns] * 101  # less what timing it takes
             told({
                 "runner": kind, "step": name, "batch": batch, "columns": columns,
                 "step_us": us[columns], "ready_after_s": seconds,
             })  # fmt: skip
+        self.target_alone_us = {c: forward_alone_us(self.runner, batch, c, middle) for c in {1, drafts + 1}}
+        self.draft_alone_us = {c: forward_alone_us(self.draft_runner, batch, c, middle) for c in (1, 2)}
 
     def session(self, speculate: bool, rate: float) -> ft.Session:
         drafter = None
@@ -103,31 +108,58 @@ class Pair:
             num_drafts=self.drafts if speculate else 0, **self.sizes, **law,
         )  # fmt: skip
 
-    def run(self, speculate: bool, rate: float, one_launch: bool) -> tuple[dict[str, float], list[list[int]]]:
-        """The second call of a session, as what is made once has been made by then; its texts."""
+    def models_us(self, drafts: int, way: str) -> float:
+        """The forwards of a round, by their parts filled up as the runners do it, else as they are."""
+        target, draft = self.target_alone_us, self.draft_alone_us
+        if way == "parts":
+            target, draft = self.target_us, self.draft_us
+        return target[drafts + 1] + (draft[2] + (drafts - 1) * draft[1] if drafts else 0.0)
+
+    def run(self, speculate: bool, rate: float, way: str) -> tuple[dict[str, float], list[list[int]]]:
+        """Calls of a session, the first of which makes what is made once; the texts of the last."""
         session = self.session(speculate, rate)
-        for turn in range(2):
-            generator = torch.Generator().manual_seed(turn)
-            before = session.metrics.steps
-            requests = []
-            for _ in range(self.batch):
-                prompt = torch.randint(3, self.runner.vocab_size, (PROMPT,), generator=generator).tolist()
-                law_of_row = ft.Sampling(seed=100 * turn + len(requests))
-                requests.append(session.admit(prompt, law_of_row, max_new_tokens=self.new))
+        taken: list[tuple[float, int]] = []
+        for new in (self.new, self.new // 4, self.new):
+            before, requests = session.metrics.steps, self.admit(session, new)
             while (step := session.plan()) is not None and step.kind == "prefill":
                 session.commit(self.runner(step))
             torch.cuda.synchronize()
             began = perf_counter()
-            (ft.complete if one_launch else ft.decode)(session, self.runner)
+            WAYS[way](session, self.runner)
             torch.cuda.synchronize()
-            seconds = perf_counter() - began
-        rounds = session.metrics.steps - before
+            taken.append((perf_counter() - began, session.metrics.steps - before))
+        (_, short, whole), rounds = taken, taken[2][1]
         figures = {
-            "tokens_per_second": self.batch * self.new / seconds,
-            "round_us": 1e6 * seconds / rounds,
+            "tokens_per_second": self.batch * self.new / whole[0],
+            "round_us": 1e6 * (whole[0] - short[0]) / (whole[1] - short[1]),
             "tokens_per_round": self.new / rounds,
         }
         return figures, [list(session.generated(request)) for request in requests]
+
+    def admit(self, session: ft.Session, new: int) -> list[ft.Request]:
+        generator = torch.Generator().manual_seed(new)
+        requests = []
+        for row in range(self.batch):
+            prompt = torch.randint(3, self.runner.vocab_size, (PROMPT,), generator=generator).tolist()
+            requests.append(session.admit(prompt, ft.Sampling(seed=100 + row), max_new_tokens=new))
+        return requests
+
+    def graph_us(self, speculate: bool, rate: float) -> float:
+        session = self.session(speculate, rate)
+        self.admit(session, self.new)
+        return whole_round_us(session, self.runner)
+
+
+def by_parts(session: ft.Session, runner: ModuleRunner) -> None:
+    while (step := session.plan()) is not None:
+        session.commit(runner(step))
+
+
+WAYS: dict[str, Callable[[ft.Session, ModuleRunner], Any]] = {
+    "rounds": ft.decode,
+    "launch": ft.complete,
+    "parts": by_parts,
+}
 
 
 def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -142,25 +174,28 @@ def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict
         if speculate:
             law = {"rule": "lossy_synthetic", "tolerance": ops.Tolerance(rates=(rate,) * drafts)}
         each = ops_us(pair.batch, drafts, pair.runner.vocab_size, dtype, law)
-        models = pair.target_us[drafts + 1]
-        if speculate:
-            models += pair.draft_us[2] + (drafts - 1) * pair.draft_us[1]
         kernels = each["verify_us"] + each["commit_us"] + drafts * each["sample_us"]
+        head = {"runner": kind, "batch": pair.batch, "drafts": drafts}
         expected: list[list[int]] = []
-        for one_launch in (False, True):
-            figures, texts = pair.run(speculate, rate, one_launch)
+        for way in WAYS:
+            figures, texts = pair.run(speculate, rate, way)
             assert all(len(text) == pair.new for text in texts), [len(text) for text in texts]
             expected = expected or texts
             same = same_part(texts, expected)
-            assert same >= SAME_PART, f"one launch keeps {same} of the ids of rounds of the host"
+            # By their parts rows are filled up, and products over other numbers of rows have other bits.
+            assert way == "parts" or same >= SAME_PART, f"{way} keeps {same} of the ids of rounds"
+            models = pair.models_us(drafts, way)
             bound = 1e6 * pair.batch * figures["tokens_per_round"] / models
             lines.append(told({
-                "runner": kind, "batch": pair.batch, "drafts": drafts,
-                "way": "launch" if one_launch else "rounds", "same_part": same,
-                **figures, "models_us": models, **each,
+                **head, "way": way, "same_part": same, **figures, "models_us": models, **each,
                 "overhead_us": figures["round_us"] - models - kernels,
                 "of_bound": figures["tokens_per_second"] / bound,
             }))  # fmt: skip
+        round_us, models = pair.graph_us(speculate, rate), pair.models_us(drafts, "graph")
+        lines.append(told({
+            **head, "way": "graph", "round_us": round_us, "models_us": models,
+            "overhead_us": round_us - models - kernels,
+        }))  # fmt: skip
     return lines
 
 
@@ -190,7 +225,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b-8b")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--rate", type=float, default=0.8)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--peers", action="store_true")

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+import foretoken as ft
+from foretoken.device import replays_of
+from foretoken.device.loop import unrolled
+from foretoken.generate import advance
 from foretoken.hf.runner import ModuleRunner
 from foretoken.step import Step
 
@@ -63,6 +67,22 @@ def forward_us(runner: ModuleRunner, rows: int, columns: int, length: int, count
         runner(step)
     captured: Any = runner._captured
     return timed_us(captured._shapes[captured.key(step)].graph.replay, count)
+
+
+def forward_alone_us(runner: ModuleRunner, rows: int, columns: int, length: int) -> float:
+    """As it is in a graph of whole rounds: rows are not filled up, and others follow."""
+    step = step_of(rows, columns, length)
+    with torch.inference_mode(), unrolled():
+        return replay_us(lambda: runner(step), 4)
+
+
+def whole_round_us(session: ft.Session, runner: ModuleRunner) -> float:
+    """A replay of the graph of a session's rounds; its texts run ahead of the session, which is over then."""
+    replays = replays_of(session._ahead)  # type: ignore[arg-type]
+    while not replays.count:
+        advance(session, runner)
+    graph: Any = next(graph for graph in replays._graphs.values() if hasattr(graph, "_graph"))
+    return timed_us(graph._graph.replay, 6)  # texts have room for so many rounds
 
 
 def same_part(texts: list[list[int]], expected: list[list[int]]) -> float:

@@ -14,6 +14,7 @@
 #include "cpu/prepare.hpp"
 #include "cpu/sampling.hpp"
 #include "cpu/state_ring.hpp"
+#include "cpu/step_inputs.hpp"
 #include "cpu/tile_stats.hpp"
 #include "cpu/tree.hpp"
 #include "cpu/tree_attention.hpp"
@@ -27,6 +28,7 @@
 #include "ops/sampling.hpp"
 #include "ops/selfcheck.hpp"
 #include "ops/state_ring.hpp"
+#include "ops/step_inputs.hpp"
 #include "ops/tile_stats.hpp"
 #include "ops/tree.hpp"
 #include "ops/tree_attention.hpp"
@@ -42,6 +44,7 @@
 #include "cuda/sampling.hpp"
 #include "cuda/sampling_mirror.hpp"
 #include "cuda/state_ring.hpp"
+#include "cuda/step_inputs.hpp"
 #include "cuda/tile_stats.hpp"
 #include "cuda/tree.hpp"
 #include "cuda/tree_attention.hpp"
@@ -259,6 +262,22 @@ inline void commit(const CommitArgs& args, Device device, [[maybe_unused]] Strea
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
   cuda::commit(args, device, stream);
+#endif
+}
+
+inline void write_step_inputs(const StepInputsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::write_step_inputs(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::write_step_inputs(args, stream);
+#endif
+}
+
+inline void last_logits(const LastLogitsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::last_logits(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::last_logits(args, stream);
 #endif
 }
 

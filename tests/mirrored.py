@@ -185,7 +185,7 @@ def laid_out(tensor: Tensor, device: torch.device, layout: int) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor, name: str) -> None:
-    ours = found.cpu()
+    ours, expected = found.cpu(), expected.cpu()
     assert ours.dtype == expected.dtype, name
     if not expected.dtype.is_floating_point:
         if not torch.equal(ours, expected):

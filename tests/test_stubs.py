@@ -17,7 +17,8 @@ STUB = ROOT / "python" / "foretoken" / "_core.pyi"
 
 def stub_names(text: str) -> set[str]:
     tree = ast.parse(text)
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    constants = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    return constants | {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def test_every_public_name_is_in_the_stub() -> None:

@@ -86,7 +86,11 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
 
 }  // namespace
 
+void register_step_inputs(py::module_& module);
+
+// Both ends of a round on a device.
 void register_commit(py::module_& module) {
+  register_step_inputs(module);
   module.def("commit", &commit, py::arg("tokens"), py::arg("num_emitted"), py::arg("num_accepted"),
              py::arg("status"), py::arg("logprobs"), py::arg("path"), py::arg("num_drafts"),
              py::arg("parents"), py::arg("slots"), py::arg("text"), py::arg("base"), py::arg("next_drafts"),

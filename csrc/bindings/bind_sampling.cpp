@@ -72,6 +72,13 @@ int64_t sample(py::handle logits, const SamplingTable& sampling, py::handle base
   return 0;
 }
 
+void bring_to(const SamplingTable& table, py::handle tensor) {
+  Intake intake("bring_to");
+  int64_t size = 0;
+  intake.read(tensor, "tensor", boundary::kIndexDTypes, {boundary::Dim::bind(size)}, boundary::Layout::any);
+  table.view(intake.device(), intake.stream());
+}
+
 void bind_table(py::module_& module) {
   py::class_<SamplingTable>(
       module, "SamplingTable",
@@ -81,6 +88,11 @@ void bind_table(py::module_& module) {
       .def_property_readonly(
           "needs_history", &SamplingTable::needs_history,
           "Whether a slot asks what has been committed: penalties, bad words, minimum length.")
+      .def_property_readonly("constrained", &SamplingTable::constrained,
+                             "Whether a slot changes its logits: bias, penalties, bans.")
+      .def("bring_to", &bring_to, py::arg("tensor"),
+           "Write what has changed to the device of a tensor, as the next op there would: for captured "
+           "graphs.")
       .def("set", &SamplingTable::set, py::arg("slot"), py::arg("temperature"), py::arg("top_k"),
            py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
            "Write one slot, without constraints; raises ValueError or IndexError naming the argument.")

@@ -371,6 +371,10 @@ class SamplingTable:
     """
     def __init__(self, size: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    def bring_to(self, tensor: typing.Any) -> None:
+        """
+        Write what has changed to the device of a tensor, as the next op there would: for captured graphs.
+        """
     def constrain(self, slot: typing.SupportsInt | typing.SupportsIndex, repetition_penalty: typing.SupportsFloat | typing.SupportsIndex, frequency_penalty: typing.SupportsFloat | typing.SupportsIndex, presence_penalty: typing.SupportsFloat | typing.SupportsIndex, bias_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], bias: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], bad_words: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]], min_new_tokens: typing.SupportsInt | typing.SupportsIndex, stop_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
         Penalties, bias and bans of one slot.
@@ -386,6 +390,11 @@ class SamplingTable:
     def set(self, slot: typing.SupportsInt | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, top_k: typing.SupportsInt | typing.SupportsIndex, top_p: typing.SupportsFloat | typing.SupportsIndex, min_p: typing.SupportsFloat | typing.SupportsIndex, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
         Write one slot, without constraints; raises ValueError or IndexError naming the argument.
+        """
+    @property
+    def constrained(self) -> bool:
+        """
+        Whether a slot changes its logits: bias, penalties, bans.
         """
     @property
     def needs_history(self) -> bool:
@@ -573,6 +582,10 @@ def finalize_tree(tokens: typing.Any, scores: typing.Any, parents: typing.Any, n
     """
 def gather_apart(apart: typing.Any, lengths: typing.Any, starts: typing.Any, path: typing.Any, num_accepted: typing.Any, kept: typing.Any) -> None:
     ...
+def last_logits(logits: typing.Any, used: typing.Any, out: typing.Any) -> None:
+    """
+    See foretoken.device.inputs.last_logits.
+    """
 def loop_takes_tiers() -> bool:
     """
     Whether build and driver let the device choose among rounds.
@@ -628,5 +641,9 @@ def tree_index(parents: typing.Any, num_drafts: typing.Any, lengths: typing.Any,
 def verify(target_logits: typing.Any, target_stats: typing.Any, row_offsets: typing.Any, draft_tokens: typing.Any, parents: typing.Any, num_drafts: typing.Any, draft_logits: typing.Any, draft_probs: typing.Any, topk_ids: typing.Any, topk_probs: typing.Any, draft_row: typing.Any, draft_records: typing.Any, vocab_map: typing.Any, bitmask: typing.Any, history: typing.Any, prompt_lengths: typing.Any, base: typing.Any, slots: typing.Any, sampling: SamplingTable, draft_sampling: SamplingTable, rule: Rule, rules: typing.Any, draw: Draw, num_paths: typing.SupportsInt | typing.SupportsIndex, tolerance: Tolerance, tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, path: typing.Any, path_rows: typing.Any, next_token: typing.Any, next_lengths: typing.Any, status: typing.Any, logprobs: typing.Any, top_tokens: typing.Any, top_logprobs: typing.Any, raw_logprobs: typing.Any, raw_top_tokens: typing.Any, raw_top_logprobs: typing.Any, workspace: typing.Any, packed: typing.Any = None, kept: typing.Any = None) -> int:
     """
     See foretoken.ops.verify. `packed`: a buffer of packed_verdict() in place of single ones; `kept`: workspaces by (device, stream, rows), where none is given. Returns the bytes of workspace that are missing; 0: done.
+    """
+def write_step_inputs(text: typing.Any, base: typing.Any, next_drafts: typing.Any, seats: typing.Any, tokens: typing.Any, positions: typing.Any, lengths: typing.Any, num_tokens: typing.Any, num_drafts: typing.Any, row_base: typing.Any, slots: typing.Any, reach: typing.Any, first_tokens: typing.Any, first_positions: typing.Any, draft_lengths: typing.Any, draft_used: typing.Any, cache_rows: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    See foretoken.device.inputs.StepInputs.write.
     """
 TILE: int = 1024

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foretoken.device import Job, by_host, completions_of, tiers_of
+from foretoken.device import Job, by_host, completions_of, replays_of, tiers_of
 from foretoken.drafters import Forward, compact_of
 from foretoken.session import Event, Request, Session, Step
 
@@ -124,21 +124,37 @@ def stream(session: Session, forward: Forward, *, stop_strings: StopStrings | No
     Event
     """
     tails: dict[int, TextTail] = {}
-    while (step := session.plan()) is not None:
-        with torch.inference_mode():
-            logits = forward(step)
-        if step.kind == "prefill":
-            session.commit(None)
-        else:
-            settle(session, forward, step, logits)
-            if stop_strings is not None:
-                for request in step.requests:
-                    _stop(session, request, stop_strings, tails)
+    while (requests := advance(session, forward)) is not None:
+        if stop_strings is not None:
+            for request in requests:
+                _stop(session, request, stop_strings, tails)
         for event in session.events():
             if event.finish_reason is not None:
                 tails.pop(event.request.id, None)
             yield event
     yield from session.events()
+
+
+def advance(session: Session, forward: Forward) -> Sequence[Request] | None:
+    """Plan a step of a session and run it to its end; on a device, a round in one launch where that can be.
+
+    Returns
+    -------
+    sequence of Request or None
+        Those that took part in a round; of a prefill step none. None: nothing is left.
+    """
+    if session._ahead is not None:
+        return replays_of(session._ahead).advance(forward, session._seat)
+    step = session.plan()
+    if step is None:
+        return None
+    with torch.inference_mode():
+        logits = forward(step)
+    if step.kind == "prefill":
+        session.commit(None)
+        return ()
+    settle(session, forward, step, logits)
+    return step.requests
 
 
 def settle(session: Session, forward: Forward, step: Step, logits: Tensor) -> None:

@@ -52,8 +52,9 @@ class Step:
     ``slots[b]``, attends to everything before, and returns logits ``[B, T, V]`` (of a prefill step anything).
     Rolling back needs no call: a later step has smaller ``lengths``.
 
-    Columns from ``num_tokens[b]`` on are padding: token 0, positions going on, possibly past the end of the
-    slot. What is computed there is never read; their K/V may be dropped or written past the row's own.
+    Columns from ``num_tokens[b]`` on are padding: token 0, on a device any token of the vocabulary, positions
+    going on, possibly past the end of the slot. What is computed there is never read; their K/V may be
+    dropped or written past the row's own.
 
     Where drafts form trees (``tree`` is not None), columns are nodes: each sees what ``tree`` says, at the
     position that ``positions`` says. After the commit the cache rows of the accepted path have to move

@@ -6,6 +6,7 @@ from foretoken.device.completion import Job, by_host, completions_of, tiers_of
 from foretoken.device.drafting import DeviceDrafter, drafter_on
 from foretoken.device.loop import LoopGraph, LoopTier, is_unrolled
 from foretoken.device.places import place_of, runs_ahead, why_no_edits_on, why_not_on
+from foretoken.device.replay import replays_of
 from foretoken.device.ring import RecordRing
 from foretoken.device.rounds import DeviceRounds
 from foretoken.step import numbers
@@ -23,6 +24,7 @@ __all__ = [
     "is_unrolled",
     "numbers",
     "place_of",
+    "replays_of",
     "runs_ahead",
     "tiers_of",
     "why_no_edits_on",

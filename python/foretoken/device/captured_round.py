@@ -44,8 +44,8 @@ class Round:
         """The record that it leaves, and what it works on."""
         rounds, rows = self._rounds, self.rows
         with torch.inference_mode(), unrolled():
-            base = rows.of(rounds._state.base)
-            proposal = rounds._propose(rows, base, self.most, self._bound)
+            proposal = rounds._propose(rows, self.most, self._bound)
+            base = rounds._base_of(rows, proposal)
             step = rounds._step_of(rows, base, proposal, self._bound + proposal.tokens.shape[1])
             logits = self._forward(step)
             verdict, record = rounds._issue(step, logits, rows, base, proposal)

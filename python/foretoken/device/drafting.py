@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from foretoken import ops
 from foretoken.device import ngram
+from foretoken.device.inputs import FedProposal, StepInputs, last_logits
 from foretoken.device.rows import Rows
 from foretoken.device.trees import DeviceTreeRows
 from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal, compact_of
@@ -50,6 +51,8 @@ class DeviceContext:
     """int32 ``[B]``: the most drafts of each row's tree, 0 where its budget is, -1 where that is."""
     shortfall: Tensor | None = None
     """As of `Step`."""
+    inputs: StepInputs | None = None
+    """Where the steps of a chain of a draft model are written; ``base`` and ``budget`` are known then."""
 
 
 class DeviceDrafter(Protocol):
@@ -153,9 +156,14 @@ class DeviceModel:
         self._reach = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._fresh: dict[int, int] = {}
         self._law: Tensor | None = None
+        self._last: Tensor | None = None
         self._growth: Growth | None = None
         self._fed: Tensor | None = None  # of the trees of this round, as of `GrownTrees`
-        self._ones = torch.ones(max_batch, dtype=torch.int32, device=device)
+
+    @property
+    def forward(self) -> Any:
+        """Of the draft model."""
+        return self._drafter.forward
 
     def seat(self, slot: int, prompt_length: int) -> None:
         self._fresh[slot] = prompt_length - 1
@@ -165,19 +173,39 @@ class DeviceModel:
         self._fed = None
         if context.tree is not None and context.nodes is not None:
             return self._propose_trees(context, context.tree, context.nodes, most)
-        room = self._drafter.max_length + 1 - context.base
-        num_drafts = torch.minimum(context.budget, room.clamp(0, most).to(torch.int32))
+        inputs = context.inputs
+        if inputs is None:
+            raise RuntimeError("propose: expected the buffers of the round's steps, got None")
+        law: Tensor | None = None
         with torch.inference_mode():
-            self._take_in_prompts(context)
-            drafts = torch.zeros(context.rows.count, most, dtype=torch.int64, device=self._device)
-            law: Tensor | None = None
-            for k in range(most):
-                last = self._last_logits(context, num_drafts, drafts, k)
-                if not (context.greedy or context.coupled is True):
-                    law = self._keep(last, law, most, k)
-                self._draw(last, context, drafts, k)
-            context.rows.write(self._reach, context.base + (most - 1))
-        return Proposal(drafts, num_drafts, draft_logits=law)
+            self.take_in_prompts(context.requests, context.state)
+            inputs.write(context.state, context.rows.slots, self._reach, self._drafter.max_length)
+            try:
+                for k in range(most):
+                    law = self._draw_next(context, inputs, law, k)
+            except BaseException:
+                if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                    context.rows.write(self._reach, inputs.draft_lengths[0])  # what the steps did not come to
+                raise
+        return FedProposal(inputs.drafts, inputs.num_drafts, draft_logits=law, inputs=inputs)
+
+    def _draw_next(
+        self, context: DeviceContext, inputs: StepInputs, law: Tensor | None, k: int
+    ) -> Tensor | None:
+        """Run the step out of which draft k is drawn, and draw it; the law ``[B, K, V]`` if one is kept."""
+        step = inputs.draft_step(
+            k, context.rows, context.requests, context.longest + max(k, 1), context.shortfall
+        )
+        logits = self._forward(step)
+        if not (context.greedy or context.coupled is True):
+            law = self._law_of(logits, *inputs.drafts.shape) if law is None else law
+            last = last_logits(logits, step.num_tokens, law[:, k])
+        elif k == 0:
+            last = last_logits(logits, step.num_tokens, self._first_of(logits))
+        else:
+            last = self._fit(logits[:, -1])
+        self._draw(last, context, inputs.drafts, k)
+        return law
 
     def _propose_trees(self, context: DeviceContext, plan: TreePlan, nodes: Tensor, most: int) -> Proposal:
         growth = self._growth
@@ -204,8 +232,8 @@ class DeviceModel:
             node_bound=plan.nodes,
         )
         with torch.inference_mode():
-            self._take_in_prompts(context)
-            last = self._last_logits(context, depth, torch.empty(0), 0)
+            self.take_in_prompts(context.requests, context.state)
+            last = self._last_of_text(context, depth)
             grown = growth.grow(last, grown_rows, context.base, context.sampling)
         self._fed = grown.fed
         return Proposal(
@@ -226,8 +254,11 @@ class DeviceModel:
         compact_of(self._drafter.forward)(rows.slots, lengths, path, count)
         rows.write(self._reach, lengths + 1 + count)
 
-    def _take_in_prompts(self, context: DeviceContext) -> None:
-        slot_of = {request.slot: request for request in context.requests}
+    def take_in_prompts(self, requests: list[Any], state: RequestState) -> None:
+        """Feed what the cache lacks of the prompts of requests that are going to draft."""
+        slot_of = {request.slot: request for request in requests if request.slot in self._fresh}
+        if not slot_of:
+            return
         # A prompt that does not fit is cut: its row never drafts.
         most = self._drafter.max_length
         lacking = {slot: min(self._fresh[slot], most) for slot in sorted(self._fresh) if slot in slot_of}
@@ -235,43 +266,35 @@ class DeviceModel:
         while any(length > start for length in lacking.values()):
             slots = [slot for slot, length in lacking.items() if length > start]
             counts = [min(chunk, lacking[slot] - start) for slot in slots]
-            rows = Rows(slots, context.state.text.shape[1], self._device)
+            rows = Rows(slots, state.text.shape[1], self._device)
             columns = numbers(max(counts), self._device)
             used = upload(counts, torch.int32, self._device)
             lengths = torch.full((len(slots),), start, dtype=torch.int64, device=self._device)
-            tokens = rows.tokens_at(context.state.text, lengths[:, None] + columns)
-            requests = [slot_of[slot] for slot in slots]
+            tokens = rows.tokens_at(state.text, lengths[:, None] + columns)
+            fed = [slot_of[slot] for slot in slots]
             short = torch.tensor([max(counts) - count for count in counts])
-            self._run("prefill", rows, requests, tokens, lengths, used, start + max(counts), short)
+            self._run("prefill", rows, fed, tokens, lengths, used, start + max(counts), short)
             start += chunk
         for slot in lacking:
             del self._fresh[slot]
 
-    def _last_logits(self, context: DeviceContext, num_drafts: Tensor, drafts: Tensor, k: int) -> Tensor:
-        """``[B, V]``: what draft k is drawn from."""
+    def _last_of_text(self, context: DeviceContext, depth: Tensor) -> Tensor:
+        """``[B, V]``: what grows on the last token of each text; the step that takes in what was lacking."""
         rows = context.rows
-        if k > 0:
-            lengths = self._inside(context.base + (k - 1), num_drafts, k, context.longest + k, 1)
-            tokens, used = drafts[:, k - 1 : k], self._ones[: rows.count]
-            bound = context.longest + k
-            logits = self._run(
-                "decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall
-            )
-            return self._fit(logits[:, -1])
         held = torch.minimum(rows.of(self._reach), context.base - 1)
         lacking = (context.base - held).clamp(1, 2)
-        lengths = self._inside(held, num_drafts, 0, context.longest + 1, 2)
+        lengths = self._inside(held, depth, context.longest + 1, 2)
         tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
         bound, used = context.longest + 1, lacking.to(torch.int32)
         logits = self._run("decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall)
         return self._fit(logits[rows.numbers, lacking - 1])
 
-    def _inside(self, lengths: Tensor, num_drafts: Tensor, k: int, bound: int, columns: int) -> Tensor:
+    def _inside(self, lengths: Tensor, num_drafts: Tensor, bound: int, columns: int) -> Tensor:
         """Rows that do not draft are kept inside a cache that may be shorter than the text."""
         most = self._drafter.max_length - columns
         if bound <= most:
             return lengths
-        return torch.where(num_drafts > k, lengths, lengths.clamp_max(max(most, 0)))
+        return torch.where(num_drafts > 0, lengths, lengths.clamp_max(max(most, 0)))
 
     def _run(
         self,
@@ -324,7 +347,7 @@ class DeviceModel:
                 step=k,
                 purpose="draft",
                 method=method,
-                slots=context.rows.slots,
+                slots=context.rows.slots if context.inputs is None else context.inputs.slots,
                 history=history,
                 prompt_lengths=prompt_lengths,
                 path=path,
@@ -343,13 +366,18 @@ class DeviceModel:
             return last[..., : self._drafter.vocab_size]
         return pad(last, (0, missing), value=-torch.inf)
 
-    def _keep(self, last: Tensor, law: Tensor | None, most: int, k: int) -> Tensor:
-        """Write what draft k is drawn from into the law ``[B, K, V]``."""
-        if law is None:
-            kept = self._law
-            if kept is None or kept.shape[1] < most or kept.dtype != last.dtype:
-                shape = len(self._reach), most, self._drafter.vocab_size
-                self._law = kept = torch.zeros(shape, dtype=last.dtype, device=self._device)
-            law = kept[: last.shape[0], :most]
-        law[:, k].copy_(last)
-        return law
+    def _law_of(self, logits: Tensor, rows: int, most: int) -> Tensor:
+        """``[B, K, V]`` for what drafts are drawn from."""
+        kept = self._law
+        if kept is None or kept.shape[1] < most or kept.dtype != logits.dtype:
+            shape = len(self._reach), most, self._drafter.vocab_size
+            self._law = kept = torch.zeros(shape, dtype=logits.dtype, device=self._device)
+        return kept[:rows, :most]
+
+    def _first_of(self, logits: Tensor) -> Tensor:
+        """``[B, V]`` for what the first draft is drawn from, where no law is kept."""
+        kept = self._last
+        if kept is None or kept.dtype != logits.dtype:
+            shape = len(self._reach), self._drafter.vocab_size
+            self._last = kept = torch.zeros(shape, dtype=logits.dtype, device=self._device)
+        return kept[: logits.shape[0]]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foretoken import ops
 from foretoken.device.clock import DeviceClock
-from foretoken.device.drafting import DeviceContext, DeviceDrafter
+from foretoken.device.drafting import DeviceContext, DeviceDrafter, DeviceModel
+from foretoken.device.inputs import FedProposal, StepInputs
 from foretoken.device.results import Results
 from foretoken.device.rows import Rows
 from foretoken.device.trees import tree_of
@@ -75,6 +76,7 @@ class DeviceRounds:
         self._clock = DeviceClock()
         self._results = Results(slots * ops.record_width(most + 1, logprobs), device)
         self._verdicts: dict[tuple[int, int], ops.Verdict] = {}
+        self._inputs: dict[tuple[int, int], StepInputs] = {}
         self._shortfalls: dict[int, Tensor] = {}  # of the step that is planned, by rows
         self._version = -1
         self._rows: Rows | None = None
@@ -86,6 +88,7 @@ class DeviceRounds:
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
         self.completions: Any = None  # of `foretoken.device.completion`, once there are any
+        self.replays: Any = None  # of `foretoken.device.replay`
         # Kernels are launched on the current device.
         self._there: AbstractContextManager[object] = nullcontext()
         if device.type == "cuda":
@@ -114,7 +117,9 @@ class DeviceRounds:
         if self._drafter is not None:
             self._drafter.seat(slot, len(prompt))
         if rules is not None:
-            self._rules = upload(rules, torch.uint8, self._device)
+            there = upload(rules, torch.uint8, self._device)
+            # Graphs go on reading the one that they were captured with.
+            self._rules = there if self._rules is None else self._rules.copy_(there)
 
     # ---- the round ----
 
@@ -136,6 +141,11 @@ class DeviceRounds:
 
     def _plan(self, seat_all: Any) -> Step | None:
         began = perf_counter()
+        ahead = self._look_ahead(seat_all, began)
+        return None if ahead is None else self._build(ahead, began)
+
+    def _look_ahead(self, seat_all: Any, began: float) -> tuple[Shape, bool, int, bool] | None:
+        """What the next step is about, whose rows are then known; None: nothing is left."""
         while True:
             shape, again, most, version, self._held_open, seated = self._native.plan_ahead()
             if seated:
@@ -155,6 +165,10 @@ class DeviceRounds:
             self._version = version
             self._row_requests = [self._requests[number] for number in self._native.row_ids()]
             self._rows = None
+        return shape, again, most, moved
+
+    def _build(self, ahead: tuple[Shape, bool, int, bool], began: float) -> Step | None:
+        shape, again, most, moved = ahead
         if shape[0] == 1:
             self._step = self._prefill(shape)
         elif not again or moved or self._step is None:
@@ -235,7 +249,6 @@ class DeviceRounds:
             slots = [request.slot for request in self._row_requests]
             self._rows = Rows([s for s in slots if s is not None], self._state.text.shape[1], self._device)
         rows = self._rows
-        base = rows.of(self._state.base)
         shortfall = self._shortfall(rows.count)
         drafted = 0.0
         if again and self._whole is not None:
@@ -244,20 +257,36 @@ class DeviceRounds:
         else:
             before = perf_counter()
             self._whole = self._kept = None
-            self._whole = proposal = self._propose(rows, base, most, shape[4] - shape[2] + 1, shortfall)
+            self._whole = proposal = self._propose(rows, most, shape[4] - shape[2] + 1, shortfall)
             drafted = perf_counter() - before
             self._seconds.draft += drafted
+        base = self._base_of(rows, proposal)
         self._planned = rows, base, proposal
         self._step = self._step_of(rows, base, proposal, shape[4], shortfall)
         return drafted
 
-    def _propose(
-        self, rows: Rows, base: Tensor, most: int, longest: int, shortfall: Tensor | None = None
-    ) -> Proposal:
-        budget = rows.of(self._state.next_drafts).clamp_max(most)
-        if self._drafter is None or most == 0:
-            none = torch.empty(rows.count, 0, dtype=torch.int64, device=self._device)
-            return Proposal(none, budget)
+    def _base_of(self, rows: Rows, proposal: Proposal) -> Tensor:
+        """int64 ``[B]``: what the round of a proposal is keyed by."""
+        if isinstance(proposal, FedProposal) and proposal.inputs is not None:
+            return proposal.inputs.base
+        return rows.of(self._state.base)
+
+    def _propose(self, rows: Rows, most: int, longest: int, shortfall: Tensor | None = None) -> Proposal:
+        """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
+        drafter = self._drafter if most > 0 else None
+        if drafter is None:
+            plain = self._inputs_of(rows.count, 0)
+            plain.write(self._state, rows.slots)
+            return FedProposal(plain.drafts, plain.num_drafts, inputs=plain)
+        tree, nodes, inputs = self._tree, None, None
+        if tree is None and isinstance(drafter, DeviceModel):
+            inputs = self._inputs_of(rows.count, most)
+            base, budget = inputs.base, inputs.num_drafts
+        else:
+            base = rows.of(self._state.base)
+            budget = rows.of(self._state.next_drafts).clamp_max(most)
+        if tree is not None:
+            nodes = self._nodes(base, budget, tree.nodes)
         context = DeviceContext(
             rows,
             self._state,
@@ -269,11 +298,18 @@ class DeviceRounds:
             longest,
             all(request._greedy for request in self._row_requests),
             self._coupled(),
-            self._tree,
-            None if self._tree is None else self._nodes(base, budget, self._tree.nodes),
+            tree,
+            nodes,
             shortfall,
+            inputs,
         )
-        return self._drafter.propose(context, most)
+        return drafter.propose(context, most)
+
+    def _inputs_of(self, rows: int, drafts: int) -> StepInputs:
+        inputs = self._inputs.get((rows, drafts))
+        if inputs is None:
+            inputs = self._inputs[rows, drafts] = StepInputs(rows, drafts, self._device)
+        return inputs
 
     def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
         """The most drafts of each row's tree: what its slot has room for."""
@@ -298,6 +334,8 @@ class DeviceRounds:
         max_length_after: int,
         shortfall: Tensor | None = None,
     ) -> Step:
+        if isinstance(proposal, FedProposal) and proposal.inputs is not None:
+            return proposal.inputs.step(rows, self._row_requests, max_length_after, shortfall)
         lengths = base - 1
         used = proposal.num_drafts.clamp_min(0) + 1
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
@@ -363,7 +401,7 @@ class DeviceRounds:
             history=history,
             prompt_lengths=prompt_lengths,
             base=base,
-            slots=rows.slots,
+            slots=step.slots,
             rule=self._rule if self._rules is None else self._rules,
             tolerance=self._tolerance,
             logprobs=self._logprobs,
@@ -375,7 +413,7 @@ class DeviceRounds:
             self._state,
             num_drafts=proposal.num_drafts,
             parents=proposal.parents,
-            slots=rows.slots,
+            slots=step.slots,
             record=record,
             counters=self._metrics.device_counters,
         )

@@ -10,6 +10,8 @@ from torch import Tensor
 from foretoken.ops._commit import upload
 from foretoken.step import numbers
 
+PADDED = -1
+
 
 class Rows:
     """The slots of B rows, ascending. Neighbouring slots are picked by slicing, without a kernel."""
@@ -42,3 +44,26 @@ class Rows:
         """int64 ``[B, n]``: what the texts ``[S, L]`` hold at positions ``[B, n]``, cut to what there is."""
         places = self._starts[:, None] + positions.clamp(0, self._text_length - 1)
         return text.view(-1).index_select(0, places.view(-1)).view(places.shape).long()
+
+
+class SeatedRows(Rows):
+    """Rows whose slots are numbers on the device alone, so that captured rounds serve other requests, too."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.count, self.range, self.slot_numbers = count, None, ()
+        with torch.inference_mode(False):
+            self.slots = torch.full((count,), PADDED, dtype=torch.int32, device=device)
+
+    def seat(self, slots: Sequence[int]) -> None:
+        """Put slots, ascending, into the first rows; the others are padded from now on."""
+        padded = [PADDED] * (self.count - len(slots))
+        self.slots.copy_(upload([*slots, *padded], torch.int32, self.slots.device))
+
+    def of(self, array: Tensor) -> Tensor:
+        """``[B, ...]`` of an array ``[S, ...]``; of padded rows, those of slot 0."""
+        return array.index_select(0, self.slots.clamp_min(0))
+
+    def write(self, array: Tensor, values: Tensor) -> None:
+        """Put ``[B]`` into an array ``[S]``."""
+        live = (self.slots >= 0).nonzero()[:, 0]
+        array[self.slots[live].long()] = values[live]

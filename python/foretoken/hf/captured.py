@@ -143,6 +143,11 @@ class CapturedForwards:
         """Shapes that are captured."""
         return sum(shape.graph is not None for shape in self._shapes.values())
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether steps of any lengths, padded rows among them, may become part of other graphs."""
+        return self.why_not is None and not self._bounded
+
     def takes(self, step: Step) -> bool:
         """Whether a step may be replayed: decode steps outside other captures."""
         return (

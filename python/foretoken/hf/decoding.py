@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from foretoken.device import why_no_edits_on
 from foretoken.device.ngram import MOST_DEPTH
 from foretoken.drafters import Forward, ModelDrafter, NgramDrafter
+from foretoken.generate import advance
 from foretoken.hf.arguments import Prepared
 from foretoken.hf.families import UnsupportedModelError
 from foretoken.hf.forwards import ProcessedForward, Runners
@@ -166,6 +167,14 @@ class Decoding:
         if not self._requests:
             self._admit()
         while not self._replay.done:
+            if self.why_on_host is None:
+                requests = advance(self._session, self._runner)
+                place = {request: i for i, request in enumerate(requests or ())}
+                if (requests is None or place) and self._take_events(place, None, None):
+                    return True
+                if requests is None:
+                    break
+                continue
             step = self._session.plan()
             if step is None:
                 if self._take_events({}, None, None):

@@ -177,6 +177,11 @@ class ModuleRunner:
         return self._why_module if self._captured is None else self._captured.why_not
 
     @property
+    def repeatable(self) -> bool:
+        """Whether decode steps may become part of graphs of whole rounds, padded rows among them."""
+        return self._captured is not None and self._captured.repeatable
+
+    @property
     def why_not_repeated(self) -> str | None:
         """Why a device cannot repeat rounds of this model by itself; None: nothing here is in the way."""
         return "pages are found by the host" if isinstance(self.cache, PooledCache) else None
@@ -257,16 +262,11 @@ class ModuleRunner:
             if self.mode == "rows":
                 return self._run_rows(cache, step, tokens, positions, slots, lengths, used)
             plan = cache.plan(
-                slots=slots,
-                lengths=lengths,
-                num_tokens=tokens.shape[1],
-                used=used,
-                stacked=self.mode == "masks",
-                trace=trace,
+                slots=slots, lengths=lengths, num_tokens=tokens.shape[1], used=used,
+                stacked=self.mode == "masks", trace=trace,
                 trees=None if step.tree is None else TreeMasks(step.tree, step.positions),
-                final=few,
-                provisional=step.provisional,
-            )
+                final=few, provisional=step.provisional,
+            )  # fmt: skip
             if self.mode == "attention":
                 with self._switched():
                     return self._forward(few, tokens, positions, foretoken=plan)

@@ -1,0 +1,96 @@
+#include "cuda/step_inputs.hpp"
+
+#include "cuda/errors.hpp"
+#include "cuda/views.cuh"
+
+namespace foretoken::cuda {
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kRowsPerBlock = 4;
+
+// One warp a row; rows of a batch never share a slot, but those that are padded.
+__global__ void __launch_bounds__(kLanes* kRowsPerBlock)
+    step_inputs_kernel(const __grid_constant__ StepInputsArgs args) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
+  if (b >= args.rows) return;  // the same for the whole warp
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const step_inputs::Row row = step_inputs::row_of(args, b);
+  step_inputs::write_target(args, b, row, lane, kLanes);
+  if (args.reach == nullptr) return;
+  const int64_t held = step_inputs::held_of(args, row);
+  __syncwarp();  // every lane has read what lane 0 is going to write
+  step_inputs::write_draft(args, b, row, held, lane, kLanes);
+}
+
+constexpr int kCopyThreads = 256;
+constexpr int kPiecesPerThread = 4;
+
+// A row of `row_bytes` in pieces; blocks of a row lie in x, rows in y.
+template <class Piece>
+__global__ void __launch_bounds__(kCopyThreads)
+    last_logits_kernel(const __grid_constant__ LastLogitsArgs args, int64_t row_bytes) {
+  const int64_t bytes = args.out.dtype == DType::float32 ? 4 : 2, columns = args.logits.shape[1];
+  for (int64_t b = blockIdx.y; b < args.out.shape[0]; b += gridDim.y) {
+    const int64_t column = last_column(args.used ? read_index(args.used, b) : columns, columns);
+    const auto* const from = reinterpret_cast<const Piece*>(static_cast<const char*>(args.logits.data) +
+                                                            offset_of(args.logits, b, column) * bytes);
+    auto* const to =
+        reinterpret_cast<Piece*>(static_cast<char*>(args.out.data) + offset_of(args.out, b) * bytes);
+    const int64_t pieces = row_bytes / static_cast<int64_t>(sizeof(Piece));
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * (kCopyThreads * kPiecesPerThread) + threadIdx.x;
+    Piece held[kPiecesPerThread];
+#pragma unroll
+    for (int i = 0; i < kPiecesPerThread; ++i) {
+      if (first + i * kCopyThreads < pieces) held[i] = from[first + i * kCopyThreads];
+    }
+#pragma unroll
+    for (int i = 0; i < kPiecesPerThread; ++i) {
+      if (first + i * kCopyThreads < pieces) to[first + i * kCopyThreads] = held[i];
+    }
+  }
+}
+
+bool aligned_to(const LastLogitsArgs& args, int64_t row_bytes, int64_t size) {
+  const int64_t bytes = bytes_of(args.out.dtype);
+  const auto start = [](const TensorView& view) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data));
+  };
+  return (start(args.logits) | start(args.out) | row_bytes | args.logits.strides[0] * bytes |
+          args.logits.strides[1] * bytes | args.out.strides[0] * bytes) %
+             size ==
+         0;
+}
+
+template <class Piece>
+void copy_rows(const LastLogitsArgs& args, int64_t row_bytes, Stream stream) {
+  constexpr int64_t kMostRowsOfGrid = 65535;
+  constexpr int64_t kBlockBytes =
+      int64_t{kCopyThreads} * kPiecesPerThread * static_cast<int64_t>(sizeof(Piece));
+  const int64_t rows = args.out.shape[0];
+  const dim3 blocks(static_cast<unsigned>((row_bytes + kBlockBytes - 1) / kBlockBytes),
+                    static_cast<unsigned>(rows < kMostRowsOfGrid ? rows : kMostRowsOfGrid));
+  last_logits_kernel<Piece>
+      <<<blocks, kCopyThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(args, row_bytes);
+  throw_if_failed(cudaGetLastError(), "launch");
+}
+
+}  // namespace
+
+void write_step_inputs(const StepInputsArgs& args, Stream stream) {
+  if (args.rows == 0) return;
+  const auto blocks = static_cast<unsigned>((args.rows + kRowsPerBlock - 1) / kRowsPerBlock);
+  step_inputs_kernel<<<blocks, kLanes * kRowsPerBlock, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
+  throw_if_failed(cudaGetLastError(), "launch");
+}
+
+void last_logits(const LastLogitsArgs& args, Stream stream) {
+  const int64_t row_bytes = args.out.shape[1] * bytes_of(args.out.dtype);
+  if (args.out.shape[0] == 0 || row_bytes == 0) return;
+  if (aligned_to(args, row_bytes, sizeof(uint4))) return copy_rows<uint4>(args, row_bytes, stream);
+  if (aligned_to(args, row_bytes, sizeof(uint32_t))) return copy_rows<uint32_t>(args, row_bytes, stream);
+  copy_rows<uint16_t>(args, row_bytes, stream);
+}
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "ops/step_inputs.hpp"
+
+namespace foretoken::cuda {
+
+void write_step_inputs(const StepInputsArgs& args, Stream stream);
+void last_logits(const LastLogitsArgs& args, Stream stream);
+
+}  // namespace foretoken::cuda
