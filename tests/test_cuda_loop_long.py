@@ -20,7 +20,7 @@ from toys import CONTEXT, CONTEXTS, GREEDY, VOCAB, alike, table
 
 pytestmark = pytest.mark.cuda
 
-SLOTS, LONGEST = 8, 256
+SLOTS, LONGEST = 8, 1024
 
 
 class Walk:
@@ -64,9 +64,9 @@ def run_many(rounds: int, drafts: int, share: float, **options: Any) -> dict[str
 
     while session.metrics.steps < rounds:
         requests: list[tuple[Any, list[int], int, int | None]] = []
-        for _ in range(pick.choice([3, 40, 300, 500])):
+        for _ in range(pick.choice([3, 40, 120, 240])):
             prompt = [pick.randrange(VOCAB) for _ in range(pick.choice([1, 2, 9, 40]))]
-            new = pick.choice([1, 7, 60, 150, 200])
+            new = pick.choice([1, 200, 600, 950])
             seed = pick.randrange(1 << 30) if pick.random() < 1 / 16 else None
             law = GREEDY if seed is None else Sampling(seed=seed)
             requests.append((session.admit(prompt, law, max_new_tokens=new), prompt, new, seed))
@@ -89,7 +89,7 @@ def run_many(rounds: int, drafts: int, share: float, **options: Any) -> dict[str
             counts["requests"] += 1
             counts["tokens"] += new
     host, model = gather_pair(drafts, share, device="cpu")
-    for prompt, new, seed, mine in sampled[:24] if not options else ():
+    for prompt, new, seed, mine in sampled[:8] if not options else ():
         request = host.admit(prompt, Sampling(seed=seed), max_new_tokens=new)
         decode(host, model)
         assert host.generated(request) == mine
@@ -98,7 +98,7 @@ def run_many(rounds: int, drafts: int, share: float, **options: Any) -> dict[str
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_thousands_of_rounds_with_admissions(drafts: int) -> None:
-    assert run_many(3000, drafts, 0.9)["requests"] > 20
+    assert run_many(3000, drafts, 0.9)["requests"] >= 6
 
 
 @pytest.mark.long
@@ -181,7 +181,7 @@ def calls_of(run: Any) -> dict[str, int]:
     """How often the CUDA runtime was called, by name."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         run()
     return {each.key: each.count for each in seen.key_averages() if each.key.startswith("cuda")}
 

@@ -172,7 +172,7 @@ def test_a_ring_is_read_while_the_device_goes_on() -> None:
         _, end = loop.wait()
     assert end == "finished"
     assert number == int(scripted.last.max())
-    assert during > number // 2
+    assert during > 50  # the others while the launch was ending with its ring full
 
 
 # ---- sessions ----

@@ -202,7 +202,7 @@ def test_a_module_that_waits_or_is_watched_is_called() -> None:
         ModuleRunner(waiting, max_batch=1, max_length=20, runner="graph")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when they are imported
+@pytest.mark.filterwarnings("ignore")  # of torch's own modules
 def test_compiled_forwards_give_the_modules_text() -> None:
     target = hf_toys.llama().to("cuda")
     ids = hf_toys.prompts(2, 9).to("cuda")
