@@ -80,7 +80,7 @@ class Pair:
         self.sizes = {"max_batch": batch, "max_length": -(-(PROMPT + new + 8) // 64) * 64}
         self.runner = ModuleRunner(target, runner=kind, **self.sizes)
         self.draft_runner = ModuleRunner(draft, runner=kind, **self.sizes)
-        middle = PROMPT + new // 2
+        middle = PROMPT + 5 * new // 8  # of the rounds that `run` tells
         self.target_us: dict[int, float] = {}
         self.draft_us: dict[int, float] = {}
         for name, columns in (("draft", 1), ("target", 1), ("draft", 2), ("target", drafts + 1)):
@@ -116,10 +116,10 @@ class Pair:
         return target[drafts + 1] + (draft[2] + (drafts - 1) * draft[1] if drafts else 0.0)
 
     def run(self, speculate: bool, rate: float, way: str) -> tuple[dict[str, float], list[list[int]]]:
-        """Calls of a session, the first of which makes what is made once; the texts of the last."""
+        """Calls of a session, of which the first two make what is made once; the texts of the last."""
         session = self.session(speculate, rate)
         taken: list[tuple[float, int]] = []
-        for new in (self.new, self.new // 4, self.new):
+        for new in (self.new, self.new // 4, self.new // 4, self.new):
             before, requests = session.metrics.steps, self.admit(session, new)
             while (step := session.plan()) is not None and step.kind == "prefill":
                 session.commit(self.runner(step))
@@ -128,7 +128,7 @@ class Pair:
             WAYS[way](session, self.runner)
             torch.cuda.synchronize()
             taken.append((perf_counter() - began, session.metrics.steps - before))
-        (_, short, whole), rounds = taken, taken[2][1]
+        (_, _, short, whole), rounds = taken, taken[-1][1]
         figures = {
             "tokens_per_second": self.batch * self.new / whole[0],
             "round_us": 1e6 * (whole[0] - short[0]) / (whole[1] - short[1]),
@@ -144,10 +144,16 @@ class Pair:
             requests.append(session.admit(prompt, ft.Sampling(seed=100 + row), max_new_tokens=new))
         return requests
 
-    def graph_us(self, speculate: bool, rate: float) -> float:
+    def graph_us(self, speculate: bool, rate: float) -> tuple[float, float]:
+        """A round and its forwards alone, at the same lengths."""
         session = self.session(speculate, rate)
         self.admit(session, self.new)
-        return whole_round_us(session, self.runner)
+        us, length = whole_round_us(session, self.runner)
+        drafts = self.drafts if speculate else 0
+        models = forward_alone_us(self.runner, self.batch, drafts + 1, length)
+        for columns in (2, *[1] * (drafts - 1)) if drafts else ():
+            models += forward_alone_us(self.draft_runner, self.batch, columns, length)
+        return us, models
 
 
 def by_parts(session: ft.Session, runner: ModuleRunner) -> None:
@@ -191,7 +197,7 @@ def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict
                 "overhead_us": figures["round_us"] - models - kernels,
                 "of_bound": figures["tokens_per_second"] / bound,
             }))  # fmt: skip
-        round_us, models = pair.graph_us(speculate, rate), pair.models_us(drafts, "graph")
+        round_us, models = pair.graph_us(speculate, rate)
         lines.append(told({
             **head, "way": "graph", "round_us": round_us, "models_us": models,
             "overhead_us": round_us - models - kernels,

@@ -76,13 +76,19 @@ def forward_alone_us(runner: ModuleRunner, rows: int, columns: int, length: int)
         return replay_us(lambda: runner(step), 4)
 
 
-def whole_round_us(session: ft.Session, runner: ModuleRunner) -> float:
-    """A replay of the graph of a session's rounds; its texts run ahead of the session, which is over then."""
-    replays = replays_of(session._ahead)  # type: ignore[arg-type]
+def whole_round_us(session: ft.Session, runner: ModuleRunner) -> tuple[float, int]:
+    """A replay of the graph of a session's rounds, and the mean length of the texts meanwhile. They run ahead
+    of the session, which is over then.
+    """
+    ahead: Any = session._ahead
+    replays = replays_of(ahead)
     while not replays.count:
         advance(session, runner)
     graph: Any = next(graph for graph in replays._graphs.values() if hasattr(graph, "_graph"))
-    return timed_us(graph._graph.replay, 6)  # texts have room for so many rounds
+    lengths = [float(ahead._state.base.double().mean())]
+    us = timed_us(graph._graph.replay, 6)  # texts have room for so many rounds
+    lengths.append(float(ahead._state.base.double().mean()))
+    return us, int(sum(lengths) / 2)
 
 
 def same_part(texts: list[list[int]], expected: list[list[int]]) -> float:

@@ -12,6 +12,10 @@ constexpr int kMaxCluster = 16;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
+// A barrier of the block that warps may come to from different places of a program, as one that leads and
+// those that serve it do: __syncthreads() is defined where all come to the same one.
+__device__ inline void block_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 __device__ inline uint32_t cluster_rank() {
@@ -43,7 +47,7 @@ __device__ inline T* of_block(T* shared, uint32_t rank) {
 
 __device__ inline uint32_t cluster_rank() { return 0; }
 __device__ inline uint32_t cluster_size() { return 1; }
-__device__ inline void cluster_sync() { __syncthreads(); }
+__device__ inline void cluster_sync() { block_sync(); }
 template <class T>
 __device__ inline T* of_block(T* shared, uint32_t) {
   return shared;

@@ -69,7 +69,7 @@ class ClusterFilter {
 
   // Two words from block 0 to everyone.
   __device__ void tell(uint64_t first, uint64_t second) {
-    __syncthreads();
+    block_sync();
     if (rank_ == 0 && threadIdx.x < size_) {
       uint64_t* place = of_block(scratch_.answer, threadIdx.x);
       place[0] = first;
@@ -130,7 +130,7 @@ class ClusterFilter {
       list_elements(range);
       const bool overflow = rank_ == 0 && scratch_.listed > kList;
       const uint64_t found = rank_ == 0 && !overflow ? finish(range, need, measure) : 0;
-      __syncthreads();
+      block_sync();
       if (threadIdx.x == 0) scratch_.listed = 0;
       tell(found, overflow ? 1 : 0);
       if (scratch_.answer[1] == 0) return value_of(static_cast<uint32_t>(scratch_.answer[0]));
@@ -146,7 +146,7 @@ class ClusterFilter {
       if (amount > 0) add_to_bin(scratch_, (range.top - key) >> shift, amount);
     });
     if (rank_ != 0) {
-      __syncthreads();
+      block_sync();
       uint32_t* first = of_block(scratch_.parts, 0);
       for (int i = threadIdx.x; i < kParts * kBins; i += kThreads) {
         if (scratch_.parts[i] > 0) atomicAdd(&first[i], scratch_.parts[i]);
@@ -176,7 +176,7 @@ class ClusterFilter {
         const uint32_t key = scratch_.keys[i];
         if (range.holds(key)) add_to_bin(scratch_, (range.top - key) >> shift, measure(value_of(key)));
       }
-      __syncthreads();
+      block_sync();
       uint64_t before = 0;
       const int bin = bin_reaching(scratch_, need, before);
       if (bin < 0) return key_of(-infinity());

@@ -91,10 +91,10 @@ class BlockFilter {
         filters.cuts_count(task_.row.size) ? static_cast<uint64_t>(filters.top_k) : kGroupsAtOnce;
     if (need > kLaneGroups) return false;
     clear_bins(scratch_);
-    __syncthreads();
+    block_sync();
     for_lanes(tiles,
               [&](int64_t, float high) { count_in_bin(scratch_, static_cast<uint32_t>(bin_of(high))); });
-    __syncthreads();
+    block_sync();
     uint64_t before = 0;
     limit_ = bin_reaching(scratch_, need, before);
     if (limit_ < 0) limit_ = kBins;  // fewer groups than asked for
@@ -106,7 +106,7 @@ class BlockFilter {
   __device__ bool gather(int64_t tiles, float wanted) {
     constexpr float kPart = 0x1p-16f, kBesideLargest = 2.0f;
     if (threadIdx.x == 0) scratch_.listed = scratch_.grouped = scratch_.weighs = 0;
-    __syncthreads();
+    block_sync();
     uint32_t weighs = 0;
     for_lanes(tiles, [&](int64_t i, float high) {
       if (bin_of(high) > limit_) return;
@@ -116,7 +116,7 @@ class BlockFilter {
     });
     weighs = __reduce_add_sync(kAllLanes, weighs);
     if (lane_id() == 0 && weighs > 0) atomicAdd(&scratch_.weighs, weighs);
-    __syncthreads();
+    block_sync();
     const int grouped = scratch_.grouped;
     const float found = static_cast<float>(scratch_.weighs) * kPart;
     if (grouped > kLaneGroups || kBesideLargest * found < wanted) return false;
@@ -138,7 +138,7 @@ class BlockFilter {
         scratch_.ids[place] = static_cast<int32_t>(first + j);
       }
     }
-    __syncthreads();
+    block_sync();
     return scratch_.listed <= kList;
   }
 
@@ -162,7 +162,7 @@ class BlockFilter {
   __device__ float reach_by_counting(uint64_t need, Measure measure) {
     const int listed = scratch_.listed, i = threadIdx.x / kLookers;
     if (threadIdx.x == 0) scratch_.found[0] = key_of(-infinity());
-    __syncthreads();
+    block_sync();
     const uint32_t key = i < listed ? scratch_.keys[i] : 0;
     uint64_t above = 0, level = 0;
     for (int j = threadIdx.x % kLookers; j < listed; j += kLookers) {
@@ -178,9 +178,9 @@ class BlockFilter {
     }
     // Equal keys write the same.
     if (i < listed && above < need && need <= above + level) scratch_.found[0] = key;
-    __syncthreads();
+    block_sync();
     const float found = value_of(static_cast<uint32_t>(scratch_.found[0]));
-    __syncthreads();
+    block_sync();
     return found;
   }
 
@@ -209,14 +209,14 @@ class BlockFilter {
       scratch_.least[index] = ~0u;
     }
     if (threadIdx.x == 0) scratch_.grouped = 0;
-    __syncthreads();
+    block_sync();
     for (int i = threadIdx.x; i < scratch_.listed; i += kThreads) {
       const uint32_t key = scratch_.keys[i];
       if (value_of(key) < law.cut) continue;
       atomicAdd(&scratch_.kept[scratch_.ids[i] / kTile], 1u);
       atomicMin(&scratch_.least[scratch_.ids[i] / kTile], key);
     }
-    __syncthreads();
+    block_sync();
     for (int64_t index = threadIdx.x; index < tiles; index += kThreads) {
       const uint32_t kept = scratch_.kept[index];
       if (kept == 0) continue;
@@ -228,11 +228,11 @@ class BlockFilter {
       const float least = value_of(scratch_.least[index]);
       task_.stats[index].sum = kept == 1 ? 1.0f : 1.0f + exp2_scaled(least - anchor, law.scale);
     }
-    __syncthreads();
+    block_sync();
     for (int i = threadIdx.x / kWarpSize; i < scratch_.grouped; i += kWarps) {
       recount_tile(task_, law, scratch_.ids[i]);
     }
-    __syncthreads();
+    block_sync();
   }
 
   const RowTask& task_;

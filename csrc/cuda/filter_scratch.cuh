@@ -89,7 +89,7 @@ __device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64
   uint64_t up_to = sum_up_to_lane(mine);
   if (lane_id() == kWarpSize - 1) scratch.warp_words[threadIdx.x / kWarpSize] = up_to;
   if (threadIdx.x == 0) scratch.found[0] = ~uint64_t{0};
-  __syncthreads();
+  block_sync();
   clear_bins(scratch);
   for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) up_to += scratch.warp_words[warp];
   uint64_t at = up_to - mine;
@@ -101,7 +101,7 @@ __device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64
     }
     at += own[i];
   }
-  __syncthreads();
+  block_sync();
   before = scratch.found[1];
   return static_cast<int>(static_cast<int64_t>(scratch.found[0]));
 }
@@ -109,9 +109,9 @@ __device__ inline int bin_reaching(FilterScratch& scratch, uint64_t need, uint64
 __device__ inline uint64_t sum_of_block(FilterScratch& scratch, uint64_t mine) {
   mine = sum_of_masses(mine);
   if (lane_id() == 0) scratch.warp_words[threadIdx.x / kWarpSize] = mine;
-  __syncthreads();
+  block_sync();
   const uint64_t sum = sum_of_masses(lane_id() < kWarps ? scratch.warp_words[lane_id()] : 0);
-  __syncthreads();
+  block_sync();
   return sum;
 }
 
@@ -151,7 +151,7 @@ __device__ __forceinline__ float search_keys(FilterScratch& scratch, KeyRange ra
     count_all([&](uint32_t key, uint64_t amount) {
       if (range.holds(key)) add_to_bin(scratch, (range.top - key) >> shift, amount);
     });
-    __syncthreads();
+    block_sync();
     uint64_t before = 0;
     const int bin = bin_reaching(scratch, need, before);
     if (bin < 0) return -infinity();

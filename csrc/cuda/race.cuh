@@ -85,11 +85,11 @@ __device__ inline RaceEntry race_in_block(const DeviceRow& row, const RowLaw& la
     if (finishes_first(other, best)) best = other;
   }
   if (lane_id() == 0) warps[threadIdx.x / kWarpSize] = best;
-  __syncthreads();
+  block_sync();
   for (int warp = 0; warp < kWarps; ++warp) {
     if (finishes_first(warps[warp], best)) best = warps[warp];
   }
-  __syncthreads();
+  block_sync();
   return best;
 }
 

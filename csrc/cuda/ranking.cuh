@@ -132,7 +132,7 @@ class TokenRanking {
 
   // From every warp's counts of digits to where its items go; returns how many there are in all.
   __device__ int64_t find_places() {
-    __syncthreads();
+    block_sync();
     const unsigned digit = threadIdx.x;
     uint32_t of_block_ = 0, of_all = 0, before = 0;
     if (digit < kDigits) {
@@ -155,7 +155,7 @@ class TokenRanking {
       before += up_to - of_all;
       if (lane_id() == kWarpSize - 1) shared_.filter.warp_words[warp_] = up_to;
     }
-    __syncthreads();
+    block_sync();
     uint64_t all = 0;
     for (unsigned warp = 0; warp < kDigits / kWarpSize; ++warp) {
       const uint64_t of_warp = shared_.filter.warp_words[warp];
@@ -165,7 +165,7 @@ class TokenRanking {
     if (digit < kDigits) {
       for (int warp = 0; warp < kWarps; ++warp) counts(warp)[digit] += before;
     }
-    __syncthreads();
+    block_sync();
     return static_cast<int64_t>(all);
   }
 
@@ -176,7 +176,7 @@ class TokenRanking {
     for_share(count, read, [&](const RankedToken& token, bool there) { mine += there ? token.key : 0; });
     mine = sum_of_warp(mine);
     if (lane_id() == 0) shared_.filter.warp_words[warp_] = mine;
-    __syncthreads();
+    block_sync();
     for (unsigned warp = 0; warp < kWarps; ++warp) {
       before += warp < warp_ ? shared_.filter.warp_words[warp] : 0;
       all += shared_.filter.warp_words[warp];

@@ -262,7 +262,7 @@ __device__ inline bool is_last_cluster(uint32_t* arrivals, int32_t clusters, Req
 template <class Combine>
 __device__ inline void share(RequestShared& shared, uint64_t of_warp, Combine combine) {
   if (lane_id() == 0) shared.filter.warp_words[threadIdx.x / kWarpSize] = of_warp;
-  __syncthreads();
+  block_sync();
   if (threadIdx.x != 0) return;
   uint64_t all = shared.filter.warp_words[0];
 #pragma unroll 1

@@ -35,7 +35,7 @@ class Team {
   __device__ __noinline__ void plan_wave(int32_t first, int32_t count, bool with_drafts) {
     if (request_.has_given_stats()) count = 0;
     const int32_t drafts = with_drafts && makes_draft_laws() ? shared_.num_dense : 0;
-    __syncthreads();
+    block_sync();
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count + drafts; i += kThreads) {
       const RowTask task = i < count ? target_task(first + i) : draft_task(shared_.dense[i - count]);
       shared_.wave_rows[i] = {task.row.data, task.stats, task.lanes};
@@ -50,7 +50,7 @@ class Team {
       shared_.wave[0].count = static_cast<uint32_t>(count);
       shared_.wave[1].count = static_cast<uint32_t>(drafts);
     }
-    __syncthreads();
+    block_sync();
   }
 
   // Its statistics, as far as they are the part of `worker` among `workers` warps; nothing is known of them
@@ -147,10 +147,10 @@ class Team {
       const int32_t node = node_of(i);
       const RowTask task = task_of(node);
       RowLaw law = law_of_stats(task);
-      __syncthreads();
+      block_sync();
       if (law.usable && law.kind == LawKind::logits) {
         if (!BlockFilter(task, shared_.filter).run(filters, law)) {
-          __syncthreads();
+          block_sync();
           if (threadIdx.x == 0) {
             RequestShared* leader = of_block(&shared_, 0);
             leader->unsolved[atomicAdd(&leader->num_unsolved, 1)] = mark + node;
@@ -160,7 +160,7 @@ class Team {
         law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
       }
       if (threadIdx.x == 0) laws[node] = law;
-      __syncthreads();
+      block_sync();
     }
   }
 

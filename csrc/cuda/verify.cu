@@ -79,7 +79,7 @@ __device__ __noinline__ void load_proposal(const Request& request, int32_t draft
   static_assert(kThreads >= kMaxNodes);
   if (node < kMaxNodes) shared.has_child[node] = shared.target_made[node] = 0;
   if (node == 0) shared.num_dense = 0;
-  __syncthreads();
+  block_sync();
   if (node >= 1 && node <= drafts) {
     const int64_t token = read_index(args.draft_tokens, b, node - 1);
     const int64_t parent = args.parents ? read_index(args.parents, b, node - 1) : int64_t{node} - 1;
@@ -98,7 +98,7 @@ __device__ __noinline__ void load_proposal(const Request& request, int32_t draft
     }
     shared.law_row[node] = law_row;
   }
-  __syncthreads();
+  block_sync();
   if (threadIdx.x < kWarpSize && reads_laws) {
     int32_t dense = 0;
     for (int32_t first = 0; first <= drafts; first += kWarpSize) {
@@ -110,7 +110,7 @@ __device__ __noinline__ void load_proposal(const Request& request, int32_t draft
     }
     if (lane_id() == 0) shared.num_dense = dense;
   }
-  __syncthreads();
+  block_sync();
 }
 
 // All that can be known before a law is: the tree, its coins, and what the rows of each node's parent say of
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
   for (uint32_t i = threadIdx.x; i < sizeof(VerifyLaunch) / 16; i += kThreads) {
     reinterpret_cast<uint4*>(&shared.launch)[i] = reinterpret_cast<const uint4*>(&params.launch)[i];
   }
-  __syncthreads();
+  block_sync();
   const VerifyLaunch& launch = shared.launch;
   const VerifyArgs& args = launch.args;
   Request request(launch, b);

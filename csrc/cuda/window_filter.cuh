@@ -40,7 +40,7 @@ class WindowFilter {
 
   // Of what follows, look_through() and count_anew() can be shared with other blocks.
   __device__ __forceinline__ Window guess(const Filters& filters, const RowLaw& law) {
-    __syncthreads();
+    block_sync();
     const uint64_t need = needed_mass(filters.top_p, law.mass);
     return guess(law, static_cast<double>(law.mass - need) / kMassUnit);
   }
@@ -50,7 +50,7 @@ class WindowFilter {
                                          uint64_t above) {
     const uint64_t need = needed_mass(filters.top_p, law.mass);
     const int32_t listed = scratch_.listed;
-    __syncthreads();
+    block_sync();
     if (listed > kWindow || above >= need) return false;
     float cut = pick(law, window, need - above);
     if (!(cut > -infinity())) return false;
@@ -88,7 +88,7 @@ class WindowFilter {
     if (lane_id() == kWarpSize - 1) words[threadIdx.x / kWarpSize] = up_to;
     float before = __shfl_up_sync(kAllLanes, up_to, 1);
     if (lane_id() == 0) before = 0.0f;
-    __syncthreads();
+    block_sync();
     float warps_before = 0.0f;
     for (unsigned warp = 0; warp < threadIdx.x / kWarpSize; ++warp) warps_before += words[warp];
     return {before + warps_before, up_to + warps_before};
@@ -109,7 +109,7 @@ class WindowFilter {
       scratch_.listed = scratch_.grouped = 0;
       *spread = kMost;
     }
-    __syncthreads();
+    block_sync();
     float x[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -122,7 +122,7 @@ class WindowFilter {
     for (int i = 0; i < kHeld; ++i) {
       count_in_bin(scratch_, static_cast<uint32_t>(fminf((law.max - x[i]) * fine, kBins - 1.0f)));
     }
-    __syncthreads();
+    block_sync();
     // From the lightest bin on: the first thread has the last bins.
     const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
     const float share = static_cast<float>(size) / kSamples;
@@ -139,7 +139,7 @@ class WindowFilter {
     const Running squared = run_up(squares, words + kWarps);
     const float wanted = static_cast<float>(rest);
     if (weighs.before < wanted && weighs.behind >= wanted) *spread = sqrtf(squared.behind) / wanted;
-    __syncthreads();
+    block_sync();
     const float doubt = fminf(fmaxf(kDoubt * *spread, kLeast), kMost);
     const float less = wanted * (1.0f - doubt), more = wanted * (1.0f + doubt);
     float at = weighs.before;
@@ -150,9 +150,9 @@ class WindowFilter {
       if (at < more && next >= more) scratch_.grouped = first - i;
       at = next;
     }
-    __syncthreads();
+    block_sync();
     const int low = scratch_.listed, high = scratch_.grouped;
-    __syncthreads();
+    block_sync();
     const float lowest = low < kBins ? law.max - static_cast<float>(low) / fine : law.cut;
     return {fmaxf(law.cut, lowest), law.max - static_cast<float>(high) / fine};
   }
@@ -160,7 +160,7 @@ class WindowFilter {
   // Lists what lies in the window; returns the mass of what lies above.
   __device__ uint64_t look_through(const RowLaw& law, const Window& window) {
     if (threadIdx.x == 0) scratch_.listed = 0;
-    __syncthreads();
+    block_sync();
     uint64_t above = 0;
 #pragma unroll 1
     for (int64_t index = threadIdx.x / kWarpSize; index < tiles_; index += kWarps) {
@@ -212,7 +212,7 @@ class WindowFilter {
   __device__ float pick(const RowLaw& law, const Window& window, uint64_t need) {
     const int listed = scratch_.listed;
     clear_bins(scratch_);
-    __syncthreads();
+    block_sync();
     const KeyRange range{key_of(window.low), key_of(window.high)};
     return search_keys(scratch_, range, need, [&](auto count) {
       for (int i = threadIdx.x; i < listed; i += kThreads) {
@@ -224,12 +224,12 @@ class WindowFilter {
 
   // The sums of the first pass contain what the filters have removed since.
   __device__ void count_anew(const RowLaw& law) {
-    __syncthreads();
+    block_sync();
 #pragma unroll 1
     for (int64_t index = threadIdx.x / kWarpSize; index < tiles_; index += kWarps) {
       recount_tile(task_, law, index);
     }
-    __syncthreads();
+    block_sync();
   }
 
   const RowTask& task_;
