@@ -32,12 +32,13 @@ class Status(enum.IntFlag):
     """
 
 
+_COUNTS = ("num_emitted", "num_accepted", "status")
 _PACKED = frozenset(("tokens", "next_token", "next_lengths", "num_emitted", "num_accepted", "status", "path"))
 
 
 class _Packed:
-    """Fields that lie in one buffer and become tensors when one of them is looked at: seven tensors cost
-    more than everything else that issuing a verification does.
+    """Fields that lie in one buffer, each of which becomes a tensor when it is first looked at: seven tensors
+    cost more than everything else that issuing a verification does.
     """
 
     __slots__ = ("_buffer", "_sizes")
@@ -57,44 +58,31 @@ class _Packed:
 
         def __getattr__(self, name: str) -> Any:  # called for what has not been set
             if name in _PACKED:
-                self._unpack()
-                return getattr(self, name)
-            if name in self.__slots__ and name not in _Packed.__slots__:
-                setattr(self, name, None)  # what nobody asked for
-                return None
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-        def _unpack(self) -> None:
-            """All at once, which costs little more than one: in the order of the native VerdictPlaces."""
-            buffer, (batch, nodes) = self._buffer, self._sizes
-            counts = buffer.view(torch.int32)
-            wide = buffer.element_size() // 4
-            ids = (2 * batch // wide, batch * (nodes + 1), batch)  # as many as there are ids' elements in
-            rest = counts.numel() - wide * sum(ids) - 3 * batch - batch * nodes
-            if wide == 2:
-                lengths, tokens, next_token, _ = buffer.split_with_sizes((*ids, buffer.numel() - sum(ids)))
-                front = (wide * sum(ids),)
+                value = self._unpack(name)
+            elif name in self.__slots__ and name not in _Packed.__slots__:
+                value = None  # what nobody asked for
             else:
-                front = ids
-            *parts, emitted, accepted, status, path, _ = counts.split_with_sizes(
-                (*front, batch, batch, batch, batch * nodes, rest)
-            )
-            if wide == 1:
-                lengths, tokens, next_token = parts
-                lengths = lengths.view(torch.int64)
-            for name, value in (
-                ("next_lengths", lengths),
-                ("tokens", tokens.view(batch, nodes + 1)),
-                ("next_token", next_token),
-                ("num_emitted", emitted),
-                ("num_accepted", accepted),
-                ("status", status),
-                ("path", path.view(batch, nodes)),
-            ):
-                try:
-                    object.__getattribute__(self, name)
-                except AttributeError:
-                    setattr(self, name, value)
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            setattr(self, name, value)
+            return value
+
+    def _unpack(self, name: str) -> Tensor:
+        """As the native VerdictPlaces lays them out: lengths, ids, then counts and the path."""
+        buffer, (batch, nodes) = self._buffer, self._sizes
+        wide = buffer.element_size() // 4
+        tokens = 2 * batch // wide  # in front of it, in elements of ids
+        next_token = tokens + batch * (nodes + 1)
+        if name == "tokens":
+            return buffer.as_strided((batch, nodes + 1), (nodes + 1, 1), tokens)
+        if name == "next_token":
+            return buffer.as_strided((batch,), (1,), next_token)
+        if name == "next_lengths":
+            return (buffer if wide == 2 else buffer.view(torch.int64)).as_strided((batch,), (1,), 0)
+        counts = buffer if wide == 1 else buffer.view(torch.int32)
+        first = wide * (next_token + batch)
+        if name == "path":
+            return counts.as_strided((batch, nodes), (max(nodes, 1), 1), first + 3 * batch)
+        return counts.as_strided((batch,), (1,), first + batch * _COUNTS.index(name))
 
 
 @dataclass(slots=True)
