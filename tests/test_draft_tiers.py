@@ -114,9 +114,9 @@ def test_texts_are_those_of_rounds_with_the_same_tiers(
     drafted: list[int] = []
     propose = DeviceRounds._propose
 
-    def logged(rounds: DeviceRounds, rows: Any, base: Any, most: int, *others: Any) -> Any:
+    def logged(rounds: DeviceRounds, rows: Any, most: int, *others: Any) -> Any:
         drafted.append(most)
-        return propose(rounds, rows, base, most, *others)
+        return propose(rounds, rows, most, *others)
 
     monkeypatch.setattr(DeviceRounds, "_propose", logged)
     results = []

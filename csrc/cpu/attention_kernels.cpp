@@ -45,7 +45,7 @@ const Matrix* matrix_named(const char* name) {
   if (std::strcmp(name, "none") == 0) return &kNoMatrix;
   if (std::strcmp(name, kEmulatedTileAttention.name) == 0) return &kEmulatedTiles;
 #if defined(FORETOKEN_HAS_AMX)
-  const bool wide = row_kernels_named("avx512") != nullptr;
+  const bool wide = row_kernels_named("avx512") != nullptr && has_avx512_bf16();
   if (std::strcmp(name, kAmxAttention.name) == 0 && wide && amx_is_usable()) return &kAmx;
   if (std::strcmp(name, kEmulatedAmxAttention.name) == 0 && wide) return &kEmulatedAmx;
 #endif

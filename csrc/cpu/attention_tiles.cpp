@@ -17,6 +17,8 @@ void zip_halves(const char* a, const char* b, char* low, char* high) {
   }
 }
 
+void narrow_weights(Vec weights, char* to) { weights.narrow(Kind<DType::bfloat16>{}, to); }
+
 }  // namespace
 
 }  // namespace foretoken::cpu

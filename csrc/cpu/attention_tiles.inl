@@ -1,6 +1,7 @@
 // Attention over a chunk by products of matrix tiles, for queries and a cache of bfloat16. Include behind
-// attention_kernels.inl, within the vector's file; `zip_halves` has to be there too:
-//   zip_halves(a, b, low, high): of two lines of 32 bfloat16, (a0, b0, a1, b1 ... b15) and (a16 ... b31).
+// attention_kernels.inl, within the vector's file; two functions have to be there too:
+//   zip_halves(a, b, low, high): of two lines of 32 bfloat16, (a0, b0, a1, b1 ... b15) and (a16 ... b31);
+//   narrow_weights(weights, to): to the nearest bfloat16, of what is 0, normal or NaN.
 //
 // Queries are not scaled, the scores are. Weights are rounded to bfloat16. A row is a row of its tiles, which
 // no other touches; columns are summed in ascending order in blocks of kTileDepth from the chunk's start, and
@@ -168,7 +169,7 @@ void weigh_row(const ChunkTask& task, int64_t row, int64_t width, float* scores)
   for (int64_t c = 0; c < width; c += kLanes) {
     const Vec weight = exp2_of(subtract(Vec::load(scores + c), Vec::all(anchor)));
     sum = add(sum, weight);
-    weight.narrow(Kind<DType::bfloat16>{}, weights + 2 * c);
+    narrow_weights(weight, weights + 2 * c);
   }
   task.out.maxima[row] = anchor;
   task.out.sums[row] = sum_of(sum);

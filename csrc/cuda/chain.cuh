@@ -56,7 +56,7 @@ class ChainVerifier : ChainDraw<kType, false> {
       if (step.close) return close(step, turn);
       this->sum_residual(step, ++turn);
       cluster_sync();
-      if (warp_ == 0) go_on(shared_.draw.sums[turn % 2]);
+      if (warp_ == 0) go_on(turn);
     }
   }
 
@@ -142,20 +142,35 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ void next_candidate() {
 #pragma unroll 1
     while (candidates_ != 0) {
-      const int32_t at = 31 - __clz(static_cast<int>(candidates_));
+      const int32_t at = last_candidate(candidates_);
       const double prefix = __shfl_sync(kAllLanes, prefix_, at);
       if (at == end_ || prefix == 1.0) break;
-      if (has_residuals()) return then({false, false, at, status_, 1.0 / prefix, -1, 0, -1, 0});
+      if (has_residuals()) {
+        ChainStep step{false, false, at, status_, 1.0 / prefix, -1, 0, -1, 0};
+        const unsigned others = candidates_ & ~(1u << at);
+        const int32_t other = last_candidate(others);
+        const double of_other = __shfl_sync(kAllLanes, prefix_, others != 0 ? other : 0);
+        // As long as it takes hardly longer to read two nodes' rows than one's.
+        if (others != 0 && of_other != 1.0 && tiles_ <= 2 * size_ * kWarps) {
+          step.other = other;
+          step.other_gain = 1.0 / of_other;
+        }
+        return then(step);
+      }
       if (passes(at, left_of_point(at))) break;
       candidates_ &= ~(1u << at);
     }
     close_at_candidate(false);
   }
 
-  __device__ __forceinline__ void close_at_candidate(bool summed) {
-    const int32_t at = candidates_ != 0 ? 31 - __clz(static_cast<int>(candidates_)) : 0;
+  __device__ static __forceinline__ int32_t last_candidate(unsigned candidates) {
+    return 31 - __clz(static_cast<int>(candidates));
+  }
+
+  __device__ __forceinline__ void close_at_candidate(bool summed, int32_t which = 0) {
+    const int32_t at = candidates_ != 0 ? last_candidate(candidates_) : 0;
     const double prefix = __shfl_sync(kAllLanes, prefix_, at);
-    close_at(at, prefix > 0.0 ? 1.0 / prefix : 0.0, summed);
+    close_at(at, prefix > 0.0 ? 1.0 / prefix : 0.0, summed, which);
   }
 
   // What is left of a node's row without the token that follows, where it was not drawn from a law.
@@ -178,16 +193,22 @@ class ChainVerifier : ChainDraw<kType, false> {
     return accepts_fraction(__shfl_sync(kAllLanes, node_.coin, node), block_fraction(prefix, prefix * left));
   }
 
-  // The masses of the residual that was asked for are there. By the first warp.
-  __device__ __forceinline__ void go_on(const uint64_t* masses) {
-    const int32_t at = 31 - __clz(static_cast<int>(candidates_));
-    uint64_t mass = 0;
-    for (uint32_t tile = lane_id(); tile < tiles_; tile += kWarpSize) mass += masses[tile];
-    mass = sum_of_masses(mass);
-    if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
-      return close_at_candidate(true);
+  // The masses of the residuals that were asked for are there. By the first warp.
+  __device__ __forceinline__ void go_on(int turn) {
+    const int32_t count = shared_.step.other >= 0 ? 2 : 1;
+#pragma unroll 1
+    for (int32_t which = 0; which < count; ++which) {
+      const int32_t at = last_candidate(candidates_);
+      uint64_t mass = 0;
+      for (uint32_t i = lane_id(); i < size_ * kWarps; i += kWarpSize) {
+        mass += shared_.draw.sums[turn % 2][which][i];
+      }
+      mass = sum_of_masses(mass);
+      if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
+        return close_at_candidate(true, which);
+      }
+      candidates_ &= ~(1u << at);
     }
-    candidates_ &= ~(1u << at);
     next_candidate();
   }
 
@@ -197,11 +218,12 @@ class ChainVerifier : ChainDraw<kType, false> {
   }
 
   // `last` is the last draft that is kept.
-  __device__ __forceinline__ void close_at(int32_t last, double gain, bool summed) {
+  __device__ __forceinline__ void close_at(int32_t last, double gain, bool summed, int32_t which = 0) {
     const RowLaw& law = shared_.records[last].law;
     const bool rejected = last < length_;
     ChainStep step{
         true, summed, last, status_, -1.0, -1, 0, -1, __shfl_sync(kAllLanes, node_.closing_bits, last)};
+    step.which = which;
     if (!law.usable) step.status |= kLawLost;
     if (!law.usable || greedy_) {
       step.closing = law.top;

@@ -76,6 +76,8 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
 #pragma unroll 1
     while (token < 0) {
       if (exact && !step.summed) {
+        step.other = -1;
+        step.which = 0;
         sum_residual(step, ++turn);
         cluster_sync();
         step.summed = true;
@@ -95,29 +97,33 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
     return token;
   }
 
-  __device__ __forceinline__ float gain_of(const ChainStep& step) const {
-    return gain_in_weights(step.gain, shared_.records[step.node].law.mass,
-                           shared_.records[draft_row(step.node)].law.mass);
+  __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
+    return gain_in_weights(gain, shared_.records[node].law.mass, shared_.records[draft_row(node)].law.mass);
   }
 
   // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
-  // target.
+  // target. Of one node, or of two.
   __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
-    const bool with_draft = !kTree && step.gain >= 0.0;
-    const uint32_t target_row = static_cast<uint32_t>(step.node),
-                   other_row = with_draft ? draft_row(step.node) : target_row;
-    const float gain = with_draft ? gain_of(step) : 0.0f;
-    const RowLaw& target = shared_.records[target_row].law;
-    const RowLaw& draft = shared_.records[other_row].law;
-    const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
-    const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
-    const void* const target_data = row_data(target_row);
-    const void* const draft_data = row_data(other_row);
+    const bool with_draft = !kTree && step.gain >= 0.0, two = !kTree && step.other >= 0;
+    const float first_gain = with_draft ? gain_of(step.gain, step.node) : 0.0f;
+    const float other_gain = two ? gain_of(step.other_gain, step.other) : 0.0f;
+    uint64_t of_warp = 0, of_other = 0;
 #pragma unroll 1
-    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
+    for (uint32_t item = warp_ * size_ + rank_; item < (two ? 2 : 1) * tiles_; item += size_ * kWarps) {
+      const bool second = two && item >= tiles_;
+      const uint32_t index = second ? item - tiles_ : item;
+      const int32_t node = second ? step.other : step.node;
+      const uint32_t target_row = static_cast<uint32_t>(node),
+                     other_row = with_draft ? draft_row(node) : target_row;
       RawTile<kType> target_tile, draft_tile;
-      TileOfRow<kType>::load(target_tile, target_data, vocab_, index, args_.aligned);
-      if constexpr (!kTree) TileOfRow<kType>::load(draft_tile, draft_data, vocab_, index, args_.aligned);
+      TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
+      if constexpr (!kTree)
+        TileOfRow<kType>::load(draft_tile, row_data(other_row), vocab_, index, args_.aligned);
+      const float gain = second ? other_gain : first_gain;
+      const RowLaw& target = shared_.records[target_row].law;
+      const RowLaw& draft = shared_.records[other_row].law;
+      const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
+      const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
       PinnedSum sum;
       LaneMass lane_mass;
 #pragma unroll 2
@@ -144,10 +150,14 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
       if (static_cast<uint32_t>(lane_id()) < size_) {
         DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-        there->masses[turn % 2][index] = mass;
-        there->sums[turn % 2][index] = of_sum;
+        there->masses[turn % 2][second ? 1 : 0][index] = mass;
       }
+      (second ? of_other : of_warp) += of_sum;
     }
+    if (static_cast<uint32_t>(lane_id()) >= size_) return;
+    DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
+    there->sums[turn % 2][0][warp_ * size_ + rank_] = of_warp;
+    there->sums[turn % 2][1][warp_ * size_ + rank_] = of_other;
   }
 
   struct Running {
@@ -185,7 +195,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       mass[i] = 0;
       if (index >= tiles_) continue;
       if (exact) {
-        mass[i] = shared_.draw.masses[turn % 2][index];
+        mass[i] = shared_.draw.masses[turn % 2][step.which][index];
       } else {
         const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
         mass[i] = mass_of_stats({found.x, found.y}, law);
@@ -235,7 +245,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
         const RowLaw& draft = shared_.records[draft_row(step.node)].law;
         weight = residual_weight(
             weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
-            gain_of(step));
+            gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);
     }

@@ -157,14 +157,33 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     shared_.filter.listed = 0;
   }
 
+  // Whether few elements will hardly have the mass that is wanted: the largest of each tile have far less.
+  static __device__ __forceinline__ bool is_flat(const RowTask& task, const Filters& filters,
+                                                 const RowLaw& law) {
+    constexpr double kBesideLargest = 1.5;
+    uint64_t largest = 0;
+    for_stats(task.stats, tiles_of(task.row.size), [&](const TileStats& tile) {
+      if (tile.max >= law.cut) largest += mass_of(weight_of_logit(tile.max, law.max, law.scale, law.cut));
+    });
+    return kBesideLargest * static_cast<double>(sum_of_masses(largest)) <
+           static_cast<double>(filters.top_p) * static_cast<double>(law.mass);
+  }
+
   // `shares`: the passes over a row can be left to all blocks.
   static __device__ __noinline__ Threshold begin_search(const RowTask& task, FilterScratch& scratch,
                                                         const Filters& filters, RowLaw& law,
                                                         WindowFilter::Window& window, bool shares) {
     BlockFilter filter(task, scratch);
+    WindowFilter search(task, scratch);
+    const bool takes_window = filter.takes_window(filters);
+    const bool flat = takes_window && shares && is_flat(task, filters, law);
+    if (flat) {
+      window = search.guess(filters, law);
+      if (window.low < window.high) return Threshold::in_window;
+      __syncthreads();
+    }
     if (!filter.list(filters, law)) {
-      if (!filter.takes_window(filters)) return Threshold::anywhere;
-      WindowFilter search(task, scratch);
+      if (!takes_window || flat) return Threshold::anywhere;
       if (shares) {
         window = search.guess(filters, law);
         return window.low < window.high ? Threshold::in_window : Threshold::anywhere;
@@ -257,13 +276,13 @@ class ChainLaws : protected ChainRows<kType, kTree> {
       list(current, held, num_held);
       num_held = 0;
     };
-    const auto take = [&](bool there, float x, LaneMass& mass) {
+    const auto add = [&](bool there, float x, LaneMass& mass) {
       const RowLaw& law = shared_.seen[current].law;
       const float weight = weight_of_logit(x, law.max, law.scale, law.cut);
       mass.add(there && x >= high ? weight : 0.0f);
-      const bool near = there && x < high;
+    };
+    const auto hold = [&](bool near, float x) {
       const unsigned all = __ballot_sync(kAllLanes, near);
-      if (all == 0) return;
       if (near) held[num_held + __popc(all & ((1u << lane_id()) - 1))] = key_of(x);
       num_held += __popc(all);
       __syncwarp();
@@ -292,10 +311,18 @@ class ChainLaws : protected ChainRows<kType, kTree> {
           const int most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(count)));
           LaneMass mass;
           if (most <= kColumn) {
-#pragma unroll 1
+            unsigned near = 0;
+#pragma unroll 2
             for (int k = 0; k < most; ++k) {
               const bool there = k < count;
-              take(there, there ? __uint_as_float(column[k * kWarpSize]) : low, mass);
+              const float x = there ? __uint_as_float(column[k * kWarpSize]) : low;
+              add(there, x, mass);
+              near |= there && x < high ? 1u << k : 0u;
+            }
+#pragma unroll 1
+            for (; __any_sync(kAllLanes, near != 0); near &= near - 1) {
+              const int k = near != 0 ? __ffs(static_cast<int>(near)) - 1 : 0;
+              hold(near != 0, __uint_as_float(column[k * kWarpSize]));
             }
           } else {
 #pragma unroll 1
@@ -310,7 +337,8 @@ class ChainLaws : protected ChainRows<kType, kTree> {
                 float x = eight.x[0];
 #pragma unroll
                 for (int i = 0; i < 7; ++i) eight.x[i] = eight.x[i + 1];
-                take(x >= low, x, mass);
+                add(x >= low, x, mass);
+                if (__any_sync(kAllLanes, x >= low && x < high)) hold(x >= low && x < high, x);
               }
             }
           }

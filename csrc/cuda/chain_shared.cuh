@@ -34,12 +34,16 @@ struct ChainStep {
   uint64_t removed_mass;
   int64_t closing;  // -1: to be drawn ...
   uint64_t bits;    // ... by these
+  // Of the mass of a residual: the one that will be wanted next if this one is not enough; -1: none.
+  int32_t other = -1;
+  double other_gain = 0.0;
+  int32_t which = 0;  // of those two that was summed
 };
 
 // Two buffers in turns: whoever is late may still read the one before.
 struct DrawScratch {
-  uint64_t masses[2][kMaxTiles];  // of a residual's tiles, to the last unit
-  uint64_t sums[2][kMaxTiles];    // the same as the sum of their weights in float32 has it
+  uint64_t masses[2][2][kMaxTiles];           // of a residual's tiles, to the last unit; of another's
+  uint64_t sums[2][2][kMaxCluster * kWarps];  // of each warp's, as the sums of weights in float32 have it
   uint64_t warp_words[kWarps];
 };
 

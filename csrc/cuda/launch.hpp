@@ -132,17 +132,18 @@ void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
 }
 
 // As shape_for(), for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of
-// a request read, one of them then takes what is left of one row; the weights are times measured on an H200,
-// in us.
-inline Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
-                              bool may_share) {
-  constexpr double kOfTile = 1.8, kOfTilePair = 1.3, kOfSharing = 1.2;
+// a request read, one of them then takes what is left of kPasses rows; the weights are times measured on an
+// H200, in us. A multiprocessor is busy with instructions, so they go by tiles of a block.
+template <int kPasses>
+Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
+                       bool may_share) {
+  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2;
   Shape best;
   double least = 1e30;
   for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
-    const int64_t warps = shape.cluster * kWarps, all = warps * shape.clusters;
-    const double cost = kOfTile * static_cast<double>((rows * tiles + all - 1) / all) +
-                        kOfTilePair * static_cast<double>((tiles + warps - 1) / warps) +
+    const double all = static_cast<double>(rows * tiles), blocks = shape.cluster;
+    const double cost = kOfTile * all / (blocks * shape.clusters) +
+                        kPasses * kOfTilePair * static_cast<double>(tiles) / blocks +
                         (shape.clusters > 1 ? kOfSharing : 0.0);
     if (cost >= least) return;
     least = cost;

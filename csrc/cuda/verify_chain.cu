@@ -26,8 +26,11 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_chain_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
-    const Shape shape = kept_shape<find_chain_shape>(room, requests, rows, (args.vocab + kTile - 1) / kTile,
-                                                     args.arrivals != nullptr);
+    const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
+    const int64_t tiles = (args.vocab + kTile - 1) / kTile;
+    const bool may_share = args.arrivals != nullptr;
+    const Shape shape = walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
+                                 : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args);

@@ -113,8 +113,10 @@ class WindowFilter {
     float x[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
+      // Eight neighbours together, which are one access.
       const int64_t sample = threadIdx.x + static_cast<int64_t>(i) * kThreads;
-      x[i] = element_at(task_.row, sample * size / kSamples);
+      const int64_t at = sample / 8 * size / (kSamples / 8) + sample % 8;
+      x[i] = element_at(task_.row, at < size ? at : size - 1);
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -70,3 +72,54 @@ class TreeChoices:
         """What the round that was planned came to."""
         for slot, tokens in zip(slots, num_emitted, strict=True):
             self._choices[slot].note(self._planned[slot], tokens, seconds)
+
+
+class ChoicesAhead:
+    """The choices of slots whose rounds are issued before the last ones are known: each goes by what is known
+    when its round is planned.
+
+    Parameters
+    ----------
+    slots
+        How many.
+    mark
+        Notes where the device is in its work, without waiting for it.
+    between
+        Seconds from one mark to another, both of them passed.
+    """
+
+    def __init__(self, slots: int, mark: Callable[[], Any], between: Callable[[Any, Any], float]) -> None:
+        self._choices = [TreeChoice() for _ in range(slots)]
+        self._mark, self._between = mark, between
+        self._begin: Any = None
+        self._planned: dict[int, bool] = {}
+        self._issued: deque[tuple[Any, Any, list[tuple[TreeChoice, bool | None]]]] = deque()
+
+    def reset(self, slot: int) -> None:
+        """A new request has this slot; rounds of the one before stay its own."""
+        self._choices[slot] = TreeChoice()
+
+    def plan(self, slots: Sequence[int]) -> list[bool]:
+        """Which rows want a tree, in the round that begins here."""
+        self._begin = self._mark()
+        wanted = [self._choices[slot].wants_tree() for slot in slots]
+        self._planned = dict(zip(slots, wanted, strict=True))
+        return wanted
+
+    def issue(self, slots: Sequence[int]) -> None:
+        """The round that was planned ends here, with the rows that are left of it; none were, if it drafted
+        nothing.
+        """
+        rows = [(self._choices[slot], self._planned.get(slot)) for slot in slots]
+        self._issued.append((self._begin, self._mark(), rows))
+        self._planned = {}
+
+    def settle(self, num_emitted: Sequence[int]) -> None:
+        """What the oldest round that was issued came to; rows that had ended before emitted nothing."""
+        begin, end, rows = self._issued.popleft()
+        if begin is None:
+            return
+        seconds = self._between(begin, end)
+        for (choice, tree), tokens in zip(rows, num_emitted, strict=True):
+            if tree is not None and tokens > 0:
+                choice.note(tree, tokens, seconds)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from foretoken import _core, ops
-from foretoken.controller import TreeChoices
-from foretoken.device import DeviceRounds, drafter_on, place_of, runs_ahead
+from foretoken.controller import ChoicesAhead, TreeChoices
+from foretoken.device import DeviceRounds, drafter_on, mark_of, place_of, runs_ahead, seconds_between
 from foretoken.drafters import Context, Drafter, Proposal
 from foretoken.metrics import Metrics
 from foretoken.request import (
@@ -59,11 +59,10 @@ class Session:
     tree
         Let drafts form trees of this size. After the commit of a step of trees the caller moves the cache
         rows of the accepted path, see :class:`~foretoken.step.Step`. None: chains. ``"auto"``: trees for
-        requests to which they have given more tokens a second than chains; on a CUDA device chains.
-    rule
-        How drafts are accepted, see :func:`foretoken.ops.verify`; a request may have its own.
-    tolerance
-        How far the lossy rules may go.
+        requests to which they have given more tokens a second than chains.
+    rule, tolerance
+        How drafts are accepted, see :func:`foretoken.ops.verify`, a request may have its own rule; and how
+        far the lossy ones may go.
     prefill_chunk
         Prompt tokens of a request in one prefill step.
     logprobs
@@ -147,7 +146,7 @@ class Session:
             max_length,
             tree=plan,
         )
-        self._choices = TreeChoices(max_batch) if plan is not None and tree == "auto" else None
+        self._choices = TreeChoices(max_batch) if plan is not None and tree == "auto" and not ahead else None
         self._requests: dict[int, Request] = {}
         self._row_requests: list[Request] = []
         self._row_version = 0
@@ -177,6 +176,7 @@ class Session:
                 logprobs=logprobs,
                 device=place,
                 tree=plan,
+                choices=ChoicesAhead(max_batch, mark_of(place), seconds_between) if tree == "auto" else None,
             )
 
     # ---- requests ----

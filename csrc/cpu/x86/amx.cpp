@@ -43,8 +43,14 @@ bool ask_the_system() {
 
 }  // namespace
 
+bool has_avx512_bf16() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & bit(5)) != 0;
+}
+
 bool amx_is_usable() {
-  static const bool usable = processor_has_tiles() && system_saves_tiles() && ask_the_system();
+  static const bool usable =
+      has_avx512_bf16() && processor_has_tiles() && system_saves_tiles() && ask_the_system();
   return usable;
 }
 

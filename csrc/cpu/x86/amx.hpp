@@ -6,4 +6,7 @@ namespace foretoken::cpu {
 // asked for here: their registers are 8 KB a thread.
 bool amx_is_usable();
 
+// Vectors of AVX-512 narrowed to bfloat16, which every processor with AMX can.
+bool has_avx512_bf16();
+
 }  // namespace foretoken::cpu

@@ -20,6 +20,11 @@ inline void zip_halves(const char* a, const char* b, char* low, char* high) {
   _mm512_storeu_si512(high, _mm512_permutex2var_epi16(first, upper, second));
 }
 
+inline void narrow_weights(Vec weights, char* to) {
+  const __m256bh narrow = _mm512_cvtneps_pbh(weights.lane);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
 }  // namespace
 
 }  // namespace foretoken::cpu

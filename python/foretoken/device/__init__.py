@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foretoken.device.clock import mark_of, seconds_between
 from foretoken.device.completion import Job, by_host, completions_of, tiers_of
 from foretoken.device.drafting import DeviceDrafter, drafter_on
 from foretoken.device.loop import LoopGraph, LoopTier, is_unrolled
@@ -22,10 +23,12 @@ __all__ = [
     "completions_of",
     "drafter_on",
     "is_unrolled",
+    "mark_of",
     "numbers",
     "place_of",
     "replays_of",
     "runs_ahead",
+    "seconds_between",
     "tiers_of",
     "why_no_edits_on",
     "why_not_on",

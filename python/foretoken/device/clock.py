@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ def timing_event() -> Any:
     """An event that knows when it passed."""
     make: Any = torch.cuda.Event
     return make(enable_timing=True)
+
+
+def mark_of(device: torch.device) -> Callable[[], Any]:
+    """Notes where the device is in its work, without waiting for it."""
+    if device.type != "cuda":
+        return perf_counter
+
+    def mark() -> Any:
+        event = timing_event()
+        event.record()
+        return event
+
+    return mark
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """From one such mark to another, both of them passed."""
+    return end - begin if isinstance(end, float) else 1e-3 * float(begin.elapsed_time(end))
 
 
 class DeviceClock:

@@ -87,7 +87,8 @@ class Completions:
                 raise ValueError(f"{role}: its rounds cannot be repeated by the device: {reason}")
         if job.tiers is None:
             return
-        if rounds._tree is not None or rounds._drafter is None:
+        trees = rounds._tree is not None and rounds._choices is None
+        if trees or rounds._drafter is None:
             found = "no drafter" if rounds._drafter is None else "draft trees"
             raise ValueError(f"draft_tiers: expected a session that drafts chains, got one with {found}")
         if rounds._device.type == "cuda" and not _core.loop_takes_tiers():

@@ -51,6 +51,8 @@ class DeviceContext:
     """int32 ``[B]``: the most drafts of each row's tree, 0 where its budget is, -1 where that is."""
     shortfall: Tensor | None = None
     """As of `Step`."""
+    chain: Tensor | None = None
+    """bool ``[B]``: rows whose tree is to be a chain; None: no row."""
     inputs: StepInputs | None = None
     """Where the steps of a chain of a draft model are written; ``base`` and ``budget`` are known then."""
 
@@ -222,7 +224,7 @@ class DeviceModel:
             requests=context.requests,
             depth=depth.to(torch.int64),
             nodes=torch.where(drafting, nodes, nodes.clamp_max(0)),
-            chain=torch.zeros_like(drafting),
+            chain=torch.zeros_like(drafting) if context.chain is None else context.chain,
             numbers_of_slots=rows.slot_numbers,
             slot_range=rows.range,
             longest=context.longest - 1,

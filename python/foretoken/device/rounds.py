@@ -7,10 +7,10 @@ in one more round as a padded row: nothing of it is read, nothing is emitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,19 @@ from foretoken.tree import TreePlan
 
 # Rounds that may be unsettled when the next one is planned.
 AHEAD = 1
+EMITTED = 1  # kRecordEmitted
+
+
+class Choices(Protocol):
+    """Between trees and chains, by what rounds have come to."""
+
+    def reset(self, slot: int) -> None: ...
+
+    def plan(self, slots: Sequence[int]) -> list[bool]: ...
+
+    def issue(self, slots: Sequence[int]) -> None: ...
+
+    def settle(self, num_emitted: Sequence[int]) -> None: ...
 
 
 class DeviceRounds:
@@ -55,6 +68,7 @@ class DeviceRounds:
         logprobs: bool,
         device: torch.device,
         tree: TreePlan | None = None,
+        choices: Choices | None = None,
     ) -> None:
         slots = table.size
         self._native, self._views, self._table = native, views, table
@@ -71,6 +85,7 @@ class DeviceRounds:
         self._prompt_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._held_until = torch.zeros(slots, dtype=torch.int64, device=device)
         self._tree = tree
+        self._choices = None if tree is None else choices  # between trees and chains; None: as `tree` says
         most = num_drafts if tree is None else tree.nodes
         metrics.device_counters = ops.RoundCounters.empty(slots, num_drafts, most, device=device)
         self._clock = DeviceClock()
@@ -116,6 +131,8 @@ class DeviceRounds:
         self._held_until[slot : slot + 1].fill_(len(prompt) + terms.min_new_tokens)
         if self._drafter is not None:
             self._drafter.seat(slot, len(prompt))
+        if self._choices is not None:
+            self._choices.reset(slot)
         if rules is not None:
             there = upload(rules, torch.uint8, self._device)
             # Graphs go on reading the one that they were captured with.
@@ -212,7 +229,10 @@ class DeviceRounds:
         self._clock.read(seconds)
 
     def _settle(self) -> None:
-        self._settle_record(self._results.receive())
+        record = self._results.receive()
+        self._settle_record(record)
+        if self._choices is not None and self.completions is None:
+            self._choices.settle(record[:, EMITTED].tolist())
 
     def _settle_record(self, record: Tensor) -> None:
         width = record.shape[1]
@@ -278,15 +298,20 @@ class DeviceRounds:
             plain = self._inputs_of(rows.count, 0)
             plain.write(self._state, rows.slots)
             return FedProposal(plain.drafts, plain.num_drafts, inputs=plain)
-        tree, nodes, inputs = self._tree, None, None
+        wanted = self._wanted(rows)
+        tree = None if wanted is None else self._tree
+        nodes = chain = inputs = None
         if tree is None and isinstance(drafter, DeviceModel):
             inputs = self._inputs_of(rows.count, most)
             base, budget = inputs.base, inputs.num_drafts
         else:
             base = rows.of(self._state.base)
             budget = rows.of(self._state.next_drafts).clamp_max(most)
-        if tree is not None:
+        if tree is not None and wanted is not None:
             nodes = self._nodes(base, budget, tree.nodes)
+            if not all(wanted):
+                chain = upload([not one for one in wanted], torch.bool, self._device)
+                nodes = torch.where(chain, budget, nodes)
         context = DeviceContext(
             rows,
             self._state,
@@ -301,6 +326,7 @@ class DeviceRounds:
             tree,
             nodes,
             shortfall,
+            chain,
             inputs,
         )
         return drafter.propose(context, most)
@@ -310,6 +336,16 @@ class DeviceRounds:
         if inputs is None:
             inputs = self._inputs[rows, drafts] = StepInputs(rows, drafts, self._device)
         return inputs
+
+    def _wanted(self, rows: Rows) -> list[bool] | None:
+        """Which rows draft trees, or what holds for all of them; None: no row does."""
+        if self._tree is None:
+            return None
+        wanted = [True]
+        if self._choices is not None:
+            # What a device repeats by itself is a round of one kind.
+            wanted = [False] if self.completions is not None else self._choices.plan(rows.slot_numbers)
+        return wanted if any(wanted) else None
 
     def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
         """The most drafts of each row's tree: what its slot has room for."""
@@ -365,6 +401,8 @@ class DeviceRounds:
         if self._planned is None:
             raise RuntimeError("commit: no step is planned")
         verdict, record = self._issue(step, logits, *self._planned)
+        if self._choices is not None and self.completions is None:
+            self._choices.issue(self._planned[0].slot_numbers)
         self._native.launch()
         self._results.send(record)
         return verdict

@@ -255,9 +255,6 @@ class Decoding:
         """Whether models and rounds can do with trees; if not, a plan is refused, "auto" drafts chains."""
         if self._tree is None:
             return
-        if auto and self.why_on_host is None:
-            self._tree = None
-            return
         try:
             for runner in self._taken.values():
                 runner.check_trees()
@@ -265,8 +262,13 @@ class Decoding:
             if not auto:
                 raise
             self._tree = None
-        if self._tree is not None and self.why_on_host is None:
-            self.why_on_host = self._why_trees_on_host(self._tree)
+        if self._tree is None or self.why_on_host is not None:
+            return
+        reason = self._why_trees_on_host(self._tree)
+        if reason is not None and auto:
+            self._tree = None
+        else:
+            self.why_on_host = reason
 
     def _why_trees_on_host(self, tree: TreePlan) -> str | None:
         depth = min(self._num_drafts, tree.depth)

@@ -67,8 +67,7 @@ def settle_plan(
     tree, num_drafts
         As they were asked for; ``usual`` drafts of a chain where nothing was.
     ahead_on
-        The device, if its rounds are issued before the last ones are known: there no clock chooses between
-        trees and chains, and a plan has to be one of trees.
+        The device, if its rounds are issued before the last ones are known: plans are of trees there.
     """
     if isinstance(tree, TreePlan):
         depth = tree.depth if num_drafts is None else min(num_drafts, tree.depth)
@@ -82,7 +81,7 @@ def settle_plan(
         return None, usual if num_drafts is None else num_drafts
     if tree != "auto":
         raise TypeError(f'tree: expected a TreePlan, "auto" or None, got {tree!r}')
-    if ahead_on is not None:
-        return None, usual if num_drafts is None else num_drafts
     depth = TreePlan().depth if num_drafts is None else num_drafts
-    return (TreePlan(depth=depth) if depth > 0 else None), depth
+    if depth == 0 or (ahead_on is not None and depth >= TreePlan().nodes):
+        return None, depth
+    return TreePlan(depth=depth), depth
