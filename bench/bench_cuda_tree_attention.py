@@ -184,7 +184,7 @@ class Peers:
         try:
             return round(Captured(calls()).us(rounds), 2)
         except Exception as error:
-            return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             torch.cuda.synchronize()
             self.seconds -= perf_counter() - begin

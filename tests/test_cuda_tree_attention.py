@@ -62,7 +62,7 @@ def test_groups(group):
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page", [0, 1, 7, 16, 64, 256])
+@pytest.mark.parametrize("page", [0, 1, 7, 8, 16, 64, 256])
 def test_layouts(page, layout):
     for interleaved, words in itertools.product([False, True], ["tree", "chain"]):
         check(make(page=page, layout=layout, interleaved=interleaved, words=words, length=300, **BFLOAT))
@@ -81,6 +81,21 @@ def test_float8_caches(size, dtype):
     for own, nodes in itertools.product(REAL, (7, 80)):
         scales = {"k_scale": torch.tensor([0.5]), "v_scale": torch.tensor([2.0, 0.3])}
         check(make(dtype=own, cache_dtype=dtype, size=size, nodes=nodes, page=16, length=700, **scales))
+
+
+@pytest.mark.parametrize("page", [0, 1, 8, 64])
+def test_float8_pages(page):
+    for nodes in (7, 80):
+        check(
+            make(
+                cache_dtype=FLOAT8[0],
+                nodes=nodes,
+                page=page,
+                length=700,
+                k_scale=torch.tensor([0.5]),
+                **BFLOAT,
+            )
+        )
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 505, 512, 4090, 4096, 9001])

@@ -176,11 +176,13 @@ Task task_of(const TreeAttentionArgs& args) {
 
 // Boxes of a tile if the copy engine can bring it, else 0: pages are boxes or hold whole ones.
 int boxes_of(const TreeAttentionArgs& args, const Task& task, const Limits& limits, attend::Maps& maps) {
-  if (limits.major < 9 || is_float8(args.k_cache.dtype)) return 0;
+  if (limits.major < 9) return 0;
   if (task.block_table && (task.page_shift < 3)) return 0;  // fewer slots than a box needs
-  const int slots = task.block_table ? std::min(task.page_size, attend::kTile) : attend::kTile;
-  const bool told =
-      attend::encode_cache(args.k_cache, slots, maps.k) && attend::encode_cache(args.v_cache, slots, maps.v);
+  const int slots = task.block_table ? std::min(task.page_size, 16) : 16;
+  // 8-bit columns are brought all at once, 16-bit ones as the matrix units expect them.
+  const int columns = !is_float8(args.k_cache.dtype) ? 64 : task.head_size <= 128 ? 128 : 256;
+  const bool told = attend::encode_cache(args.k_cache, columns, slots, maps.k) &&
+                    attend::encode_cache(args.v_cache, columns, slots, maps.v);
   return told ? attend::kTile / slots : 0;
 }
 

@@ -1,6 +1,7 @@
 // The kernel: a warpgroup that loads, one or two that compute, each for 64 queries.
 #pragma once
 
+#include "cuda/tree_attention_float8.cuh"
 #include "cuda/tree_attention_merge.cuh"
 
 namespace foretoken::cuda::attend {
@@ -18,22 +19,36 @@ template <int kD, int kTeams, bool kFloat8>
 struct SharedPlan {
   static constexpr int kBufferBytes = kTile * kD * 2;  // a tile of K or V; a warpgroup's queries
   static constexpr int kTotalBytes = kTeamRows * kD * 4;
-  static constexpr bool kSharesTotals = kIsHopper && kTeams == 2 && !kFloat8;  // else they are in memory
+  static constexpr bool kSharesTotals = kIsHopper && kD == 128;  // else they are in memory
   static constexpr int kStages = !kFloat8 ? 0 : kD == 256 ? 4 : kTeams == 1 ? 8 : 6;
   static constexpr int kStageBytes = kStages * kTile * kD;
   static constexpr int kMostBuffers = 16;
   // Few queries keep a multiprocessor busy only in two blocks, which take turns at waiting.
   static constexpr int kBlocksAtOnce = kIsHopper && kTeams == 1 && kD == 128 && !kFloat8 ? 2 : 1;
   static constexpr bool kGivesRegisters = kTeams == 2 || kBlocksAtOnce == 2;
-  static constexpr int kBarrierBytes = kMostBuffers * (16 + 4);  // and what is lost
+  static constexpr int kLoaderRegisters = kFloat8 ? 72 : 40;
+  static constexpr int kTeamRegisters = kTeams == 1 ? 216 : kFloat8 ? 216 : 232;
+  static constexpr int kBarrierBytes = kMostBuffers * (16 + 4) + kStages * 32;  // and what is lost
 
+  static constexpr int64_t query_bytes(bool hopper) {
+    return keeps_queries(kD, hopper) ? 0 : kTeams * kBufferBytes;
+  }
   static int64_t total_bytes(bool hopper) { return hopper && kSharesTotals ? kTeams * kTotalBytes : 0; }
   static int64_t bytes(int buffers, int batch, int groups, bool hopper) {
-    return 1024 + kTeams * kBufferBytes + total_bytes(hopper) + static_cast<int64_t>(buffers) * kBufferBytes +
+    return 1024 + query_bytes(hopper) + total_bytes(hopper) + static_cast<int64_t>(buffers) * kBufferBytes +
            kStageBytes + kBarrierBytes + kTeams * static_cast<int64_t>(sizeof(Queries)) + 16 +
-           static_cast<int64_t>(sizeof(SharedPair)) + 4 * (batch + 1) + 4 * (groups + 1);
+           static_cast<int64_t>(sizeof(SharedPair)) + 4 * (batch + 1) + 4 * (groups + 2);
   }
 };
+
+// Where two blocks share a multiprocessor, those that it is given first and those that join them have
+// neighbouring stretches: short caches leave every second stretch empty.
+template <int kBlocksAtOnce>
+__device__ inline int group_of_block(const Task& task) {
+  const int group = static_cast<int>(blockIdx.x) / task.row_blocks, half = task.groups / 2;
+  if (kBlocksAtOnce == 1 || group >= 2 * half) return group;
+  return group < half ? 2 * group + 1 : 2 * (group - half);
+}
 
 // A warpgroup that computes, on its way through the block's stretch.
 template <class Element, int kD, int kTeams, bool kFloat8>
@@ -55,7 +70,7 @@ class Consumer {
         totals_(totals),
         team_(team),
         thread_(thread),
-        group_(static_cast<int>(blockIdx.x) / task.row_blocks),
+        group_(group_of_block<SharedPlan<kD, kTeams, kFloat8>::kBlocksAtOnce>(task)),
         row_block_(static_cast<int>(blockIdx.x) % task.row_blocks) {}
 
   __device__ void run(int start, int stop) {
@@ -66,16 +81,20 @@ class Consumer {
       const TeamPiece at = team_piece(task_, piece, row_block_, team_);
       if (at.queries <= row_block_ * task_.block_queries) continue;
       sync_team();
-      if (__builtin_expect(task_.aligned_q, 1)) {
+      typename Product::Queries queries;
+      queries.matrix = shared_address(matrix_);
+      if constexpr (Product::kKeepsQueries) {
+        keep_queries<Element, kD>(task_, at, queries.kept, queries_, thread_);
+      } else if (__builtin_expect(task_.aligned_q, 1)) {
         take_queries<Element, kD, true>(task_, at, matrix_, queries_, thread_);
       } else {
         take_queries<Element, kD, false>(task_, at, matrix_, queries_, thread_);
       }
-      publish_to_matrix_units();
-      if (task_.boxes > 0 && !taken_) arrive_at(2 + kTeams, kTeams * kTeam + 32);
+      if (!Product::kKeepsQueries) publish_to_matrix_units();
+      if (task_.boxes > 0 && !taken_) arrive_at(4 + kTeams, (kTeams + 1) * kTeam);
       taken_ = true;
       sync_team();
-      walk(at);
+      walk(at, queries);
       if (piece.whole()) continue;
       arrive(piece);
       merges = x >= stop;
@@ -100,13 +119,12 @@ class Consumer {
   // All tiles of a piece. The scores of a tile and the values of the one before it are begun together, so
   // that the matrix units have work while scores become weights. Of the values at first and the scores at
   // last nothing is used: products under a condition would have to wait for each other.
-  __device__ void walk(const TeamPiece& at) {
+  __device__ void walk(const TeamPiece& at, const typename Product::Queries& queries) {
     const Piece& piece = at.piece;
     if (!at.active()) return pass_by(at);
     const ScoreScale scale(
         task_.k_scale ? task_.scale * task_.k_scale[piece.head * task_.k_scale_head] : task_.scale,
         task_.softcap);
-    const uint32_t queries = shared_address(matrix_);
     const int start = piece.from;
     Values<kD> values;
     Rows rows, done;
@@ -144,20 +162,27 @@ class Consumer {
       Product::settle(scores);
       if (scored) {
         release(keys);
-        const float factor = scores_of(scores, scale);
-        if (!at.plain(tile)) hide(scores, sight(at, 0, tile), sight(at, 1, tile));
+        float factor = scale.factor;
+        if (__builtin_expect(lost || !scale.plain || !at.plain(tile), 0)) {
+          factor = scores_of(scores, scale);
+          if (lost) lose_rows(at, tile, rows);
+          if (!at.plain(tile)) hide(scores, sight(at, 0, tile), sight(at, 1, tile));
+        }
         weigh(scores, factor, rows, factors);
-        if (__builtin_expect(lost, 0)) lose_rows(at, tile, rows);
       }
       Product::template wait<0>();
       Product::settle(values);
       if (valued) {
         release(before);
-        if (begins || !scored) end_chunk(at, (tile - 1) / kChunkTiles, values, done, folded);
       }
-      if (!scored) return;
-      if (!begins) scale_values(values, factors);
+      if (scored) add_weights(scores, factors, rows);
       pack_weights<Element>(scores, weights);
+      if (begins || !scored) {
+        if (valued) end_chunk(at, (tile - 1) / kChunkTiles, values, done, folded);
+        if (!scored) return;
+      } else {
+        scale_values(values, factors);
+      }
     }
   }
 
@@ -281,9 +306,10 @@ class Consumer {
 
   // Behind a piece of a shared pair: its partial results are there.
   __device__ void arrive(const Piece& piece) const {
-    __threadfence();
     sync_teams();
-    if (leads()) atomicAdd(counters(piece), 1u);
+    if (!leads()) return;
+    __threadfence();
+    atomicAdd(counters(piece), 1u);
   }
 
   // Blocks whose stretch ends with a shared pair wait for all that have a piece of it, and merge. Those with
@@ -367,7 +393,8 @@ __global__ void __launch_bounds__((kTeams + 1) * kTeam, (SharedPlan<kD, kTeams, 
   using Plan = SharedPlan<kD, kTeams, kFloat8>;
   extern __shared__ char raw[];
   char* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
-  char* const buffers = shared + kTeams * Plan::kBufferBytes;
+  constexpr auto kQueryBytes = static_cast<int>(Plan::query_bytes(kHasWarpgroups));
+  char* const buffers = shared + kQueryBytes;
   char* const stages = buffers + task.ring * Plan::kBufferBytes;
   char* const totals = Plan::kSharesTotals
                            ? stages + Plan::kStageBytes
@@ -380,6 +407,7 @@ __global__ void __launch_bounds__((kTeams + 1) * kTeam, (SharedPlan<kD, kTeams, 
   auto* const shared_pair = reinterpret_cast<SharedPair*>(unfit + 2);
   layout.before = reinterpret_cast<int32_t*>(shared_pair + 1);
   layout.cuts = layout.before + task.batch + 1;
+  layout.filled = layout.cuts + task.groups + 1;
   Ring ring;
   ring.buffers = shared_address(buffers);
   ring.full = shared_address(barriers);
@@ -387,35 +415,43 @@ __global__ void __launch_bounds__((kTeams + 1) * kTeam, (SharedPlan<kD, kTeams, 
   ring.lost = reinterpret_cast<int32_t*>(barriers + Plan::kMostBuffers * 16);
   ring.size = task.ring;
   ring.bytes = Plan::kBufferBytes;
+  const uint32_t stages_full = ring.full + Plan::kMostBuffers * 20;
   if (threadIdx.x == 0) {
     *unfit = 0;
     for (int i = 0; i < task.ring; ++i) {
       ring.lost[i] = 0;
-      barrier_init(ring.full + i * 8, task.boxes > 0 ? 1 : kTeam);
+      barrier_init(ring.full + i * 8, task.boxes > 0 && !kFloat8 ? kTeam / 32 : kTeam);
       barrier_init(ring.empty + i * 8, kTeams * kTeam / 32);
     }
+    for (int i = 0; i < Plan::kStages * 4; ++i) barrier_init(stages_full + static_cast<uint32_t>(i) * 8, 1);
   }
   lay_out(task, layout);  // with barriers of the block
-  const int group = static_cast<int>(blockIdx.x) / task.row_blocks;
+  const int group = group_of_block<Plan::kBlocksAtOnce>(task);
   const int row_block = static_cast<int>(blockIdx.x) % task.row_blocks;
   const int start = layout.cuts[group], stop = layout.cuts[group + 1];
   const int team = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kTeam, 0);
   const int thread = static_cast<int>(threadIdx.x) % kTeam;
   if (team == kTeams) {
-    if constexpr (Plan::kGivesRegisters) leave_registers<40>();
+    if constexpr (Plan::kGivesRegisters) leave_registers<Plan::kLoaderRegisters>();
     if constexpr (kFloat8) {
-      Float8Loader<kD, Plan::kStages>(task, ring, stages, thread).load(layout, start, stop, row_block);
-    } else if (task.boxes > 0) {
-      if (thread < 32) load_boxes<kD, kTeams>(task, layout, maps, start, stop, row_block, ring, thread);
+      Float8Loader<kD, Plan::kStages, kTeams> loader(task, ring, stages, stages_full, thread);
+      if (kHasCopyEngine && task.boxes > 0) {
+        loader.load_boxes({task, layout, maps, start, stop, row_block, thread},
+                          2 * tiles_walked(task, layout, start, stop, row_block));
+      } else {
+        loader.load(layout, start, stop, row_block);
+      }
+    } else if (kHasCopyEngine && task.boxes > 0) {
+      load_boxes<kD, kTeams>({task, layout, maps, start, stop, row_block, thread}, ring, thread);
     } else {
       load_tiles<kD>(task, layout, start, stop, row_block, ring, thread);
     }
     if (thread < 32) tell_who_shares<kTeams>(task, layout, start, stop, row_block, group, *shared_pair);
     fill_rest(task, thread);
   } else {
-    if constexpr (Plan::kGivesRegisters) take_registers<kTeams == 2 ? 232 : 216>();
+    if constexpr (Plan::kGivesRegisters) take_registers<Plan::kTeamRegisters>();
     auto* const own = reinterpret_cast<float4*>(totals + team * Plan::kTotalBytes);
-    Consumer<Element, kD, kTeams, kFloat8>(task, layout, ring, shared + team * Plan::kBufferBytes,
+    Consumer<Element, kD, kTeams, kFloat8>(task, layout, ring, shared + team * (kQueryBytes / kTeams),
                                            queries[team], *shared_pair, *unfit, own + thread, team, thread)
         .run(start, stop);
   }

@@ -1,8 +1,6 @@
 // The warpgroup that fills the ring: a tile of K, that of V, the next tile's, and so on.
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include "cuda/tree_attention_ptx.cuh"
 #include "cuda/tree_attention_task.cuh"
 
@@ -19,7 +17,7 @@ __device__ inline uint32_t place_of(int row, int piece) {
 // The ring's buffers and barriers. Each side walks through it on its own.
 struct Ring {
   uint32_t buffers, full, empty;  // shared memory addresses
-  int32_t* lost;                  // of a buffer of K: not all of it could be read
+  int32_t* lost;                  // of a buffer of K, a byte a warp: not all of it could be read
   int size, bytes;
   int index = 0;
   uint32_t parity = 0;
@@ -27,6 +25,7 @@ struct Ring {
   __device__ uint32_t buffer() const { return buffers + static_cast<uint32_t>(index * bytes); }
   __device__ uint32_t full_barrier() const { return full + static_cast<uint32_t>(index) * 8; }
   __device__ uint32_t empty_barrier() const { return empty + static_cast<uint32_t>(index) * 8; }
+  __device__ uint8_t& lost_byte(int warp) const { return reinterpret_cast<uint8_t*>(lost + index)[warp]; }
   __device__ void advance() {
     if (++index == size) {
       index = 0;
@@ -189,153 +188,5 @@ __device__ void load_tiles(const Task& task, const Layout& layout, int start, in
     }
   }
 }
-
-// 16-bit caches whose pages hold whole boxes: by the copy engine, and one warp. Its lanes have the boxes of
-// as many tiles as there are lanes for, and ask for the pages of as many again ahead. What a box has beyond
-// the row's slots is hidden or taken out later. Once the first keys are on their way it waits for the
-// queries, which would otherwise stand behind all that the ring can hold.
-template <int kD, int kTeams>
-__device__ void load_boxes(const Task& task, const Layout& layout, const Maps& maps, int start, int stop,
-                           int row_block, Ring ring, int lane) {
-  const int boxes = task.boxes, slots = kTile / boxes, tiles = 32 / boxes, own = lane / boxes;
-  const unsigned lanes = boxes == 32 ? ~0u : (1u << boxes) - 1;
-  const uint32_t place = static_cast<uint32_t>(lane % boxes * slots * 128);
-  if (lane == 0) {
-    prefetch_map(&maps.k);
-    prefetch_map(&maps.v);
-  }
-  bool first = true;
-  for (int x = start; x < stop;) {
-    const Piece piece = piece_at(task, layout, x, stop);
-    x += piece.to - piece.from;
-    const RowShape row = row_shape(task, piece.b);
-    if (row.nodes * task.group <= row_block * task.block_queries) continue;
-    const int begin = row.first * kTile, end = static_cast<int>(row.slots());
-    const int32_t* const table =
-        task.block_table ? task.block_table + piece.b * task.block_table_row : nullptr;
-    const auto page_of = [&](int slot) {
-      if (slot < begin || slot >= end) return kNoPage;
-      if (table == nullptr) return piece.b;
-      return table[static_cast<int64_t>(slot >> task.page_shift) * task.block_table_entry];
-    };
-    int slot = piece.from * kTile + lane * slots;
-    int next = page_of(slot);
-    for (int batch = piece.from; batch < piece.to; batch += tiles) {
-      const bool wanted = slot >= begin && slot < end;
-      const bool usable = !wanted || (next >= 0 && next < task.pages);
-      const int page = wanted && usable ? next : task.pages;  // none: zeros
-      const int within = table == nullptr ? slot : slot & (task.page_size - 1);
-      const unsigned lost = __ballot_sync(0xffffffffu, !usable);
-      slot += tiles * kTile;
-      next = page_of(slot);
-      for (int i = 0; i < tiles && batch + i < piece.to; ++i) {
-        for (int half = 0; half < 2; ++half) {
-          const bool keys = half == 0;
-          barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
-          if (lane == 0) {
-            if (keys) ring.lost[ring.index] = (lost >> (i * boxes) & lanes) != 0 ? 1 : 0;
-            barrier_expect(ring.full_barrier(), kTile * kD * 2);
-          }
-          if (own == i) {
-#pragma unroll
-            for (int block = 0; block < kD / 64; ++block) {
-              copy_box(ring.buffer() + static_cast<uint32_t>(block * kTile * 128) + place,
-                       keys ? &maps.k : &maps.v, 64 * block, within, piece.head, page, ring.full_barrier());
-            }
-          }
-          __syncwarp();
-          ring.advance();
-          if (first) sync_threads_of(2 + kTeams, kTeams * kTeam + 32);
-          first = false;
-        }
-      }
-    }
-  }
-}
-
-// 8-bit caches: copied to a stage, where each thread finds what it has copied itself, and on to the ring as
-// halves, which hold every such number.
-template <int kD, int kStages>
-class Float8Loader {
- public:
-  using Reader = TileReader<kD, 1>;
-  static constexpr int kStageBytes = kTile * kD;
-
-  __device__ Float8Loader(const Task& task, const Ring& ring, char* stages, int thread)
-      : task_(task), reader_(task, thread), ring_(ring), stages_(stages + thread * 16) {}
-
-  __device__ void load(const Layout& layout, int start, int stop, int row_block) {
-    uint32_t places[Reader::kPasses];
-#pragma unroll
-    for (int i = 0; i < Reader::kPasses; ++i) places[i] = static_cast<uint32_t>(i * kTeam * 16);
-    for (int x = start; x < stop;) {
-      const Piece piece = piece_at(task_, layout, x, stop);
-      x += piece.to - piece.from;
-      if (!reader_.begin(piece, row_block)) continue;
-      for (int tile = piece.from; tile < piece.to; ++tile) {
-        reader_.advance(tile);
-        reader_.copy_k(shared_address(stage(copied_)), places);
-        follow();
-        reader_.copy_v(shared_address(stage(copied_)), places);
-        follow();
-      }
-    }
-    while (converted_ < copied_) {
-      commit_copies();
-      wait_copies<kStages - 1>();
-      if (++drained_ + copied_ >= kStages) convert();
-    }
-  }
-
- private:
-  __device__ char* stage(int number) const { return stages_ + number % kStages * kStageBytes; }
-
-  __device__ void follow() {
-    commit_copies();
-    if (++copied_ < kStages) return;
-    wait_copies<kStages - 1>();
-    convert();
-  }
-
-  __device__ void convert() {
-    const char* const from = stage(converted_++);
-    barrier_wait(ring_.empty_barrier(), ring_.parity ^ 1);
-#pragma unroll
-    for (int i = 0; i < Reader::kPasses; ++i) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(from + i * kTeam * 16);
-      const int row = reader_.pass().row(i), piece = reader_.pass().piece();
-      const uint4 low = halves_of(raw.x, raw.y), high = halves_of(raw.z, raw.w);
-      const bool swap = piece >= 4;  // else two threads of a warp would meet in a bank
-      store(place_of(row, 2 * piece + (swap ? 1 : 0)), swap ? high : low);
-      store(place_of(row, 2 * piece + (swap ? 0 : 1)), swap ? low : high);
-    }
-    publish_to_matrix_units();
-    barrier_arrive(ring_.full_barrier());
-    ring_.advance();
-  }
-
-  __device__ void store(uint32_t place, const uint4& value) const {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(ring_.buffer() + place), "r"(value.x),
-                 "r"(value.y), "r"(value.z), "r"(value.w)
-                 : "memory");
-  }
-
-  __device__ uint4 halves_of(uint32_t low, uint32_t high) const {
-    return {pair_of(low, 0), pair_of(low, 1), pair_of(high, 0), pair_of(high, 1)};
-  }
-
-  __device__ uint32_t pair_of(uint32_t word, int upper) const {
-    if (task_.float8_e5m2) return __byte_perm(word, 0, upper != 0 ? 0x3424 : 0x1404);
-    const auto bytes = static_cast<__nv_fp8x2_storage_t>(upper != 0 ? word >> 16 : word & 0xFFFFu);
-    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(bytes, __NV_E4M3);
-    return static_cast<uint32_t>(pair.y) << 16 | pair.x;
-  }
-
-  const Task& task_;
-  Reader reader_;
-  Ring ring_;
-  char* const stages_;
-  int copied_ = 0, converted_ = 0, drained_ = 0;
-};
 
 }  // namespace foretoken::cuda::attend

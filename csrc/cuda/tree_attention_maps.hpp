@@ -25,9 +25,9 @@ inline EncodeTiled encode_tiled() {
   return found;
 }
 
-// Boxes of 64 columns of `slots` slots of a 16-bit cache [pages, slots, heads, size]. False: it cannot be
-// told.
-inline bool encode_cache(const TensorView& cache, int slots, CUtensorMap& map) {
+// Boxes of `columns` columns of `slots` slots of a cache [pages, slots, heads, size]; those of 16 bits are
+// permuted as the matrix units expect. False: it cannot be told.
+inline bool encode_cache(const TensorView& cache, int columns, int slots, CUtensorMap& map) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return false;
   const auto extent = [&](int dim) { return static_cast<cuuint64_t>(cache.shape[dim]); };
@@ -36,15 +36,18 @@ inline bool encode_cache(const TensorView& cache, int slots, CUtensorMap& map) {
   };
   const cuuint64_t sizes[] = {extent(3), extent(1), extent(2), extent(0)};
   const cuuint64_t strides[] = {stride(1), stride(2), stride(0)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(slots), 1, 1}, steps[] = {1, 1, 1, 1};
-  for (const cuuint64_t bytes : strides) {
-    if (bytes == 0 || bytes >= cuuint64_t{1} << 40) return false;
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(slots), 1, 1};
+  for (const cuuint64_t apart : strides) {
+    if (apart == 0 || apart >= cuuint64_t{1} << 40) return false;
   }
-  const auto type =
-      cache.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const bool bytes = bytes_of(cache.dtype) == 1;
+  const auto type = bytes                            ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : cache.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode(&map, type, 4, cache.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                bytes ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace foretoken::cuda::attend

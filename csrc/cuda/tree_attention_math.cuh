@@ -101,7 +101,7 @@ __device__ void put_behind(Values<kD>& right, Rows& rows, const Resting<kShared>
   const Scales second(left_rows.max[1], rows.max[1], rows.max[1]);
   rows.sum[0] = first.sum(left_rows.sum[0], rows.sum[0]);
   rows.sum[1] = second.sum(left_rows.sum[1], rows.sum[1]);
-  constexpr int kAhead = kShared ? 4 : 8;
+  constexpr int kAhead = kShared ? 4 : 16;
 #pragma unroll
   for (int begin = 0; begin < Values<kD>::kQuads; begin += kAhead) {
     float4 values[kAhead];
@@ -124,6 +124,10 @@ __device__ void put_down(Values<kD>& values, const Resting<kShared>& to) {
   for (int i = 0; i < Values<kD>::kQuads; ++i) to.put(i, values.quad(i));
 }
 
+// Whether threads keep the queries: the products of Hopper take them from registers, which leaves shared
+// memory to the ring, and a third more of what it can hand out. Wider heads have no registers left.
+constexpr bool keeps_queries(int head_size, bool hopper) { return hopper && head_size == 128; }
+
 // The products of one warpgroup. Between begin() and commit() they are given to the matrix units, which may
 // be at work until wait().
 template <class Element, int kD>
@@ -131,14 +135,26 @@ class Products {
  public:
   using Sums = Values<kD>;
 
+  // 64 queries: in shared memory, or each thread has what it gives to the products, columns 16 k to 16 k + 15
+  // in four registers: of its first row, of its second, and the same eight columns on.
+  static constexpr bool kKeepsQueries = keeps_queries(kD, kHasWarpgroups);
+  struct Queries {
+    uint32_t matrix;
+    uint32_t kept[kKeepsQueries ? kD / 16 : 1][4];
+  };
+
   // 64 queries by 64 keys.
-  static __device__ void add_scores(float (&scores)[32], uint32_t queries, uint32_t keys) {
+  static __device__ void add_scores(float (&scores)[32], const Queries& queries, uint32_t keys) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    const Matrix a(queries, 16), b(keys, 16);
+    const Matrix a(queries.matrix, 16), b(keys, 16);
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       const auto at = static_cast<uint32_t>(k / 4 * kBlockBytes + k % 4 * 32);
-      multiply_rows<Element>(scores, a.at(at), b.at(at), k > 0);
+      if constexpr (kKeepsQueries) {
+        multiply_rows<Element>(scores, queries.kept[k], b.at(at), k > 0);
+      } else {
+        multiply_rows<Element>(scores, a.at(at), b.at(at), k > 0);
+      }
     }
 #else
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x % kTeam / 32);
@@ -147,7 +163,7 @@ class Products {
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       uint32_t a[4], b[4];
-      load_matrices(a, queries + place_of(warp * 16 + lane % 16, 2 * k + lane / 16));
+      load_matrices(a, queries.matrix + place_of(warp * 16 + lane % 16, 2 * k + lane / 16));
 #pragma unroll
       for (int n = 0; n < kTile; n += 16) {
         load_matrices(b, keys + place_of(n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
@@ -231,12 +247,14 @@ class Products {
 struct ScoreScale {
   float factor;          // of the products
   float cap, cap_scale;  // 0: none
+  bool plain;            // nothing but a positive factor
 
   __device__ ScoreScale(float scale, float softcap) {
     constexpr float kLog2E = 1.4426950408889634f;
     cap = softcap * kLog2E;
     cap_scale = softcap > 0.0f ? 2.0f * kLog2E * scale / softcap : 0.0f;
     factor = softcap > 0.0f ? 1.0f : scale * kLog2E;
+    plain = softcap <= 0.0f && factor > 0.0f;
   }
 
   // tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -264,7 +282,7 @@ __device__ inline void hide(float (&scores)[32], uint64_t first_sees, uint64_t s
 
 // Products become scores where that is more than a factor. What is hidden is hidden afterwards.
 __device__ inline float scores_of(float (&products)[32], const ScoreScale& scale) {
-  if (__builtin_expect(scale.cap == 0.0f && scale.factor > 0.0f, 1)) return scale.factor;
+  if (scale.plain) return scale.factor;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     // The largest product is not the largest score if the factor is negative.
@@ -276,7 +294,7 @@ __device__ inline float scores_of(float (&products)[32], const ScoreScale& scale
 // Scores, but for a positive factor, become weights. What was summed before is to be scaled by `factors`.
 // Both rows go side by side, so that what depends on each other is not all that a warp has to do.
 __device__ inline void weigh(float (&scores)[32], float factor, Rows& rows, float (&factors)[2]) {
-  float high[2], low[2], sums[2][2];
+  float high[2], low[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     high[row] = fmaxf(scores[2 * row], scores[2 * row + 1]);
@@ -302,23 +320,26 @@ __device__ inline void weigh(float (&scores)[32], float factor, Rows& rows, floa
   float reference[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float max = fmaxf(rows.max[row], high[row] * factor);
+    // A reference a little below the largest score does as well and need not be changed so often.
+    constexpr float kSlack = 8.0f;
+    const float highest = high[row] * factor;
+    const float max = highest > rows.max[row] + kSlack ? highest : rows.max[row];
     reference[row] = max == minus_infinity() ? 0.0f : max;
     factors[row] = exp2_fast(rows.max[row] - reference[row]);
     rows.max[row] = max;
-    sums[row][0] = sums[row][1] = 0.0f;
   }
+#pragma unroll
+  for (int i = 0; i < 32; ++i) scores[i] = exp2_fast(__fmaf_rn(scores[i], factor, -reference[i / 2 % 2]));
+}
+
+// Adds a tile's weights. Done where exponentials have been waited for: among them, each sum would wait for
+// one.
+__device__ inline void add_weights(const float (&weights)[32], const float (&factors)[2], Rows& rows) {
+  float sums[2][2] = {};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& score = scores[4 * j + 2 * row + i];
-        score = exp2_fast(__fmaf_rn(score, factor, -reference[row]));
-        sums[row][i] += score;
-      }
-    }
+    for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] += weights[4 * j + i];
   }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

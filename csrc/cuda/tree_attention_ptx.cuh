@@ -16,6 +16,12 @@ constexpr bool kHasWarpgroups = true;
 constexpr bool kHasWarpgroups = false;
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasCopyEngine = false;
+#else
+constexpr bool kHasCopyEngine = true;
+#endif
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -254,6 +260,24 @@ __device__ inline void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, boo
       "}, %32, %33, p, 1, 1, 0, 0;\n}"                                                  \
       : FORETOKEN_REGS32(c, 0)                                                          \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  if constexpr (std::is_same_v<Element, __half>) {
+    FORETOKEN_WGMMA("f16");
+  } else {
+    FORETOKEN_WGMMA("bf16");
+  }
+#undef FORETOKEN_WGMMA
+}
+
+// The same with a in registers.
+template <class Element>
+__device__ inline void multiply_rows(float (&c)[32], const uint32_t* a, uint64_t b, bool add) {
+#define FORETOKEN_WGMMA(TYPE)                                                           \
+  asm volatile(                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" FORETOKEN_LIST32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                    \
+      : FORETOKEN_REGS32(c, 0)                                                          \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
   if constexpr (std::is_same_v<Element, __half>) {
     FORETOKEN_WGMMA("f16");
   } else {

@@ -109,6 +109,35 @@ __device__ inline void take_sight(const Task& task, const TeamPiece& at, Queries
   queries.from[number] = from;
 }
 
+__device__ inline uint32_t query_pair(const Task& task, const uint16_t* from) {
+  if (__builtin_expect(task.aligned_q, 1)) return *reinterpret_cast<const uint32_t*>(from);
+  return static_cast<uint32_t>(from[1]) << 16 | static_cast<uint32_t>(from[0]);
+}
+
+// By one warpgroup: its queries, each thread those that it keeps, and what they see, into shared memory.
+// Behind it a barrier is due.
+template <class Element, int kD>
+__device__ void keep_queries(const Task& task, const TeamPiece& at, uint32_t (&kept)[kD / 16][4],
+                             Queries& queries, int thread) {
+  const auto* const q = static_cast<const uint16_t*>(task.q) + at.piece.b * task.q_row + 2 * (thread % 4);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int query = at.first_query + thread / 32 * 16 + thread % 32 / 4 + 8 * i;
+    const int node = task.node_of(query), head = (at.piece.head - node) * task.group + query;
+    const uint16_t* const row = q + node * task.q_node + head * task.q_head;
+    const int columns = query < at.queries ? task.head_size : 0;
+#pragma unroll
+    for (int piece = 0; piece < kD / 8; ++piece) {
+      kept[piece / 2][piece % 2 * 2 + i] = 8 * piece < columns ? query_pair(task, row + 8 * piece) : 0;
+    }
+  }
+  if (thread < kTeamRows) take_sight(task, at, queries, thread);
+  if (std::is_same_v<Element, __half> && task.q_is_bfloat) {
+#pragma unroll
+    for (int i = 0; i < kD / 4; ++i) kept[i / 4][i % 4] = halves_of_bfloats(kept[i / 4][i % 4]);
+  }
+}
+
 // By one warpgroup: its queries and what they see, into shared memory. Behind it a barrier is due.
 template <class Element, int kD, bool kAligned>
 __device__ void take_queries(const Task& task, const TeamPiece& at, char* matrix, Queries& queries,

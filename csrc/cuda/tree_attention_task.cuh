@@ -95,6 +95,7 @@ __device__ inline RowShape row_shape(const Task& task, int64_t b) {
 struct Layout {
   int32_t* before;  // [batch + 1]: tiles of the rows in front, for one kv head
   int32_t* cuts;    // [groups + 1]: where a group's stretch begins
+  int32_t* filled;  // rows that have tiles
 };
 
 // A group's stretch of one pair: tiles from .. to - 1 of its tiles first .. end - 1.
@@ -136,10 +137,10 @@ __device__ inline Piece piece_at(const Task& task, const Layout& layout, int x, 
 }
 
 // Next to tile x of all, where a chunk begins or a pair; a pair rather than a chunk if it is close.
-__device__ inline int cut_near(const Task& task, const Layout& layout, int64_t x, int all_tiles, int close) {
+__device__ inline int cut_near(const Task& task, const Layout& layout, int x, int all_tiles, int close) {
   if (x <= 0) return 0;
   if (x >= all_tiles) return all_tiles;
-  const Piece piece = piece_at(task, layout, static_cast<int>(x), all_tiles);
+  const Piece piece = piece_at(task, layout, x, all_tiles);
   if (piece.from - piece.first <= close) return piece.pair;
   if (piece.end - piece.from <= close) return piece.pair + piece.end - piece.first;
   const int low = max(piece.from / kChunkTiles * kChunkTiles, piece.first);
@@ -152,12 +153,12 @@ __device__ inline int cut_near(const Task& task, const Layout& layout, int64_t x
 __device__ inline void lay_out(const Task& task, const Layout& layout) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   for (int b = thread; b < task.batch; b += threads) layout.before[b + 1] = row_shape(task, b).tiles();
-  if (thread == 0) layout.before[0] = 0;
   __syncthreads();
   if (thread < 32) {
-    int sum = 0;
+    int sum = 0, filled = 0;
     for (int begin = 1; begin <= task.batch; begin += 32) {
       int tiles = begin + thread <= task.batch ? layout.before[begin + thread] : 0;
+      filled += __popc(__ballot_sync(0xffffffffu, tiles > 0));
 #pragma unroll
       for (int reach = 1; reach < 32; reach *= 2) {
         const int other = __shfl_up_sync(0xffffffffu, tiles, reach);
@@ -166,19 +167,19 @@ __device__ inline void lay_out(const Task& task, const Layout& layout) {
       if (begin + thread <= task.batch) layout.before[begin + thread] = sum + tiles;
       sum += __shfl_sync(0xffffffffu, tiles, 31);
     }
+    if (thread == 0) {
+      layout.before[0] = 0;
+      *layout.filled = filled;
+    }
   }
   __syncthreads();
-  int rows = 0;
-  for (int b = thread; b < task.batch; b += threads) rows += layout.before[b + 1] > layout.before[b] ? 1 : 0;
-  const int filled = __syncthreads_or(rows > 1) ? task.batch : __syncthreads_count(rows > 0);
-  const int pairs = filled * task.kv_heads, all_tiles = layout.before[task.batch] * task.kv_heads;
+  const int pairs = *layout.filled * task.kv_heads, all_tiles = layout.before[task.batch] * task.kv_heads;
   const int share = pairs > 0 ? task.groups / pairs : 0;
   const int groups = 20 * share * pairs >= 17 * task.groups ? share * pairs : task.groups;
-  const int close = all_tiles / groups / 24;
+  const int each = all_tiles / groups, rest = all_tiles - each * groups;
   for (int i = thread; i <= task.groups; i += threads) {
-    layout.cuts[i] =
-        i >= groups ? all_tiles
-                    : cut_near(task, layout, static_cast<int64_t>(all_tiles) * i / groups, all_tiles, close);
+    const int x = each * i + rest * i / groups;  // all_tiles * i / groups
+    layout.cuts[i] = i >= groups ? all_tiles : cut_near(task, layout, x, all_tiles, each / 24);
   }
   __syncthreads();
 }
