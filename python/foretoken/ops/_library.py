@@ -31,11 +31,12 @@ _TAGS = tuple(
     if hasattr(torch.Tag, name)
 )[:2]
 
-_VERIFY_INPUTS = """Tensor target_logits, Tensor? target_stats, Tensor? row_offsets, Tensor draft_tokens,
-    Tensor? parents, Tensor? num_drafts, Tensor? draft_logits, Tensor? draft_probs, Tensor? topk_ids,
-    Tensor? topk_probs, Tensor? draft_row, Tensor? draft_records, Tensor? vocab_map, Tensor? bitmask, Tensor? history,
-    Tensor? prompt_lengths, Tensor base, Tensor? slots, SymInt sampling, SymInt draft_sampling, str rule,
-    Tensor? rules, str draw, SymInt num_paths, float[] tolerance"""
+_VERIFY_INPUTS = """Tensor target_logits, Tensor? target_stats, Tensor? row_offsets, Tensor
+    draft_tokens, Tensor? parents, Tensor? num_drafts, Tensor? draft_logits, Tensor? draft_probs,
+    Tensor? topk_ids, Tensor? topk_probs, Tensor? draft_row, Tensor? draft_records, Tensor? vocab_map,
+    Tensor? bitmask, Tensor? history, Tensor? prompt_lengths, Tensor base, Tensor? slots, SymInt
+    sampling, SymInt draft_sampling, str rule, Tensor? rules, str draw, SymInt num_paths, float[]
+    tolerance"""
 _VERIFY_OUTPUTS = """Tensor(a!) tokens, Tensor(b!) num_emitted, Tensor(c!) num_accepted, Tensor(d!)? path,
     Tensor(e!)? path_rows, Tensor(f!) next_token, Tensor(g!) next_lengths, Tensor(h!) status,
     Tensor(i!)? logprobs, Tensor(j!)? top_tokens, Tensor(k!)? top_logprobs, Tensor(l!)? raw_logprobs,
