@@ -78,6 +78,24 @@ def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest
     assert len(made) <= 3
 
 
+def test_a_loop_of_plain_requests_is_not_one_of_biased_ones(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of another kind, and more scratch, than the graph of the first was captured with."""
+    made = []
+
+    def counted(*arguments: Any) -> CalledLoop:
+        made.append(arguments)
+        return CalledLoop(*arguments)
+
+    monkeypatch.setattr(completion, "capture", counted)
+    host, device = pair(ahead, "model", num_drafts=3)
+    counts = []
+    for law in (Sampling(seed=1), Sampling(seed=2), Sampling(seed=3, logit_bias={3: 4.0}), Sampling(seed=4)):
+        wanted = [Ask([5, number], 40, law) for number in range(2)]
+        assert texts(*device, wanted, True) == texts(*host, wanted, False)
+        counts.append(len(made))
+    assert counts[0] == counts[1] < counts[2] == counts[3]
+
+
 @pytest.mark.parametrize("way", [complete, decode])
 def test_an_interrupted_completion_goes_on(ahead, way: Any) -> None:
     logits = table(VOCAB, 3)
