@@ -420,11 +420,12 @@ def test_opcheck_of_the_others():
         tokens = ft.ops.sample(
             logits, sampling=table, base=base, logprobs=True, status=status, records=records
         )
-        return tokens, ft.ops.tree_index(parents, lengths=lengths), ft.ops.tree_index(parents)
+        stats = ft.ops.tile_stats(logits, sampling=table)
+        return tokens, stats, ft.ops.tree_index(parents, lengths=lengths), ft.ops.tree_index(parents)
 
     parents, lengths = torch.tensor([[0, 1], [0, 0]]), torch.tensor([4, 5])
     calls = registered_calls(lambda backend: compiled(both, backend)(logits, parents, lengths))
-    check(calls, "sample", "tree_index", "tree_index")
+    check(calls, "sample", "tile_stats", "tree_index", "tree_index")
     calls = registered_calls(lambda backend: compiled(grown, backend)(torch.randn(2, 4, 60), lengths))
     check(calls, "draft_topk", "draft_topk", "finalize_tree")
     caches, given = moving()
@@ -437,6 +438,7 @@ INDEX = [field.name for field in dataclasses.fields(TreeIndex)]
 WRITTEN = {
     "verify": [field.name for field in dataclasses.fields(Verdict)],
     "sample": ["out", "logprobs", "status", "records"],
+    "tile_stats": ["out"],
     "tree_index": INDEX,
     "commit": ["text", "base", "next_drafts", "ends", "record", "sums", "by_position", "by_drafts"],
     "append": ["k_cache", "v_cache", "status"],
