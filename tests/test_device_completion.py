@@ -62,14 +62,20 @@ def test_texts_are_those_of_the_host(ahead, kind: str, num_drafts: int, sampled:
     assert CalledLoop.launches > 0
 
 
-def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def loops_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every loop that is captured."""
+    made: list[Any] = []
 
     def counted(*arguments: Any) -> CalledLoop:
         made.append(arguments)
         return CalledLoop(*arguments)
 
     monkeypatch.setattr(completion, "capture", counted)
+    return made
+
+
+def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loops_made(monkeypatch)
     host, device = pair(ahead, "model", num_drafts=3)
     for seed in range(4):
         wanted = [Ask([seed, number], 40, Sampling(seed=seed)) for number in range(2)]
@@ -80,13 +86,7 @@ def test_a_loop_serves_the_next_requests_of_its_slots(ahead, monkeypatch: pytest
 
 def test_a_loop_of_plain_requests_is_not_one_of_biased_ones(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of another kind, and more scratch, than the graph of the first was captured with."""
-    made = []
-
-    def counted(*arguments: Any) -> CalledLoop:
-        made.append(arguments)
-        return CalledLoop(*arguments)
-
-    monkeypatch.setattr(completion, "capture", counted)
+    made = loops_made(monkeypatch)
     host, device = pair(ahead, "model", num_drafts=3)
     counts = []
     for law in (Sampling(seed=1), Sampling(seed=2), Sampling(seed=3, logit_bias={3: 4.0}), Sampling(seed=4)):
