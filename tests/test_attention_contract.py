@@ -126,7 +126,6 @@ def test_threads_and_layouts_change_no_bit(nodes):
     assert_same_bits(run(single)[0], out)
 
 
-@pytest.mark.usefixtures("path")
 def check_unseen(case: Case, rubbish: float) -> None:
     """Rubbish in a node's keys and values shows in those that see it, and in no bit of the others."""
     out, lse = run(case)
@@ -143,6 +142,7 @@ def check_unseen(case: Case, rubbish: float) -> None:
         assert rubbish == math.inf or found[sees].isnan().all()  # a score of -infinity has no weight
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf])
 @pytest.mark.parametrize("nodes", [3, 12])
 def test_what_a_node_does_not_see_never_reaches_it(nodes, rubbish):
