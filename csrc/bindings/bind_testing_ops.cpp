@@ -116,7 +116,7 @@ py::tuple row_law(const std::vector<float>& row, const FilterTuple& filters, boo
 py::tuple draw_tokens(const std::vector<float>& row, const std::vector<float>& draft, float gain,
                       int64_t excluded, const FilterTuple& filters, const std::vector<uint64_t>& bits) {
   const int64_t size = static_cast<int64_t>(row.size());
-  std::vector<uint64_t> tiles(static_cast<size_t>(cpu::tiles_of(size)));
+  std::vector<uint64_t> tiles(static_cast<size_t>(tiles_of(size)));
   const cpu::Row view{row.data(), DType::float32, size};
   const RowLaw law = cpu::law_of_logits(view, processing_from(filters), tiles.data());
   cpu::Residual residual = cpu::whole_of(view, law, tiles.data());

@@ -28,7 +28,7 @@ void tile_stats(py::handle logits, const SamplingTable& sampling, py::handle slo
   check_vocab("logits", vocab);
   args.slots = intake.read_or_null(slots, "slots", DType::int32, {batch}, Layout::any);
   check_table("sampling", sampling, slots, batch);
-  const int64_t tiles = (vocab + kTile - 1) / kTile;
+  const int64_t tiles = tiles_of(vocab);
   args.out = by_node ? intake.write(out, "out", DType::float32, {batch, nodes, tiles, 2}, Layout::contiguous)
                      : intake.write(out, "out", DType::float32, {batch, tiles, 2}, Layout::contiguous);
   const Device device = intake.device();

@@ -41,8 +41,6 @@ struct Sizes {
   int64_t batch = 0, nodes = 0, vocab = 0;
 };
 
-int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
-
 void read_target(Intake& intake, const Inputs& in, VerifyArgs& args, Sizes& size) {
   const bool flattened = intake.rank_of(in.target_logits, "target_logits") == 2;
   if (flattened == in.row_offsets.is_none()) {

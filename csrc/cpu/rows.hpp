@@ -16,7 +16,6 @@ struct Row {
   float at(int64_t token) const;
 };
 
-constexpr int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
 constexpr int64_t kMaxTiles = tiles_of(kMaxVocab);
 
 // A tile of a row, padded where the row ends.

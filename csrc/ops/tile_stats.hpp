@@ -7,6 +7,8 @@
 
 namespace foretoken {
 
+constexpr int64_t tiles_of(int64_t size) { return (size + kTile - 1) / kTile; }
+
 struct TileStats {
   float max;  // largest element, NaN passed over
   float sum;  // of weights relative to it; 0 in a greedy row
