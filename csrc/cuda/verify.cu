@@ -227,11 +227,11 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     return;
   }
   while (true) {
-    cluster_sync();
+    cluster_sync_apart();
     const Command command = shared.command;
     if (command.task == Task::finish) return;
     team.execute(command);
-    cluster_sync();
+    cluster_sync_apart();
   }
 }
 
