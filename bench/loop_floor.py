@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -89,8 +90,8 @@ class Floor:
 
     # ---- ids ----
 
-    def check(self) -> None:
-        """All ways give one text, and every draft is accepted."""
+    def check(self) -> str:
+        """All ways give one text, of which this is left, and every draft is accepted."""
         told_ids = []
         for run in (self._by_parts, ft.decode, ft.complete, self._with_tiers):
             session = self.session()
@@ -101,6 +102,7 @@ class Floor:
             assert all(len(text) == CHECKED for text in texts), [len(text) for text in texts]
             told_ids.append(texts)
         assert all(texts == told_ids[0] for texts in told_ids), "ways of running rounds give other ids"
+        return f"{crc32(repr(told_ids[0]).encode()):08x}"
 
     @staticmethod
     def _by_parts(session: ft.Session, forward: Any) -> None:
@@ -245,11 +247,11 @@ def slope_us(run: Callable[[int], None]) -> float:
 
 def measure(batch: int, drafts: int, nodes: int = 0, sleep: int = 0) -> dict[str, Any]:
     floor = Floor(batch, drafts, nodes, sleep)
-    floor.check()
+    digest = floor.check()
     us = floor.parts()
     parts = sum(us.values())
     line: dict[str, Any] = {"floor": "sleep" if sleep else "nodes" if nodes else "empty", "batch": batch}
-    line |= {"drafts": drafts, "of_forwards": nodes or sleep, "parts_us": parts}
+    line |= {"drafts": drafts, "of_forwards": nodes or sleep, "ids": digest, "parts_us": parts}
     replay = floor.replay_us()
     line["replay"] = replay - parts
     if sleep:

@@ -12,6 +12,7 @@ namespace {
 template <DType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
+  take_turn();
   ChainVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
@@ -33,7 +34,7 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
                                  : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
-                    args);
+                    args, overlaps<kKernel>(device));
   };
   switch (dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});
