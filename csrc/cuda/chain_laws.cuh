@@ -36,7 +36,7 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   __device__ __forceinline__ ChainLaws(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
   __device__ __forceinline__ uint32_t rows() const {
-    return dense_ ? draft_row(drafts_) : static_cast<uint32_t>(drafts_) + 1;
+    return dense_ ? this->end_of_drafts() : static_cast<uint32_t>(drafts_) + 1;
   }
 
   __device__ __forceinline__ bool any_filter() const {

@@ -2,7 +2,7 @@
 // they are read, and the laws that come of it.
 #pragma once
 
-#include "cuda/chain_shared.cuh"
+#include "cuda/drawn_tree.cuh"
 
 namespace foretoken::cuda {
 
@@ -82,11 +82,22 @@ class ChainRows {
   __device__ __forceinline__ uint32_t draft_row(int32_t node) const {
     return static_cast<uint32_t>(args_.most_drafts + 1 + node);
   }
+  // The same of the law that a node's children were drawn from.
+  __device__ __forceinline__ uint32_t law_row(int32_t node) const {
+    return draft_row(is_drawn_tree() ? drawn_tree().nodes.law_row[node] : node);
+  }
+  __device__ __forceinline__ bool is_drawn_tree() const { return !kTree && args_.law_rows > 0; }
+  __device__ __forceinline__ DrawnTree& drawn_tree() const {
+    return *reinterpret_cast<DrawnTree*>(&shared_ + 1);
+  }
+  __device__ __forceinline__ uint32_t end_of_drafts() const {
+    return draft_row(is_drawn_tree() ? args_.law_rows : drafts_);
+  }
   __device__ __forceinline__ bool of_target(uint32_t row) const {
     return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
-    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
+    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < end_of_drafts();
   }
   __device__ __forceinline__ const void* row_data(uint32_t row) const {
     if constexpr (kTree) return rows_ + row * args_.target.strides[1] * RawTile<kType>::kBytes;
@@ -218,7 +229,8 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && node <= static_cast<uint32_t>(drafts_)) return *of_block(&shared_.nodes[node], 0);
+    if (!kTree && !is_drawn_tree() && node <= static_cast<uint32_t>(drafts_))
+      return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;
     return none;
