@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foretoken import ops
 from foretoken.device.clock import DeviceClock
-from foretoken.device.drafting import DeviceContext, DeviceDrafter, DeviceModel
+from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.inputs import FedProposal, StepInputs
 from foretoken.device.results import Results
 from foretoken.device.rows import Rows
@@ -292,7 +292,7 @@ class DeviceRounds:
         return rows.of(self._state.base)
 
     def _propose(self, rows: Rows, most: int, longest: int, shortfall: Tensor | None = None) -> Proposal:
-        """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
+        """What the drafter proposes; of chains, and of no drafts, with the step written."""
         drafter = self._drafter if most > 0 else None
         if drafter is None:
             plain = self._inputs_of(rows.count, 0)
@@ -301,7 +301,7 @@ class DeviceRounds:
         wanted = self._wanted(rows)
         tree = None if wanted is None else self._tree
         nodes = chain = inputs = None
-        if tree is None and isinstance(drafter, DeviceModel):
+        if tree is None:
             inputs = self._inputs_of(rows.count, most)
             base, budget = inputs.base, inputs.num_drafts
         else:
