@@ -219,7 +219,7 @@ class DeviceModel:
         depth = growth.depth_in(room).minimum(context.budget).minimum(room).clamp_min(0)
         drafting = depth > 0
         grown_rows = DeviceTreeRows(
-            slots=rows.slots,
+            slots=rows.held,
             lengths=lengths,
             requests=context.requests,
             depth=depth.to(torch.int64),
@@ -253,7 +253,7 @@ class DeviceModel:
         fed = self._fed if kept is None else self._fed.index_select(0, kept)
         self._fed = None
         path, count = fed_of(fed, verdict.path, verdict.num_accepted)
-        compact_of(self._drafter.forward)(rows.slots, lengths, path, count)
+        compact_of(self._drafter.forward)(rows.held, lengths, path, count)
         rows.write(self._reach, lengths + 1 + count)
 
     def take_in_prompts(self, requests: list[Any], state: RequestState) -> None:
@@ -287,7 +287,7 @@ class DeviceModel:
         lacking = (context.base - held).clamp(1, 2)
         lengths = self._inside(held, depth, context.longest + 1, 2)
         tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
-        bound, used = context.longest + 1, lacking.to(torch.int32)
+        bound, used = context.longest + 1, rows.fed(lacking.to(torch.int32))
         logits = self._run("decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall)
         return self._fit(logits[rows.numbers, lacking - 1])
 
@@ -319,7 +319,7 @@ class DeviceModel:
             positions,
             used,
             lengths,
-            rows.slots,
+            rows.held,
             requests,
             bound,
             False,

@@ -306,7 +306,7 @@ class DeviceRounds:
             base, budget = inputs.base, inputs.num_drafts
         else:
             base = rows.of(self._state.base)
-            budget = rows.of(self._state.next_drafts).clamp_max(most)
+            budget = rows.budgets(rows.of(self._state.next_drafts).clamp_max(most))
         if tree is not None and wanted is not None:
             nodes = self._nodes(base, budget, tree.nodes)
             if not all(wanted):
@@ -373,7 +373,7 @@ class DeviceRounds:
         if isinstance(proposal, FedProposal) and proposal.inputs is not None:
             return proposal.inputs.step(rows, self._row_requests, max_length_after, shortfall)
         lengths = base - 1
-        used = proposal.num_drafts.clamp_min(0) + 1
+        used = rows.fed(proposal.num_drafts.clamp_min(0) + 1)
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
         roots = rows.tokens_at(self._state.text, lengths[:, None])
         tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
@@ -386,7 +386,7 @@ class DeviceRounds:
             positions,
             used,
             lengths,
-            rows.slots,
+            rows.held,
             self._row_requests,
             max_length_after,
             False,
