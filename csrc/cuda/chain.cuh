@@ -252,7 +252,10 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ void close(const ChainStep& step, int turn) {
     SeveralRemoved removed{&shared_.removed, step.removed >= 0 ? 1 : 0};
     if (threadIdx.x == 0) shared_.removed = {step.removed_mass, static_cast<int32_t>(step.removed)};
-    if (this->is_drawn_tree()) removed = {this->drawn_tree().removed, this->drawn_tree().num_removed};
+    if (this->is_drawn_tree()) {
+      removed = {this->drawn_tree().removed, this->drawn_tree().num_removed};
+      turn = this->drawn_tree().turn;
+    }
     const int64_t token = this->closing_token(step, turn, removed);
     if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
     if (args_.stats == nullptr) cluster_sync();  // the others may still read the first block's memory

@@ -33,10 +33,11 @@ struct Rejection {
   bool fails;   // the coin has already decided against the row's node
 };
 
-// The mass of a residual that was asked for.
+// The mass of a residual that was added up; those of its tiles are kept for two turns.
 struct KnownResidual {
   double gain;
   uint64_t mass;
+  int32_t turn, which;
 };
 
 struct alignas(16) DrawnTree {
@@ -52,6 +53,7 @@ struct alignas(16) DrawnTree {
   int32_t node;        // of the climb; in the end the last one that is kept
   int32_t depth;       // of that
   int32_t num_removed;
+  int32_t turn;  // of the last sums; in the end of those that the token is drawn from
   int32_t status;
   bool climbs, closes;
 };
@@ -135,7 +137,7 @@ class DrawnWalk {
     tree_.status = sound ? 0 : kBadDraft;
     tree_.rejection.row = kNoNode;
     tree_.closes = false;
-    shared_.step.node = shared_.step.other = kNoNode;
+    tree_.turn = 0;
     go_to(0);
   }
 
@@ -150,8 +152,9 @@ class DrawnWalk {
         mass += shared_.draw.sums[turn % 2][which][i];
       }
       mass = sum_of_masses(mass);
-      if (lane_id() == 0)
-        tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass};
+      if (lane_id() != 0) continue;
+      tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass, turn, which};
+      tree_.turn = turn;
     }
   }
 
@@ -330,12 +333,12 @@ class DrawnWalk {
   }
 
   // The mass of a row's residual, from all blocks; and where warps would be idle that of the next row upwards
-  // that will be asked for if this one's node is not kept.
+  // that will be asked for if nothing below it is kept.
   __device__ __forceinline__ void ask(int32_t row, bool goes_on) {
     ChainStep step{false, false, row, tree_.status, tree_.states[row].gain, -1, 0, -1, 0};
     const int64_t tiles = tiles_of(args_.vocab);
     const bool idle = tiles <= 2 * static_cast<int64_t>(cluster_size()) * kWarps;
-    if (goes_on && idle && tree_.climbs && tree_.next[row] == kNoNode) look_up(step, row);
+    if (goes_on && idle && tree_.climbs) look_up(step, row);
     shared_.step = step;
   }
 
@@ -348,8 +351,10 @@ class DrawnWalk {
       if (fate_of(row, child) == Fate::fails) continue;
       if (!drawn(row) || !(state.prefix > 0.0) || shared_.records[law_record(row)].law.kind == LawKind::point)
         return;
+      const double gain = next_gain(state, state.prefix);
+      if (tree_.known[row].gain == gain) continue;
       step.other = row;
-      step.other_gain = next_gain(state, state.prefix);
+      step.other_gain = gain;
       return;
     }
   }
@@ -372,12 +377,12 @@ class DrawnWalk {
     } else if (state.rejected > 0 && shared_.records[law_record(node)].law.kind == LawKind::point) {
       tree_.removed[removed++] = certain_token(node);
     } else if (state.rejected > 0) {
-      const ChainStep& last = shared_.step;
-      const bool first = last.node == node && last.gain == state.gain;
-      if (!first && !(last.other == node && last.other_gain == state.gain)) return ask(node, false);
+      const KnownResidual& known = tree_.known[node];
+      if (known.gain != state.gain || known.turn + 1 < tree_.turn) return ask(node, false);
       step.gain = state.gain;
       step.summed = true;
-      step.which = first ? 0 : 1;
+      step.which = known.which;
+      tree_.turn = known.turn;
     }
     tree_.num_removed = removed;
     tree_.depth = path_to(tree_.nodes.index, node, tree_.path);
