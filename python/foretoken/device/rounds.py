@@ -102,6 +102,8 @@ class DeviceRounds:
         self._kept: Tensor | None = None  # which of them are left, None: all
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
+        # One round runs at a time, so what it works on lies where it lay for all other graphs of rounds.
+        self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.completions: Any = None  # of `foretoken.device.completion`, once there are any
         self.replays: Any = None  # of `foretoken.device.replay`
         # Kernels are launched on the current device.
