@@ -273,6 +273,14 @@ inline void write_step_inputs(const StepInputsArgs& args, Device device, [[maybe
 #endif
 }
 
+inline void draft_ngrams(const NgramDraftsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::draft_ngrams(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::draft_ngrams(args, device, stream);
+#endif
+}
+
 inline void last_logits(const LastLogitsArgs& args, Device device, [[maybe_unused]] Stream stream) {
   if (backend_for(device) == Backend::cpu) return cpu::last_logits(args);
 #ifdef FORETOKEN_HAS_CUDA

@@ -25,6 +25,29 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
   step_inputs::write_draft(args, b, row, held, lane, kLanes);
 }
 
+constexpr int kSearchThreads = 512;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// One block a row.
+__global__ void __launch_bounds__(kSearchThreads)
+    draft_ngrams_kernel(const __grid_constant__ NgramDraftsArgs args) {
+  take_turn();
+  __shared__ int64_t of_warps[kSearchThreads / kLanes];
+  const int64_t b = blockIdx.x;
+  const ngram_drafts::Row row = ngram_drafts::row_of(args, b);
+  int64_t best = -1;
+  for (int64_t place = threadIdx.x; place < row.last; place += kSearchThreads) {
+    best = step_inputs::at_least(best, ngram_drafts::rank_of(args, row, place));
+  }
+  for (int reach = kLanes / 2; reach > 0; reach /= 2) {
+    best = step_inputs::at_least(best, __shfl_xor_sync(kWholeWarp, best, reach));
+  }
+  if (threadIdx.x % kLanes == 0) of_warps[threadIdx.x / kLanes] = best;
+  __syncthreads();
+  for (const int64_t of_warp : of_warps) best = step_inputs::at_least(best, of_warp);
+  ngram_drafts::write_row(args, b, row, best, threadIdx.x, kSearchThreads);
+}
+
 constexpr int kCopyThreads = 256;
 constexpr int kPiecesPerThread = 4;
 
@@ -82,6 +105,11 @@ void write_step_inputs(const StepInputsArgs& args, Device device, Stream stream)
   if (args.rows == 0) return;
   const auto blocks = static_cast<unsigned>((args.rows + kRowsPerBlock - 1) / kRowsPerBlock);
   launch_in_turn<step_inputs_kernel>(blocks, kLanes * kRowsPerBlock, device, stream, args);
+}
+
+void draft_ngrams(const NgramDraftsArgs& args, Device device, Stream stream) {
+  if (args.rows == 0) return;
+  launch_in_turn<draft_ngrams_kernel>(static_cast<unsigned>(args.rows), kSearchThreads, device, stream, args);
 }
 
 void last_logits(const LastLogitsArgs& args, Device device, Stream stream) {

@@ -54,7 +54,7 @@ class DeviceContext:
     chain: Tensor | None = None
     """bool ``[B]``: rows whose tree is to be a chain; None: no row."""
     inputs: StepInputs | None = None
-    """Where the steps of a chain of a draft model are written; ``base`` and ``budget`` are known then."""
+    """Where the steps of chains are written, which settles ``base`` and ``budget``; None: there are trees."""
 
 
 class DeviceDrafter(Protocol):
@@ -122,23 +122,25 @@ class TextDrafter:
         """Nothing is kept."""
 
     def propose(self, context: DeviceContext, most: int) -> Proposal:
+        inputs = context.inputs
+        if inputs is not None:
+            inputs.write(context.state, context.rows.slots)
+            inputs.draft_ngrams(context.state, self._min, self._max)
+            return FedProposal(inputs.drafts, inputs.num_drafts, inputs=inputs)
+        if context.tree is None or context.nodes is None:
+            raise RuntimeError("propose: expected the buffers of the round's step or a tree, got None")
         # Whole blocks, so that shapes stay the same for a while; what lies behind a text is never a match.
         longest = context.longest + -context.longest % BLOCK
         text = context.rows.of(context.state.text)[:, :longest]
-        matches = ngram.matches_in(text, context.base, self._min, self._max)
-        if context.tree is not None and context.nodes is not None:
-            grown = ngram.trees(
-                matches,
-                context.budget.minimum(context.nodes),
-                context.nodes,
-                branches=context.tree.branches,
-                most_depth=most,
-                most_nodes=context.tree.nodes,
-            )
-            return Proposal(grown.tokens, grown.num_drafts, parents=grown.parents)
-        drafts, known = ngram.chains(matches, most)
-        found = torch.where(known, most, 0).to(torch.int32)
-        return Proposal(drafts, torch.minimum(context.budget, found))
+        grown = ngram.trees(
+            ngram.matches_in(text, context.base, self._min, self._max),
+            context.budget.minimum(context.nodes),
+            context.nodes,
+            branches=context.tree.branches,
+            most_depth=most,
+            most_nodes=context.tree.nodes,
+        )
+        return Proposal(grown.tokens, grown.num_drafts, parents=grown.parents)
 
     def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:
         """Texts are looked at anew."""

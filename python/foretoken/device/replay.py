@@ -104,7 +104,6 @@ class Replays:
         self._rounds = rounds
         self._graphs: dict[tuple[Any, ...], WholeRound | Callable[[], Tensor]] = {}
         self._seats: dict[int, tuple[SeatedRows, int]] = {}
-        self._pool: Any = None
         self.count = 0
         self.why_not: str | None = None
 
@@ -193,10 +192,8 @@ class Replays:
 
     def _captured(self, key: tuple[Any, ...], whole: WholeRound) -> Callable[[], Tensor] | None:
         del self._graphs[key]  # it becomes the youngest
-        if self._pool is None and self._rounds._device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
         try:
-            graph = capture(whole, self._pool)
+            graph = capture(whole, self._rounds.graph_pool)
         except RuntimeError as error:
             self.why_not = f"a round cannot be captured: {str(error).splitlines()[0]}"
             return None
