@@ -22,11 +22,12 @@ class ChainVerifier : ChainDraw<kType, false> {
     const bool given = args_.given != nullptr;
     const bool tree = this->is_drawn_tree();
     const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1, first = given ? of_target : 0;
-    const int32_t of_drafts = tree ? args_.law_rows : args_.draft.data ? args_.most_drafts : 0;
-    const uint32_t end = of_target + static_cast<uint32_t>(of_drafts);
-    typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                  size_ * kWarps * clusters - clusters, first, first + 1, end - first,
-                                  tiles_);
+    const uint32_t end = of_target + (args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0);
+    const auto tiles_from = [&](uint32_t row, uint32_t count) {
+      return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
+                                     size_ * kWarps * clusters - clusters, row, row + 1, count, tiles_);
+    };
+    typename Rows::RowTiles tiles = tiles_from(first, tree ? 0 : end - first);
     RawTile<kType> raw;
     if (!scouts && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
@@ -35,6 +36,11 @@ class ChainVerifier : ChainDraw<kType, false> {
       return;
     }
     const bool filtered = this->any_filter();
+    if (tree) {
+      plan_rows(args_, this->drawn_tree(), b_, drafts_, dense_, !filtered && !given, given && !filtered);
+      tiles = tiles_from(0, static_cast<uint32_t>(this->drawn_tree().num_rows));
+      if (!scouts && !filtered && tiles.any()) this->load(tiles, raw);
+    }
     if (scouts && tree) {
       look_ahead_at_tree(args_, this->drawn_tree().nodes, kType, b_, *this->seed_, drafts_, usable_, dense_);
     } else if (scouts) {
@@ -59,7 +65,11 @@ class ChainVerifier : ChainDraw<kType, false> {
       __syncthreads();
       const ChainStep step = shared_.step;
       if (step.close) return close(step, turn);
-      this->sum_residual(step, ++turn);
+      if (tree && this->drawn_tree().reads) {
+        this->make_law_late(static_cast<uint32_t>(step.node));
+      } else {
+        this->sum_residual(step, ++turn);
+      }
       cluster_sync();
       if (warp_ == 0) tree ? walk_drawn_tree(args_, shared_, this->drawn_tree(), turn) : go_on(turn);
     }

@@ -75,7 +75,11 @@ class ChainRows {
   };
 
   __device__ __forceinline__ void load(const RowTiles& tiles, RawTile<kType>& raw) const {
-    TileOfRow<kType>::load(raw, row_data(tiles.row()), vocab_, tiles.index(), args_.aligned);
+    TileOfRow<kType>::load(raw, row_data(row_of(tiles)), vocab_, tiles.index(), args_.aligned);
+  }
+  // Of trees of drawn drafts the tiles are those of rows in a list.
+  __device__ __forceinline__ uint32_t row_of(const RowTiles& tiles) const {
+    return is_drawn_tree() ? drawn_tree().rows[tiles.row()] : tiles.row();
   }
 
   // Number of a draft's row among all.
@@ -97,7 +101,9 @@ class ChainRows {
     return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
-    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < end_of_drafts();
+    if (is_drawn_tree())
+      return drawn_tree().wanted[of_target(row) ? row : row - draft_row(0) + kMostTreeNodes];
+    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
   }
   __device__ __forceinline__ const void* row_data(uint32_t row) const {
     if constexpr (kTree) return rows_ + row * args_.target.strides[1] * RawTile<kType>::kBytes;
@@ -169,7 +175,7 @@ class ChainRows {
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
 #pragma unroll 1
     while (tiles.any()) {
-      const uint32_t row = tiles.row(), index = tiles.index();
+      const uint32_t row = row_of(tiles), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
       if (tiles.any()) load(tiles, next);

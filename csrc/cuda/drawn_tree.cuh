@@ -55,10 +55,47 @@ struct alignas(16) DrawnTree {
   int32_t num_removed;
   int32_t turn;  // of the last sums; in the end of those that the token is drawn from
   int32_t status;
-  bool climbs, closes;
+  bool climbs, closes, reads;  // reads: the row of the step's node is wanted, which was left out at first
+  int32_t num_rows;
+  int16_t rows[2 * kMostTreeNodes];  // that are read at first
+  bool wanted[2 * kMostTreeNodes];   // rows of the target by node, and of laws, that are looked at
 };
 
 constexpr int16_t kBadLawRow = -2;
+
+// Which rows are read at first. `lazily`: those of leaves are not, as only a closing token is ever drawn from
+// them. `given`: none of the target's. By a block, a thread for each node.
+inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, int64_t b,
+                                              int32_t drafts, bool drawn, bool lazily, bool given) {
+  const int32_t node = static_cast<int32_t>(threadIdx.x);
+  static_assert(kThreads >= 2 * kMostTreeNodes);
+  const bool there = node <= drafts;
+  int64_t law_row = kNoNode, parent = kNoNode;
+  if (there && drawn) law_row = args.draft_rows.data ? read_number(args.draft_rows, b, node) : node;
+  if (there && node > 0) parent = args.parents.data ? read_number(args.parents, b, node - 1) : node - 1;
+  if (node < 2 * kMostTreeNodes) tree.wanted[node] = node == 0;
+  __syncthreads();
+  if (parent >= 0 && parent < node) tree.wanted[parent] = true;
+  __syncthreads();
+  if (there && tree.wanted[node] && law_row >= 0 && law_row < args.law_rows)
+    tree.wanted[kMostTreeNodes + law_row] = true;
+  __syncthreads();
+  if (there && !lazily) tree.wanted[node] = true;
+  __syncthreads();
+  if (node < kWarpSize) {
+    int32_t count = 0;
+    for (int32_t first = given ? kMostTreeNodes : 0; first < 2 * kMostTreeNodes; first += kWarpSize) {
+      const int32_t at = first + lane_id();
+      const unsigned all = __ballot_sync(kAllLanes, tree.wanted[at]);
+      const int32_t row = at < kMostTreeNodes ? at : at - kMostTreeNodes + args.most_drafts + 1;
+      if (tree.wanted[at])
+        tree.rows[count + __popc(all & ((1u << lane_id()) - 1))] = static_cast<int16_t>(row);
+      count += __popc(all);
+    }
+    if (lane_id() == 0) tree.num_rows = count;
+  }
+  __syncthreads();
+}
 
 // By one warp, while the others read rows. `drawn`: laws of the drafts' are looked at.
 inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, DrawnNodes& tree, DType type,
@@ -136,7 +173,7 @@ class DrawnWalk {
     }
     tree_.status = sound ? 0 : kBadDraft;
     tree_.rejection.row = kNoNode;
-    tree_.closes = false;
+    tree_.closes = tree_.reads = false;
     tree_.turn = 0;
     go_to(0);
   }
@@ -365,6 +402,13 @@ class DrawnWalk {
     const NodeState& state = tree_.states[node];
     const RowLaw& law = shared_.records[node].law;
     ChainStep step{true, false, node, tree_.status, -1.0, -1, 0, -1, tree_.nodes.closing_bits[node]};
+    tree_.reads = !tree_.wanted[node];
+    if (tree_.reads) {
+      tree_.wanted[node] = true;
+      step.close = false;
+      shared_.step = step;
+      return;
+    }
     int32_t removed = 0;
     if (!law.usable) step.status |= kLawLost;
     if (!law.usable || shared_.reading[0].kind == LawKind::point) {
@@ -401,7 +445,7 @@ inline __device__ __noinline__ void walk_drawn_tree(const ChainArgs& args, Chain
   DrawnWalk walk(args, shared, tree);
   if (turn == 0) {
     walk.begin();
-  } else {
+  } else if (!tree.reads) {
     walk.take_sums(turn);
   }
   __syncwarp();

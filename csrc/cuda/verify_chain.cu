@@ -101,8 +101,10 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   tree.parents = numbers_of(args.parents);
   tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
   tree.path_rows = numbers_of(args.path_rows);
-  launch_chains(args.target_logits.dtype, tree, args.draft_tokens.shape[0],
-                args.draft_tokens.shape[1] + 1 + tree.law_rows, sizeof(DrawnTree), device, stream);
+  // A law for each inner node, most likely, and no row of a leaf.
+  const int64_t rows = std::min<int64_t>(args.draft_tokens.shape[1] + 1, tree.law_rows) + tree.law_rows;
+  launch_chains(args.target_logits.dtype, tree, args.draft_tokens.shape[0], rows, sizeof(DrawnTree), device,
+                stream);
 }
 
 bool takes_rows(const SampleArgs& args) {
