@@ -26,26 +26,26 @@ class ChainVerifier : ChainDraw<kType, false> {
                                   size_ * kWarps * clusters - clusters, first, first + 1, end - first,
                                   tiles_);
     RawTile<kType> raw;
-    if (!scouts && tiles.any()) this->load(tiles, raw);
+    if (!scouts && !args_.prepared && tiles.any()) this->load(tiles, raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    const bool filtered = this->any_filter();
+    const bool filtered = !args_.prepared && this->any_filter();
     if (scouts) {
       this->look_ahead();
-    } else if (!filtered) {
+    } else if (!filtered && !args_.prepared) {
       this->stream(raw, tiles);
     }
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
-    if (!filtered) {
-      this->make_laws();
-    } else if (args_.clusters > 1) {
+    if (args_.prepared || (filtered && args_.clusters > 1)) {
       this->take_laws();
+    } else if (!filtered) {
+      this->make_laws();
     }
     cluster_sync();
     if (warp_ == 0) begin();
