@@ -41,6 +41,12 @@ __device__ inline void cluster_arrive() {
 }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+// The same for warps that come to it from different places of a program: the other form asks all threads of a
+// warp for one instruction, and compute-sanitizer all warps of a block.
+__device__ inline void cluster_sync_apart() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // The same variable in the shared memory of another block of the cluster.
 template <class T>
 __device__ inline T* of_block(T* shared, uint32_t rank) {
@@ -56,6 +62,7 @@ __device__ inline uint32_t cluster_size() { return 1; }
 __device__ inline void cluster_sync() { block_sync(); }
 __device__ inline void cluster_arrive() {}
 __device__ inline void cluster_wait() { block_sync(); }
+__device__ inline void cluster_sync_apart() { block_sync(); }
 template <class T>
 __device__ inline T* of_block(T* shared, uint32_t) {
   return shared;

@@ -13,6 +13,7 @@ namespace {
 template <DType kType>
 __global__ void __launch_bounds__(kThreads, 2) resident_kernel(const __grid_constant__ ChainArgs args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  take_turn();
   extern __shared__ __align__(16) unsigned char memory[];
   ResidentLaws<kType>(args, memory).run();
 #endif
@@ -67,7 +68,8 @@ int find_cluster(const ResidentRoom& room, int64_t rows, int64_t tiles, int mult
     const int64_t waves = (rows + room.clusters[cluster] - 1) / room.clusters[cluster];
     const int64_t beside = (at_once * cluster + multiprocessors - 1) / multiprocessors;
     const double own = kOfOwnTile * static_cast<double>(most_own(tiles, cluster));
-    const double cost = static_cast<double>(waves) * std::max(kOfRow + own, own * static_cast<double>(beside));
+    const double cost =
+        static_cast<double>(waves) * std::max(kOfRow + own, own * static_cast<double>(beside));
     if (cost >= least) continue;
     least = cost;
     best = cluster;
@@ -87,8 +89,7 @@ int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device devic
   Kept& entry = kept[static_cast<size_t>(rows + tiles) % kMostKept];
   if (entry.rows != rows || entry.tiles != tiles || entry.device != device.index) {
     const ResidentRoom room = find_resident_room<kKernel>(tiles, element_bytes, device);
-    entry = {rows, tiles, device.index,
-             find_cluster(room, rows, tiles, limits_of(device).multiprocessors)};
+    entry = {rows, tiles, device.index, find_cluster(room, rows, tiles, limits_of(device).multiprocessors)};
   }
   return entry.cluster;
 }
@@ -108,7 +109,8 @@ void launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Devic
     constexpr auto kKernel = resident_kernel<decltype(type)::value>;
     const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);
     const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), bytes);
-    launch_clusters(kKernel, rows, cluster, static_cast<size_t>(shared), stream, args);
+    launch_clusters(kKernel, rows, cluster, static_cast<size_t>(shared), stream, args,
+                    overlaps<kKernel>(device));
   };
   switch (dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});

@@ -11,8 +11,8 @@ template <DType kType>
 class ResidentGuess : protected ResidentSearch<kType> {
  protected:
   using Search = ResidentSearch<kType>;
-  using Search::for_own;
   using Search::element_of_lane;
+  using Search::for_own;
   using Search::lane_highs_;
   using Search::rank_;
   using Search::shared_;
@@ -39,8 +39,8 @@ class ResidentGuess : protected ResidentSearch<kType> {
     const Running running = add_up(law, in_number);
     const float wanted =
         in_number ? 0.0f : static_cast<float>(static_cast<double>(law.mass - need) / kMassUnit);
-    const float least = in_number ? static_cast<float>(need)
-                                  : static_cast<float>(static_cast<double>(need) / kMassUnit);
+    const float least =
+        in_number ? static_cast<float>(need) : static_cast<float>(static_cast<double>(need) / kMassUnit);
     if (threadIdx.x == 0) {
       shared_.window[0] = shared_.window[1] = shared_.list_low = nothing;
       shared_.doubt = kMostDoubt;
@@ -77,11 +77,11 @@ class ResidentGuess : protected ResidentSearch<kType> {
 
   // Sums over bins from one end on: what lies before this thread's, and what those hold.
   struct Running {
-    float below, own;      // of the sample, from the lightest on: estimated weight
-    float squares;         // behind this thread's bins
-    float first;           // of own: of the lighter one of two bins
-    float high, of_high;   // of the lanes' largest, from the heaviest on: weight at least, or number
-    uint32_t highs;        // up to and with this thread's bin
+    float below, own;     // of the sample, from the lightest on: estimated weight
+    float squares;        // behind this thread's bins
+    float first;          // of own: of the lighter one of two bins
+    float high, of_high;  // of the lanes' largest, from the heaviest on: weight at least, or number
+    uint32_t highs;       // up to and with this thread's bin
   };
 
   // Twice as far as the least of the tiles' largest elements.
@@ -178,8 +178,8 @@ class ResidentGuess : protected ResidentSearch<kType> {
     if (!(running.below < wanted && running.below + running.own >= wanted)) return;
     const float inside = wanted - running.below, second = running.own - running.first;
     const int lighter = kSampleBins - 1 - 2 * static_cast<int>(threadIdx.x);
-    const float part = inside <= running.first ? inside / running.first
-                                               : 1.0f + (inside - running.first) / second;
+    const float part =
+        inside <= running.first ? inside / running.first : 1.0f + (inside - running.first) / second;
     edge = law.max - (static_cast<float>(lighter + 1) - part) / (law.scale * kSampleBinsPerBit);
   }
 };

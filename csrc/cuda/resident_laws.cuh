@@ -206,7 +206,8 @@ class ResidentLaws : ResidentGuess<kType> {
       TileStats found = stats_[index];
       if (filtered && found.max >= law.cut) {
         const float cut = fmaxf(law.cut, reading_.floor_below(found.max));
-        if (law.cut > reading_.floor_below(law.max)) found.sum = sum_of_kept(local, found.max, law.scale, cut);
+        if (law.cut > reading_.floor_below(law.max))
+          found.sum = sum_of_kept(local, found.max, law.scale, cut);
         of_warp += mass_of_stats(found, law);
         if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }

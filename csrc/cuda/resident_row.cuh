@@ -17,7 +17,7 @@ constexpr int kOwnList = 2048;  // elements near a threshold that a block may li
 
 // Fixed part of a block's shared memory.
 struct ResidentShared {
-  uint32_t bins[2][kParts][kResidentBins];  // one is read by the cluster while the other is filled
+  uint32_t bins[2][kParts][kResidentBins];    // one is read by the cluster while the other is filled
   uint64_t partial[2][kMaxCluster * kWarps];  // masses that each warp of the cluster has found
   uint32_t keys[kOwnList];
   uint16_t places[kOwnList];  // tiles of the block that they lie in
@@ -90,7 +90,8 @@ class ResidentRow {
     for_own([&](uint32_t local, uint32_t index) {
       unsigned char* const to = tile(local);
       if (args_.aligned && (index + 1) * kTile <= vocab_) {
-        const char* const from = static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes;
+        const char* const from =
+            static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes;
 #pragma unroll
         for (int i = 0; i < 4 * kLoads; ++i) {
           const int chunk = i % kLoads * kWarpSize + lane_id();
@@ -129,7 +130,8 @@ class ResidentRow {
       RawTile<kType> raw;
 #pragma unroll
       for (int i = 0; i < 4 * kLoads; ++i) {
-        raw.words[i] = *reinterpret_cast<const uint4*>(tile(local) + slot_of(i / kLoads, i % kLoads, lane_id()));
+        raw.words[i] =
+            *reinterpret_cast<const uint4*>(tile(local) + slot_of(i / kLoads, i % kLoads, lane_id()));
       }
       float high = -infinity();
       const TileStats found = stats_of_tile(raw, reading, high);
@@ -155,7 +157,8 @@ class ResidentRow {
   // This lane's element `i` of a tile: neighbour i % 8 of quarter i / 8.
   __device__ __forceinline__ float element_of_lane(uint32_t local, int i) const {
     constexpr int kEach = 16 / kBytes;
-    const unsigned char* const at = tile(local) + slot_of(i / 8, i % 8 / kEach, lane_id()) + i % kEach * kBytes;
+    const unsigned char* const at =
+        tile(local) + slot_of(i / 8, i % 8 / kEach, lane_id()) + i % kEach * kBytes;
     if constexpr (kType == DType::float32) return *reinterpret_cast<const float*>(at);
     const uint32_t bits = *reinterpret_cast<const uint16_t*>(at);
     return kType == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
@@ -189,10 +192,10 @@ class ResidentRow {
   const ChainArgs& args_;
   ResidentShared& shared_;
   const uint32_t rank_, size_, warp_, vocab_, tiles_;
-  TileStats* stats_;     // [tiles]
-  uint64_t* masses_;     // [tiles]
-  float* lane_highs_;    // [own tiles, 32]
-  unsigned char* row_;   // [own tiles, a tile]
+  TileStats* stats_;    // [tiles]
+  uint64_t* masses_;    // [tiles]
+  float* lane_highs_;   // [own tiles, 32]
+  unsigned char* row_;  // [own tiles, a tile]
 };
 
 }  // namespace foretoken::cuda

@@ -71,7 +71,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   // Largest element t of a range such that the elements of the range at t and above measure at least `need`:
   // in number, or in mass. -infinity: all of them do not. Of those listed, or of the row.
   __device__ __forceinline__ float reaching(bool of_list, KeyRange range, uint64_t need, const RowLaw& law,
-                                         bool in_number) {
+                                            bool in_number) {
     const RowLaw weighed = law;
     while (true) {
       const uint32_t span = range.top - range.bottom;
@@ -208,8 +208,7 @@ class ResidentSearch : protected ResidentRow<kType> {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint64_t rest = amount >> (kPartBits * part);
-      const uint32_t piece =
-          static_cast<uint32_t>(part + 1 < kParts ? rest & ((1u << kPartBits) - 1) : rest);
+      const uint32_t piece = static_cast<uint32_t>(part + 1 < kParts ? rest & ((1u << kPartBits) - 1) : rest);
       if (piece != 0) atomicAdd(&shared_.bins[turn_][part][bin], piece);
     }
   }
@@ -230,8 +229,7 @@ class ResidentSearch : protected ResidentRow<kType> {
     for_own([&](uint32_t local, uint32_t index) {
       if (!(stats_[index].max >= low)) return;
       const uint32_t marks = mark(local, [&](float x) { return x >= low && x <= high; });
-      for_marked(local, marks,
-                 [&](bool there, float x) { count(there, x, range, shift, law, in_number); });
+      for_marked(local, marks, [&](bool there, float x) { count(there, x, range, shift, law, in_number); });
     });
   }
 
