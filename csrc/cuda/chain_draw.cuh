@@ -98,7 +98,8 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
   }
 
   __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
-    return gain_in_weights(gain, shared_.records[node].law.mass, shared_.records[draft_row(node)].law.mass);
+    return gain_in_weights(gain, shared_.records[node].law.mass,
+                           shared_.records[this->law_row(node)].law.mass);
   }
 
   // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
@@ -114,7 +115,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       const uint32_t index = second ? item - tiles_ : item;
       const int32_t node = second ? step.other : step.node;
       const uint32_t target_row = static_cast<uint32_t>(node),
-                     other_row = with_draft ? draft_row(node) : target_row;
+                     other_row = with_draft ? this->law_row(node) : target_row;
       RawTile<kType> target_tile, draft_tile;
       TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
       if constexpr (!kTree)
@@ -242,9 +243,9 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       float weight = weight_of_logit(element(static_cast<uint32_t>(step.node), at), target.max, target.scale,
                                      target.cut);
       if (!kTree && step.gain >= 0.0) {
-        const RowLaw& draft = shared_.records[draft_row(step.node)].law;
+        const RowLaw& draft = shared_.records[this->law_row(step.node)].law;
         weight = residual_weight(
-            weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
+            weight, weight_of_logit(element(this->law_row(step.node), at), draft.max, draft.scale, draft.cut),
             gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);

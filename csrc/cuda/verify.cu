@@ -227,11 +227,11 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     return;
   }
   while (true) {
-    cluster_sync();
+    cluster_sync_apart();
     const Command command = shared.command;
     if (command.task == Task::finish) return;
     team.execute(command);
-    cluster_sync();
+    cluster_sync_apart();
   }
 }
 
@@ -311,6 +311,7 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   const int64_t room = room_before_preparation(args, scratch, memory);
   const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.laws, scratch.arrivals};
   if (takes_chains(args)) return verify_chains(args, of_chains, device, stream);
+  if (takes_drawn_trees(args)) return verify_drawn_trees(args, of_chains, device, stream);
   if (takes_trees(args)) return verify_trees(args, of_chains, device, stream);
   VerifyParams params;
   VerifyLaunch& launch = params.launch;
