@@ -117,12 +117,11 @@ class ResidentLaws : ResidentGuess<kType> {
     law.max = high_;
     law.scale = reading_.scale;
     law.cut = reading_.floor_below(high_);
-    if (filters_.cuts_count(vocab_)) return law;  // what is left of it then is counted anew
     uint64_t mass = 0;
-    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
+    for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
       mass += mass_of_stats(stats_[index], law);
     }
-    law.mass = sum_of_masses(mass);
+    law.mass = sum_up_to_thread(mass).total;
     return law;
   }
 
@@ -149,6 +148,10 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
+        if (stage == 1 && cuts_count) {  // fewer elements than top-k asks for have a weight at all
+          cluster_sync();
+          this->clear_bins();
+        }
         if (!in_number) need = needed_mass(filters_.top_p, total);
         window = this->guess(whole, in_number, need);
       }
@@ -216,7 +219,31 @@ class ResidentLaws : ResidentGuess<kType> {
     if (filtered) this->tell(of_warp);
   }
 
+  // Three elements of a lane are folded in one of two ways.
   __device__ __forceinline__ float sum_of_kept(uint32_t local, float anchor, float scale, float cut) const {
+    uint32_t marks = mark(local, [&](float x) { return x >= cut; });
+    if (__reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks))) > 3) {
+      return sum_of_many(local, anchor, scale, cut);
+    }
+    float weights[3];
+    int bits[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const float weight = exp2_scaled(this->first_marked(local, marks) - anchor, scale);
+      bits[i] = __ffs(static_cast<int>(marks)) - 1;
+      weights[i] = marks != 0 ? weight : 0.0f;
+      marks &= marks - 1;
+    }
+    const bool last_apart = marks_apart(bits);
+    const float pair = last_apart ? weights[0] + weights[1] : weights[1] + weights[2];
+    return sum_of_warp(pair + (last_apart ? weights[2] : weights[0]));
+  }
+  // Whether the first two are folded first; of fewer than three either will do.
+  static __device__ __forceinline__ bool marks_apart(const int (&bits)[3]) {
+    return (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
+  }
+
+  __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
     PinnedSum sum;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
