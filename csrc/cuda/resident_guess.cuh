@@ -106,7 +106,7 @@ class ResidentGuess : protected ResidentSearch<kType> {
 #pragma unroll
       for (int i = 0; i < kSamples; ++i) {
         if (index * kTile + i * 256 + lane_id() * 8 + shift >= vocab_) continue;
-        const float x = element_of_lane(local, i * 8 + static_cast<int>(shift));
+        const float x = element_of_lane(local, i, static_cast<int>(shift));
         atomicAdd(of_samples + static_cast<int>(fminf((law.max - x) * sample_fine, kSampleBins - 1.0f)), 1u);
       }
     });

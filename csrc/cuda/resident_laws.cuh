@@ -117,12 +117,11 @@ class ResidentLaws : ResidentGuess<kType> {
     law.max = high_;
     law.scale = reading_.scale;
     law.cut = reading_.floor_below(high_);
-    if (filters_.cuts_count(vocab_)) return law;  // what is left of it then is counted anew
     uint64_t mass = 0;
-    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
+    for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
       mass += mass_of_stats(stats_[index], law);
     }
-    law.mass = sum_of_masses(mass);
+    law.mass = sum_up_to_thread(mass).total;
     return law;
   }
 
@@ -149,6 +148,10 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
+        if (stage == 1 && cuts_count) {  // fewer elements than top-k asks for have a weight at all
+          cluster_sync();
+          this->clear_bins();
+        }
         if (!in_number) need = needed_mass(filters_.top_p, total);
         window = this->guess(whole, in_number, need);
       }
@@ -207,7 +210,7 @@ class ResidentLaws : ResidentGuess<kType> {
       if (filtered && found.max >= law.cut) {
         const float cut = fmaxf(law.cut, reading_.floor_below(found.max));
         if (law.cut > reading_.floor_below(law.max))
-          found.sum = sum_of_kept(local, found.max, law.scale, cut);
+          found.sum = sum_of_kept(local, law.cut >= this->marked_from_, found.max, law.scale, cut);
         of_warp += mass_of_stats(found, law);
         if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }
@@ -216,7 +219,33 @@ class ResidentLaws : ResidentGuess<kType> {
     if (filtered) this->tell(of_warp);
   }
 
-  __device__ __forceinline__ float sum_of_kept(uint32_t local, float anchor, float scale, float cut) const {
+  // `marked`: all of them are. Three of a lane are folded in one of two ways.
+  __device__ __forceinline__ float sum_of_kept(uint32_t local, bool marked, float anchor, float scale,
+                                               float cut) const {
+    uint32_t kept = marked ? this->marks_of(local) : mark(local, [&](float x) { return x >= cut; });
+    bool many = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept))) > kFewMarks;
+    if (marked && !many) {
+      const uint32_t marks = kept;
+      this->for_marked(local, marks, [&](bool, float x, uint32_t bit) { kept &= x >= cut ? ~0u : ~bit; });
+    }
+    many = many || __any_sync(kAllLanes, __popc(kept) > kFolded);
+    if (many) return sum_of_many(local, anchor, scale, cut);
+    float weights[kFolded];
+    int bits[kFolded];
+#pragma unroll
+    for (int i = 0; i < kFolded; ++i) {
+      const float weight = exp2_scaled(this->first_marked(local, kept) - anchor, scale);
+      bits[i] = __ffs(static_cast<int>(kept)) - 1;
+      weights[i] = kept != 0 ? weight : 0.0f;
+      kept &= kept - 1;
+    }
+    // Whether the first two are folded first; of fewer than three either will do.
+    const bool last_apart = (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
+    const float pair = last_apart ? weights[0] + weights[1] : weights[1] + weights[2];
+    return sum_of_warp(pair + (last_apart ? weights[2] : weights[0]));
+  }
+
+  __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
     PinnedSum sum;
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
@@ -313,6 +342,9 @@ class ResidentLaws : ResidentGuess<kType> {
     __syncthreads();
     return shared_.drawn;
   }
+
+  static constexpr unsigned kFewMarks = 6;
+  static constexpr int kFolded = 3;
 
   int64_t b_ = 0, number_ = 0, token_ = -1;
   const uint64_t* seed_ = nullptr;

@@ -154,17 +154,17 @@ class ResidentRow {
     return eight;
   }
 
-  // This lane's element `i` of a tile: neighbour i % 8 of quarter i / 8.
-  __device__ __forceinline__ float element_of_lane(uint32_t local, int i) const {
+  __device__ __forceinline__ float element_of_lane(uint32_t local, int quarter, int neighbour) const {
     constexpr int kEach = 16 / kBytes;
     const unsigned char* const at =
-        tile(local) + slot_of(i / 8, i % 8 / kEach, lane_id()) + i % kEach * kBytes;
+        tile(local) + slot_of(quarter, neighbour / kEach, lane_id()) + neighbour % kEach * kBytes;
     if constexpr (kType == DType::float32) return *reinterpret_cast<const float*>(at);
     const uint32_t bits = *reinterpret_cast<const uint16_t*>(at);
     return kType == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
   }
 
-  // A bit for each of this lane's elements that pass.
+  // A bit for each of this lane's elements that pass: neighbour by neighbour, of each the four quarters,
+  // which is the order in which they are folded.
   template <class Test>
   __device__ __forceinline__ uint32_t mark(uint32_t local, const Test& test) const {
     uint32_t marks = 0;
@@ -173,19 +173,24 @@ class ResidentRow {
       const Eight eight = quarter_of(local, quarter);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (test(eight.x[j])) marks |= 1u << (8 * quarter + j);
+        if (test(eight.x[j])) marks |= 1u << (4 * j + quarter);
       }
     }
     return marks;
   }
+  // The first marked element; without any mark just one.
+  __device__ __forceinline__ float first_marked(uint32_t local, uint32_t marks) const {
+    const int bit = __ffs(static_cast<int>(marks | 0x80000000u)) - 1;
+    return element_of_lane(local, bit % 4, bit / 4);
+  }
 
-  // body(whether this lane has one, it) for the marked elements of all lanes, one of each at a time.
+  // body(whether this lane has one, it, its mark) for the marked elements of all lanes, one of each at a
+  // time.
   template <class Body>
   __device__ __forceinline__ void for_marked(uint32_t local, uint32_t marks, const Body& body) const {
 #pragma unroll 1
     for (; __any_sync(kAllLanes, marks != 0); marks &= marks - 1) {
-      const bool there = marks != 0;
-      body(there, element_of_lane(local, there ? __ffs(static_cast<int>(marks)) - 1 : 0));
+      body(marks != 0, first_marked(local, marks), marks & -marks);
     }
   }
 

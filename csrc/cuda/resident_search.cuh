@@ -13,7 +13,7 @@ class ResidentSearch : protected ResidentRow<kType> {
  protected:
   using Row = ResidentRow<kType>;
   using Row::args_;
-  using Row::element_of_lane;
+  using Row::first_marked;
   using Row::for_marked;
   using Row::for_own;
   using Row::lane_highs_;
@@ -47,6 +47,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   // are in masses_ too. Between two of these lies another barrier of the cluster.
   __device__ __forceinline__ Collected collect(const RowLaw& law, const Window window) {
     const float max = law.max, scale = law.scale;
+    marked_from_ = window.low;
     if (threadIdx.x == 0) shared_.listed = 0;
     __syncthreads();
     uint64_t all = 0;
@@ -130,6 +131,13 @@ class ResidentSearch : protected ResidentRow<kType> {
     return sum_of_masses(sum);
   }
 
+  // This lane's elements in a collected window or above; where the largest ones were, which are done with.
+  __device__ __forceinline__ uint32_t& marks_of(uint32_t local) const {
+    return reinterpret_cast<uint32_t*>(lane_highs_)[local * kWarpSize + lane_id()];
+  }
+
+  float marked_from_ = infinity();
+
   // Both, before they are first searched in. They may have held other numbers, which all have read.
   __device__ __forceinline__ void clear_bins() {
     uint32_t* const bins = &shared_.bins[0][0][0];
@@ -144,44 +152,49 @@ class ResidentSearch : protected ResidentRow<kType> {
   __device__ __forceinline__ uint64_t collect_tile(uint32_t local, float max, float scale,
                                                    const Window& window) {
     const float low = window.low, high = window.high;
-    uint32_t marks = mark(local, [&](float x) { return x >= low; });
+    const uint32_t marks = mark(local, [&](float x) { return x >= low; });
+    marks_of(local) = marks;
     const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks)));
+    uint32_t near = 0;
     LaneMass mass;
     if (most <= kFew) {
-      for_marked(local, marks, [&](bool there, float x) {
+      for_marked(local, marks, [&](bool there, float x, uint32_t bit) {
         const float weight = exp2_scaled(x - max, scale);
         mass.add(there && x >= high ? weight : 0.0f);
-        list(there && x < high, local, x);
+        near |= x < high ? bit : 0;
       });
-      return mass.total();
-    }
-    marks = 0;
+    } else {
 #pragma unroll 1
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      const Eight eight = quarter_of(local, quarter);
-      uint32_t near = 0;
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const Eight eight = quarter_of(local, quarter);
+        uint32_t above = 0;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float weight = exp2_scaled(eight.x[j] - max, scale);
-        const bool above = eight.x[j] >= high;
-        mass.add(above ? weight : 0.0f);
-        if (!above && eight.x[j] >= low) near |= 1u << j;
+        for (int j = 0; j < 8; ++j) {
+          const bool there = eight.x[j] >= high;
+          const float weight = exp2_scaled(eight.x[j] - max, scale);
+          mass.add(there ? weight : 0.0f);
+          if (there) above |= 1u << (4 * j);
+        }
+        near |= above << quarter;
       }
-      marks |= near << (8 * quarter);
+      near = marks & ~near;
     }
-    for_marked(local, marks, [&](bool there, float x) { list(there, local, x); });
+    list(local, near);
     return mass.total();
   }
 
-  __device__ __forceinline__ void list(bool there, uint32_t local, float x) {
-    const unsigned all = __ballot_sync(kAllLanes, there);
-    if (all == 0) return;
-    uint32_t place = 0;
-    if (lane_id() == 0) place = atomicAdd(&shared_.listed, static_cast<uint32_t>(__popc(all)));
-    place = __shfl_sync(kAllLanes, place, 0) + static_cast<uint32_t>(__popc(all & ((1u << lane_id()) - 1)));
-    if (!there || place >= kOwnList) return;
-    shared_.keys[place] = key_of(x);
-    shared_.places[place] = static_cast<uint16_t>(local);
+  // By a warp: the marked elements of each lane.
+  __device__ __forceinline__ void list(uint32_t local, uint32_t marks) {
+    if (marks != 0) {
+      uint32_t place = atomicAdd(&shared_.listed, static_cast<uint32_t>(__popc(marks)));
+#pragma unroll 1
+      for (; marks != 0 && place < kOwnList; marks &= marks - 1) {
+        shared_.keys[place] = key_of(first_marked(local, marks));
+        shared_.places[place] = static_cast<uint16_t>(local);
+        ++place;
+      }
+    }
+    __syncwarp();
   }
 
   // By a warp, an element for each lane that has one. Where all fall into one bin they are added up first.
@@ -229,7 +242,8 @@ class ResidentSearch : protected ResidentRow<kType> {
     for_own([&](uint32_t local, uint32_t index) {
       if (!(stats_[index].max >= low)) return;
       const uint32_t marks = mark(local, [&](float x) { return x >= low && x <= high; });
-      for_marked(local, marks, [&](bool there, float x) { count(there, x, range, shift, law, in_number); });
+      for_marked(local, marks,
+                 [&](bool there, float x, uint32_t) { count(there, x, range, shift, law, in_number); });
     });
   }
 
