@@ -97,6 +97,22 @@ inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& 
   __syncthreads();
 }
 
+// find_suiting() of math/tree_index.hpp: a node suits if below it every younger sibling fits into the elder
+// one. `drawn`, `any_drawn`: laws are looked at, and there is one.
+inline __device__ __noinline__ void find_suiting_by_warp(Rule rule, bool drawn, bool any_drawn,
+                                                         DrawnNodes& tree) {
+  const bool mixes = rule == Rule::automatic && any_drawn;
+  for (int32_t node = lane_id(); node < tree.index.nodes; node += kWarpSize)
+    tree.suits[node] = mixes || (rule == Rule::traversal && drawn);
+  __syncwarp();
+  for (int32_t node = 1 + lane_id(); mixes && node < tree.index.nodes; node += kWarpSize) {
+    const int32_t younger = tree.index.next_sibling[node];
+    if (younger == kNoNode || fits_into(tree.index, node, younger)) continue;
+    for (int32_t at = tree.index.parent[node]; at >= 0; at = tree.index.parent[at]) tree.suits[at] = false;
+  }
+  __syncwarp();
+}
+
 // By one warp, while the others read rows. `drawn`: laws of the drafts' are looked at.
 inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, DrawnNodes& tree, DType type,
                                                        int64_t b, uint64_t seed, int32_t drafts, bool usable,
@@ -137,12 +153,10 @@ inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, Dr
   bool any_drawn = false;
   for (int32_t node = lane_id(); node < tree.index.nodes; node += kWarpSize) {
     any_drawn = any_drawn || (tree.index.first_child[node] != kNoNode && tree.law_row[node] >= 0);
-    tree.suits[node] = args.rule == Rule::traversal && drawn;
   }
   any_drawn = __any_sync(kAllLanes, any_drawn) != 0;
-  if (lane_id() != 0) return;
-  tree.usable = usable ? 1 : 0;
-  if (args.rule == Rule::automatic && any_drawn) find_suiting(tree.index, false, tree.suits);
+  if (lane_id() == 0) tree.usable = usable ? 1 : 0;
+  find_suiting_by_warp(args.rule, drawn, any_drawn, tree);
 }
 
 class DrawnWalk {
