@@ -61,19 +61,16 @@ class ChainVerifier : ChainDraw<kType, false> {
       this->make_laws();
     }
     cluster_sync();
-    if (warp_ == 0) tree ? walk_drawn_tree(args_, shared_, this->drawn_tree(), 0) : begin();
+    if (warp_ == 0) tree ? this->walk_tree(-1) : begin();
     int turn = 0;
     while (true) {
       __syncthreads();
       const ChainStep step = shared_.step;
       if (step.close) return close(step, turn);
-      if (tree && this->drawn_tree().reads) {
-        this->make_law_late(static_cast<uint32_t>(step.node));
-      } else {
-        this->sum_residual(step, ++turn);
-      }
+      if (!tree || this->drawn_tree().sums) this->sum_residual(step, ++turn);
+      if (tree) this->look_closer(step.node);
       cluster_sync();
-      if (warp_ == 0) tree ? walk_drawn_tree(args_, shared_, this->drawn_tree(), turn) : go_on(turn);
+      if (warp_ == 0) tree ? this->walk_tree(turn) : go_on(turn);
     }
   }
 

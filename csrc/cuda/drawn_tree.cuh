@@ -30,6 +30,7 @@ struct Rejection {
   int32_t row;  // kNoNode: there is none
   bool wanted;  // what is left is asked for ...
   bool asks;    // ... and takes two rows to tell
+  bool leaves;  // a sibling was drawn from what it leaves of the law
   bool fails;   // the coin has already decided against the row's node
 };
 
@@ -55,7 +56,11 @@ struct alignas(16) DrawnTree {
   int32_t num_removed;
   int32_t turn;  // of the last sums; in the end of those that the token is drawn from
   int32_t status;
-  bool climbs, closes, reads;  // reads: the row of the step's node is wanted, which was left out at first
+  bool climbs, closes;
+  bool sums;         // the step's residuals are wanted
+  bool reads;        // the law of the step's node is, whose row was left out at first
+  int32_t left_row;  // what rejected children leave of the law of this node is; none: kNoNode
+  double left;       // that share
   int32_t num_rows;
   int16_t rows[2 * kMostTreeNodes];  // that are read at first
   bool wanted[2 * kMostTreeNodes];   // rows of the target by node, and of laws, that are looked at
@@ -99,15 +104,16 @@ inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& 
 
 // find_suiting() of math/tree_index.hpp: a node suits if below it every younger sibling fits into the elder
 // one. `drawn`, `any_drawn`: laws are looked at, and there is one.
-inline __device__ __noinline__ void find_suiting_by_warp(Rule rule, bool drawn, bool any_drawn,
+inline __device__ __noinline__ void find_suiting_by_warp(const ChainArgs& args, bool drawn, bool any_drawn,
                                                          DrawnNodes& tree) {
-  const bool mixes = rule == Rule::automatic && any_drawn;
+  const bool mixes = args.rule == Rule::automatic && any_drawn;
   for (int32_t node = lane_id(); node < tree.index.nodes; node += kWarpSize)
-    tree.suits[node] = mixes || (rule == Rule::traversal && drawn);
+    tree.suits[node] = mixes || (args.rule == Rule::traversal && drawn);
   __syncwarp();
   for (int32_t node = 1 + lane_id(); mixes && node < tree.index.nodes; node += kWarpSize) {
     const int32_t younger = tree.index.next_sibling[node];
-    if (younger == kNoNode || fits_into(tree.index, node, younger)) continue;
+    if (younger == kNoNode) continue;
+    if (!args.without_replacement && fits_into(tree.index, node, younger)) continue;
     for (int32_t at = tree.index.parent[node]; at >= 0; at = tree.index.parent[at]) tree.suits[at] = false;
   }
   __syncwarp();
@@ -156,7 +162,7 @@ inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, Dr
   }
   any_drawn = __any_sync(kAllLanes, any_drawn) != 0;
   if (lane_id() == 0) tree.usable = usable ? 1 : 0;
-  find_suiting_by_warp(args.rule, drawn, any_drawn, tree);
+  find_suiting_by_warp(args, drawn, any_drawn, tree);
 }
 
 class DrawnWalk {
@@ -176,6 +182,7 @@ class DrawnWalk {
       const double prob = law.usable ? probability(law, node, nodes.of_draft[node]) : 0.0;
       tree_.draft_prob[node] = prob;
       sound = sound && prob > 0.0 && prob < 1.001;
+      if (args_.without_replacement) sound = sound && !is_repeated(parent, node);
     }
     // Judged before any coin, so that dropping the proposal changes no law.
     sound = __all_sync(kAllLanes, sound) != 0;
@@ -187,7 +194,8 @@ class DrawnWalk {
     }
     tree_.status = sound ? 0 : kBadDraft;
     tree_.rejection.row = kNoNode;
-    tree_.closes = tree_.reads = false;
+    tree_.closes = tree_.reads = tree_.sums = false;
+    tree_.left_row = kNoNode;
     tree_.turn = 0;
     go_to(0);
   }
@@ -207,6 +215,25 @@ class DrawnWalk {
       tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass, turn, which};
       tree_.turn = turn;
     }
+  }
+
+  // The statistics of what is left of a law are there. By the first warp of a block.
+  __device__ __forceinline__ void take_left(const TileStats* stats) {
+    const RowLaw& law = shared_.records[law_record(tree_.left_row)].law;
+    const int64_t tiles = tiles_of(args_.vocab);
+    const auto read = [&](int64_t index) { return __ldcg(reinterpret_cast<const float2*>(stats) + index); };
+    float max = -infinity();
+    for (int64_t index = lane_id(); index < tiles; index += kWarpSize) max = fmaxf(max, read(index).x);
+    max = max_of_warp(max);
+    uint64_t mass = 0;  // in units of the likeliest token that is left
+    for (int64_t index = lane_id(); index < tiles && max >= law.cut; index += kWarpSize) {
+      const float2 found = read(index);
+      if (found.x < law.cut) continue;
+      mass += mass_of_tile(found.y, weight_of_logit(found.x, max, law.scale, law.cut));
+    }
+    mass = sum_of_masses(mass);
+    const double share = static_cast<double>(mass) * static_cast<double>(weight_in(law, max));
+    if (lane_id() == 0) tree_.left = max >= law.cut ? share / static_cast<double>(law.mass) : 0.0;
   }
 
   // To where a residual is asked for, or to the end. By one thread.
@@ -244,7 +271,7 @@ class DrawnWalk {
     return false;
   }
 
-  // left_of_target() and left_of_draft(); siblings are independent, so that nothing of the draft's goes.
+  // left_of_target() and left_of_draft() of math/tree_walk.hpp.
   __device__ __forceinline__ double left_of_target(int32_t row, int32_t child) const {
     const NodeState& state = tree_.states[row];
     double left = tree_.target_prob[child];
@@ -256,7 +283,7 @@ class DrawnWalk {
     return left > 0.0 && state.rest > 0.0 ? left / state.rest : 0.0;
   }
   __device__ __forceinline__ double left_of_draft(int32_t row, int32_t child) const {
-    return drawn(row) ? tree_.draft_prob[child] : 1.0;
+    return drawn(row) ? tree_.draft_prob[child] / tree_.states[row].left : 1.0;
   }
 
   __device__ __forceinline__ void go_to(int32_t node) {
@@ -319,37 +346,43 @@ class DrawnWalk {
 
   __device__ __forceinline__ void reject(int32_t row, int32_t child, double weight, bool wanted, bool fails) {
     NodeState& state = tree_.states[row];
-    Rejection rejection{weight, state.rest, row, wanted, false, fails};
+    Rejection rejection{weight, state.rest, row, wanted, false, false, fails};
     ++state.rejected;
     if (!drawn(row)) {
       if (!is_repeated(row, child)) state.rest -= tree_.target_prob[child];
       if (state.rest < 0.0) state.rest = 0.0;
-    } else if (weight > 0.0) {
+    } else if (weight > 0.0 && state.left > 0.0) {
       state.gain = next_gain(state, weight);
       rejection.asks = wanted;
+      rejection.leaves = args_.without_replacement && younger(child) != kNoNode;
     } else {
       state.rest = 0.0;
     }
     tree_.rejection = rejection;
   }
 
-  // False: the mass that is left is asked for.
+  // False: what is left is asked for.
   __device__ __forceinline__ bool finish_rejection() {
     const Rejection rejection = tree_.rejection;
     const int32_t row = rejection.row;
     NodeState& state = tree_.states[row];
+    const bool certain = drawn(row) && shared_.records[law_record(row)].law.kind == LawKind::point;
+    const bool sums = rejection.asks && !certain && tree_.known[row].gain != state.gain;
+    const bool counts = rejection.leaves && !certain && tree_.left_row != row;
+    if (sums || counts) {
+      ask(row, true);
+      tree_.sums = sums;
+      tree_.left_row = counts ? row : kNoNode;
+      return false;
+    }
+    if (rejection.leaves) state.left = certain ? 0.0 : tree_.left;
+    tree_.left_row = kNoNode;
     if (rejection.asks) {
       const uint64_t whole = shared_.records[row].law.mass;
-      uint64_t mass = 0;
-      if (shared_.records[law_record(row)].law.kind == LawKind::point) {
+      uint64_t mass = tree_.known[row].mass;
+      if (certain) {
         const uint64_t removed = certain_token(row).mass;
         mass = removed < whole ? whole - removed : 0;
-      } else {
-        if (tree_.known[row].gain != state.gain) {
-          ask(row, true);
-          return false;
-        }
-        mass = tree_.known[row].mass;
       }
       state.rest = static_cast<double>(mass) / static_cast<double>(whole);
     }
@@ -390,6 +423,7 @@ class DrawnWalk {
     const int64_t tiles = tiles_of(args_.vocab);
     const bool idle = tiles <= 2 * static_cast<int64_t>(cluster_size()) * kWarps;
     if (goes_on && idle && tree_.climbs) look_up(step, row);
+    tree_.sums = true;
     shared_.step = step;
   }
 
@@ -400,7 +434,8 @@ class DrawnWalk {
       row = tree_.nodes.index.parent[row];
       const NodeState& state = tree_.states[row];
       if (fate_of(row, child) == Fate::fails) continue;
-      if (!drawn(row) || !(state.prefix > 0.0) || shared_.records[law_record(row)].law.kind == LawKind::point)
+      if (!drawn(row) || !(state.prefix > 0.0) || !(state.left > 0.0) ||
+          shared_.records[law_record(row)].law.kind == LawKind::point)
         return;
       const double gain = next_gain(state, state.prefix);
       if (tree_.known[row].gain == gain) continue;
@@ -419,7 +454,7 @@ class DrawnWalk {
     tree_.reads = !tree_.wanted[node];
     if (tree_.reads) {
       tree_.wanted[node] = true;
-      step.close = false;
+      tree_.sums = step.close = false;
       shared_.step = step;
       return;
     }
@@ -452,15 +487,42 @@ class DrawnWalk {
   DrawnTree& tree_;
 };
 
-// What is done next, into the step. By the first warp of a block; `turn`: of the sums that are there, 0: the
-// laws alone.
+// What rejected children leave of the law of the node that is asked about, tile by tile. By all warps of a
+// cluster.
+inline __device__ __noinline__ void count_what_is_left(const DrawnTree& tree, const DeviceRow& row,
+                                                       const RowLaw& law, TileStats* stats) {
+  const int32_t node = tree.left_row;
+  for_own_tiles(tiles_of(row.size), [&](int64_t index) {
+    LaneTile tile;
+    load_tile(row, index, false, tile);
+    int32_t child = tree.nodes.index.first_child[node];
+    for (int32_t i = 0; i < tree.states[node].rejected; ++i, child = tree.nodes.index.next_sibling[child]) {
+      const int32_t place = tree.nodes.token[child] - static_cast<int32_t>(index) * kTile;
+#pragma unroll 4
+      for (int e = 0; e < 32; ++e) {
+        if (LaneTile::element_of(e) == place) tile.x[e] = -infinity();
+      }
+    }
+    float high = -infinity();
+#pragma unroll 4
+    for (int e = 0; e < 32; ++e) high = fmaxf(high, tile.x[e]);
+    const float max = max_of_warp(high);
+    const float cut = fmaxf(law.cut, logits_floor(max, law.scale));
+    const float sum = max >= law.cut ? sum_of_weights(tile, max, law.scale, cut) : 0.0f;
+    if (lane_id() == 0) *reinterpret_cast<float2*>(stats + index) = make_float2(max, sum);
+  });
+}
+
+// What is done next, into the step. By the first warp of a block; `turn`: of the last sums, -1: the laws
+// alone are there. `left`: statistics of what is left of a law.
 inline __device__ __noinline__ void walk_drawn_tree(const ChainArgs& args, ChainShared& shared,
-                                                    DrawnTree& tree, int turn) {
+                                                    DrawnTree& tree, int turn, const TileStats* left) {
   DrawnWalk walk(args, shared, tree);
-  if (turn == 0) {
+  if (turn < 0) {
     walk.begin();
-  } else if (!tree.reads) {
-    walk.take_sums(turn);
+  } else {
+    if (tree.sums) walk.take_sums(turn);
+    if (tree.left_row >= 0) walk.take_left(left);
   }
   __syncwarp();
   if (lane_id() == 0) walk.advance();
