@@ -48,7 +48,8 @@ class SamplingTable {
             min_p_.data(),
             seed_.data(),
             size(),
-            constrained_ > 0 ? constraints_.data() : nullptr};
+            constrained_ > 0 ? constraints_.data() : nullptr,
+            filtered_ > 0};
   }
 
  private:
@@ -58,6 +59,10 @@ class SamplingTable {
   };
 
   size_t index_of(int64_t slot) const;
+  bool is_filtered(size_t index) const {
+    const bool any = top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f;
+    return any && temperature_[index] != 0.0f;
+  }
   void replace(size_t index, Lists lists, Constraints constraints);
 
   std::vector<float> temperature_, top_p_, min_p_;
@@ -66,6 +71,7 @@ class SamplingTable {
   std::vector<Constraints> constraints_;
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
+  int64_t filtered_ = 0;                     // slots that have a filter
   uint64_t version_ = 0;                     // counts changes
   mutable dispatch::SamplingMirrors mirrors_;
 };

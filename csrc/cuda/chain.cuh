@@ -27,25 +27,27 @@ class ChainVerifier : ChainDraw<kType, false> {
       return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
                                      size_ * kWarps * clusters - clusters, row, row + 1, count, tiles_);
     };
-    typename Rows::RowTiles tiles = tiles_from(first, tree ? 0 : end - first);
+    // Of a tree the first row, before it is known which others are read.
+    typename Rows::RowTiles tiles = tiles_from(first, !tree ? end - first : given ? 0 : 1);
     RawTile<kType> raw;
-    if (!scouts && tiles.any()) this->load(tiles, raw);
+    const bool begins = !scouts && !args_.prepared && tiles.any();
+    if (begins) this->load(tiles.row(), tiles.index(), raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
-    const bool filtered = this->any_filter();
+    const bool filtered = !args_.prepared && this->any_filter();
     if (tree) {
       plan_rows(args_, this->drawn_tree(), b_, drafts_, dense_, !filtered && !given, given && !filtered);
       tiles = tiles_from(0, static_cast<uint32_t>(this->drawn_tree().num_rows));
-      if (!scouts && !filtered && tiles.any()) this->load(tiles, raw);
+      if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
     }
     if (scouts && tree) {
       look_ahead_at_tree(args_, this->drawn_tree().nodes, kType, b_, *this->seed_, drafts_, usable_, dense_);
     } else if (scouts) {
       this->look_ahead();
-    } else if (!filtered) {
+    } else if (!filtered && !args_.prepared) {
       this->stream(raw, tiles);
     }
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
@@ -53,10 +55,10 @@ class ChainVerifier : ChainDraw<kType, false> {
     if (!this->goes_on()) return;
     if (tree && rank_ != 0) copy_nodes();
     if (warp_ == 0 && !tree) node_ = *of_block(&shared_.nodes[lane_id()], 0);
-    if (!filtered) {
-      this->make_laws();
-    } else if (args_.clusters > 1) {
+    if (args_.prepared || (filtered && args_.clusters > 1)) {
       this->take_laws();
+    } else if (!filtered) {
+      this->make_laws();
     }
     cluster_sync();
     if (warp_ == 0) tree ? walk_drawn_tree(args_, shared_, this->drawn_tree(), 0) : begin();

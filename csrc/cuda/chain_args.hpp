@@ -44,6 +44,7 @@ struct ChainArgs {
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
   ChainRecord* laws = nullptr;   // [B, 2 N + 3] of filtered rows, where several clusters find them
+  bool prepared = false;         // laws and stats of all rows are there when this begins
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
 
   // Of trees of drawn drafts alone.

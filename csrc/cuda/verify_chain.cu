@@ -4,6 +4,7 @@
 
 #include "cuda/chain.cuh"
 #include "cuda/chain_launch.hpp"
+#include "cuda/resident.hpp"
 
 namespace foretoken::cuda {
 
@@ -31,7 +32,7 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
     const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
     const int64_t tiles = (args.vocab + kTile - 1) / kTile;
-    const bool may_share = args.arrivals != nullptr;
+    const bool may_share = args.arrivals != nullptr && !args.prepared;
     const Shape shape = args.law_rows > 0
                             ? kept_shape<find_chain_shape<5>>(room, requests, rows, tiles, may_share)
                         : walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
@@ -73,8 +74,13 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   if (reads_laws) chain.draft = rows_of(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
-  launch_chains(args.target_logits.dtype, chain, args.draft_tokens.shape[0], rows_in(args), 0, device,
-                stream);
+  const DType dtype = args.target_logits.dtype;
+  const int64_t requests = args.draft_tokens.shape[0];
+  const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
+  // Filters that come when this has been captured without any are found by the chains' kernel.
+  chain.prepared =
+      filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
+  launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
 }
 
 bool takes_drawn_trees(const VerifyArgs& args) {
@@ -129,7 +135,9 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[0] = args.records.strides[0];
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
-  launch_chains(args.logits.dtype, chain, args.logits.shape[0], 1, sizeof(RowScratch), device, stream);
+  const int64_t rows = args.logits.shape[0];
+  if (chain.sampling.filtered && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
+  launch_chains(args.logits.dtype, chain, rows, 1, sizeof(RowScratch), device, stream);
 }
 
 }  // namespace foretoken::cuda

@@ -56,7 +56,8 @@ class WholeRound:
             base = rounds._base_of(rows, proposal)
             step = rounds._step_of(rows, base, proposal, self.bound + proposal.tokens.shape[1])
             logits = self.forward(step)
-            verdict, record = rounds._issue(step, logits, rows, base, proposal)
+            outbox = rounds._results.outbox
+            verdict, record = rounds._issue(step, logits, rows, base, proposal, outbox)
             if step.tree is not None:
                 compact_of(self.forward)(step.slots, step.lengths, verdict.path, verdict.num_accepted)
         return record, [proposal, step, logits, verdict, record]
@@ -104,6 +105,8 @@ class Replays:
         self._rounds = rounds
         self._graphs: dict[tuple[Any, ...], WholeRound | Callable[[], Tensor]] = {}
         self._seats: dict[int, tuple[SeatedRows, int]] = {}
+        # What was found last, for the same rows.
+        self._last: tuple[tuple[Any, ...], tuple[tuple[Any, ...], WholeRound] | None] | None = None
         self.count = 0
         self.why_not: str | None = None
 
@@ -175,7 +178,7 @@ class Replays:
             record = graph()
             self.count += 1
         rounds._native.launch()
-        rounds._results.send(record[: shape[1]])
+        rounds._results.post(shape[1], record.shape[1])
         self._settle(began)
         return True
 
@@ -205,7 +208,19 @@ class Replays:
     def _whole(self, count: int, forward: Any) -> tuple[tuple[Any, ...], WholeRound] | None:
         """The round of what is planned, its rows seated, and what its graph takes for granted."""
         rounds = self._rounds
-        requests, state, table = rounds._row_requests, rounds._state, rounds._table
+        state, table = rounds._state, rounds._table
+        tables = state.eos_ids, state.stop_ids, rounds._rules, forward
+        asks = table.needs_history, table.constrained, rounds._held_open
+        here = rounds._version, asks, tuple(map(id, tables))
+        if self._last is None or self._last[0] != here:
+            self._last = here, self._found(count, tables, asks)
+        return self._last[1]
+
+    def _found(
+        self, count: int, tables: tuple[Any, ...], asks: tuple[bool, ...]
+    ) -> tuple[tuple[Any, ...], WholeRound] | None:
+        rounds, forward = self._rounds, tables[-1]
+        requests, state = rounds._row_requests, rounds._state
         coupled = rounds._coupled()
         if isinstance(coupled, Tensor):
             return None
@@ -221,9 +236,7 @@ class Replays:
         limit = min((known for known in limits if known is not None), default=text + ahead)
         beyond = longest + ahead > limit
         rows = self._seated(count)
-        tables = state.eos_ids, state.stop_ids, rounds._rules, forward
-        law = coupled, all(request._greedy for request in requests), rounds._held_open
-        asks = table.needs_history, table.constrained
+        law = coupled, all(request._greedy for request in requests)
         key = rows.count, drafts, beyond, law, asks, tuple(map(id, tables))
         bound = text if beyond else max(min(text, limit - ahead), 1)
         return key, WholeRound(rounds, rows, drafts, bound, forward, tables)
