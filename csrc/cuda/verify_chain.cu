@@ -60,7 +60,7 @@ bool takes_chains(const VerifyArgs& args) {
          args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
 }
 
-void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
   ChainArgs chain = chain_args_of(args, scratch);
   const auto rows = [](const TensorView& view) {
     return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
@@ -71,8 +71,17 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   if (reads_laws) chain.draft = rows(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
-  launch_chains(args.target_logits.dtype, chain, args.draft_tokens.shape[0], rows_in(args), 0, device,
-                stream);
+  return chain;
+}
+
+void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+  ChainArgs chain = chain_of(args, scratch);
+  const int64_t requests = args.draft_tokens.shape[0];
+  const DType dtype = args.target_logits.dtype;
+  if (takes_queue(requests, device) && !args.filtered) {
+    return verify_queued(chain, requests, dtype, scratch.queue, device, stream);
+  }
+  launch_chains(dtype, chain, requests, rows_in(args), 0, device, stream);
 }
 
 bool takes_rows(const SampleArgs& args) {
