@@ -24,23 +24,15 @@ class ChainQueue {
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) shared_.first_item = take_ticket(&args_.counters->next_item, kWarps);
     __syncthreads();
-    uint32_t item = shared_.first_item + threadIdx.x / kWarpSize;
-    // The first tile is on its way while nobody knows yet whether it is wanted.
-    Tile tile = item < num_items() ? tile_of(item) : Tile{};
-    RawTile<kType> raw;
-    if (tile.any) load(tile, raw);
-    read_headers();
-    __syncthreads();
-    if (tile.any && !is_wanted(tile)) {
-      tile = next_wanted(take_item());
-      if (tile.any) load(tile, raw);
-    }
-    read(tile, raw);
+    const uint32_t item = shared_.first_item + threadIdx.x / kWarpSize;
+    read(item < num_items() ? tile_of(item) : Tile{});
     work_off_tasks();
     leave();
   }
 
  private:
+  static constexpr int kBytes = RawTile<kType>::kBytes;
+
   // Of a row of a request, and where the item ends that it belongs to.
   struct Tile {
     bool any = false;
@@ -92,62 +84,97 @@ class ChainQueue {
                : known.dense && tile.row < target_rows() + static_cast<uint32_t>(known.drafts);
   }
 
-  __device__ __forceinline__ uint32_t take_item() const {
-    uint32_t item = 0;
-    if (lane_id() == 0) item = take_ticket(&args_.counters->next_item);
-    return __shfl_sync(kAllLanes, item, 0);
-  }
-
-  // The first of a wanted item, from `item` on; what is to be done for others is done on the way.
-  __device__ __forceinline__ Tile next_wanted(uint32_t item) {
-#pragma unroll 1
-    for (; item < num_items(); item = take_item()) {
-      const Tile tile = tile_of(item);
-      if (is_wanted(tile)) return tile;
-      serve(tile);
+  // Numbers of items, asked for one ahead.
+  class Tickets {
+   public:
+    __device__ __forceinline__ explicit Tickets(QueueCounters* counters) : counters_(counters) { ask(); }
+    __device__ __forceinline__ uint32_t next() {
+      const uint32_t item = __shfl_sync(kAllLanes, next_, 0);
+      ask();
+      return item;
     }
-    return {};
-  }
 
-  __device__ __forceinline__ void load(const Tile& tile, RawTile<kType>& raw) const {
+   private:
+    __device__ __forceinline__ void ask() {
+      if (lane_id() == 0) next_ = take_ticket(&counters_->next_item);
+    }
+
+    QueueCounters* const counters_;
+    uint32_t next_ = 0;
+  };
+
+  __device__ __forceinline__ const char* row_of(const Tile& tile) const {
     const bool target = of_target(tile.row);
     const ChainRowsView& view = target ? chain_.target : chain_.draft;
     const int64_t at = static_cast<int64_t>(tile.request) * view.strides[0] +
                        static_cast<int64_t>(target ? tile.row : tile.row - target_rows()) * view.strides[1];
-    TileOfRow<kType>::load(raw, static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, vocab_,
-                           tile.index, chain_.aligned);
+    return static_cast<const char*>(view.data) + at * kBytes;
+  }
+  __device__ __forceinline__ void load(const Tile& tile, RawTile<kType>& raw) const {
+    TileOfRow<kType>::load(raw, row_of(tile), vocab_, tile.index, chain_.aligned);
+  }
+  // Into the second-level cache, a line each lane.
+  __device__ __forceinline__ void prefetch(const Tile& tile) const {
+    constexpr uint32_t kElements = 128 / kBytes;
+    const uint32_t at = tile.index * kTile + static_cast<uint32_t>(lane_id()) * kElements;
+    if (lane_id() * kElements < kTile && at < vocab_)
+      fetch_line(row_of(tile) + static_cast<int64_t>(at) * kBytes);
   }
 
-  // Tiles of rows until there are none. One is summed while the next is on its way; whether a row's last was
-  // among them is looked at a tile later.
-  __device__ __forceinline__ void read(Tile tile, RawTile<kType>& raw) {
-    uint32_t ticket = 0, before = ~0u, request = 0, row = 0;
-    if (lane_id() == 0 && tile.any) ticket = take_ticket(&args_.counters->next_item);
+  // A row that has been read as far as this warp was to.
+  struct Arrival {
+    uint32_t request = 0, row = 0, before = ~0u;  // `before`: known to the first lane, once it is looked at
+  };
+  __device__ __forceinline__ bool is_last(const Arrival& arrival) const {
+    return __shfl_sync(kAllLanes, arrival.before, 0) == row_items_ - 1;
+  }
+
+  // Items until there are none. While a tile is on its way to registers no function is called, as that would
+  // have it wait in memory: whoever has to call one leaves the inner loop, and asks for the tile once more.
+  __device__ __forceinline__ void read(Tile tile) {
+    if (tile.any && tile.end != 0) prefetch(tile);  // nobody knows yet whether it is wanted
+    read_headers();
+    __syncthreads();
+    Tickets tickets(args_.counters);
 #pragma unroll 1
     while (tile.any) {
-      Tile next = tile;
-      const bool ends = ++next.index == tile.end;
-      if (ends) {
-        next = next_wanted(__shfl_sync(kAllLanes, ticket, 0));
-        if (lane_id() == 0 && next.any) ticket = take_ticket(&args_.counters->next_item);
+      if (!is_wanted(tile)) {
+        serve(tile);
+        const uint32_t item = tickets.next();
+        tile = item < num_items() ? tile_of(item) : Tile{};
+        continue;
       }
-      RawTile<kType> following;
-      if (next.any) load(next, following);
-      leave_stats(tile, raw);
-      if (__shfl_sync(kAllLanes, before, 0) == row_items_ - 1) settle(request, row);
-      before = ~0u;
-      if (ends) {
-        request = tile.request;
-        row = tile.row;
-        if (lane_id() == 0) {
-          fence();
-          before = arrive(&args_.requests[request].items_read[row], row_items_);
+      RawTile<kType> raw;
+      load(tile, raw);
+      Arrival earlier, latest;
+#pragma unroll 1
+      while (true) {
+        Tile next = tile;
+        const bool ends = ++next.index == tile.end;
+        if (ends) {
+          const uint32_t item = tickets.next();
+          next = item < num_items() ? tile_of(item) : Tile{};
         }
+        const bool goes_on = next.any && is_wanted(next);
+        RawTile<kType> following;
+        if (goes_on) load(next, following);
+        leave_stats(tile, raw);
+        earlier = latest;
+        latest.before = ~0u;
+        if (ends) {
+          latest = {tile.request, tile.row, ~0u};
+          if (lane_id() == 0) {
+            fence();
+            latest.before = arrive(&args_.requests[tile.request].items_read[tile.row], row_items_);
+          }
+        }
+        tile = next;
+        if (!goes_on || is_last(earlier)) break;
+        raw = following;
       }
-      raw = following;
-      tile = next;
+      if (is_last(earlier)) settle(earlier.request, earlier.row);
+      if (is_last(latest)) settle(latest.request, latest.row);
     }
-    if (__shfl_sync(kAllLanes, before, 0) == row_items_ - 1) settle(request, row);
   }
 
   __device__ __forceinline__ void leave_stats(const Tile& tile, RawTile<kType>& raw) const {

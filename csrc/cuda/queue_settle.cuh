@@ -4,6 +4,7 @@
 
 #include "cuda/chain_walk.cuh"
 #include "cuda/queue_shared.cuh"
+#include "cuda/warp_filter.cuh"
 
 namespace foretoken::cuda {
 
@@ -23,6 +24,7 @@ class QueueRows : protected ChainRows<kType, false, QueueWarp> {
     }
     __syncwarp();
     admitted_ = known.header.admitted;
+    slot_ = known.header.slot;
     this->take_header(known.header);
   }
 
@@ -30,6 +32,7 @@ class QueueRows : protected ChainRows<kType, false, QueueWarp> {
 
   const QueueArgs& queue_;
   bool admitted_;
+  int64_t slot_;
 };
 
 template <DType kType>
@@ -50,7 +53,8 @@ class QueueSettler : ChainWalk<QueueRows<kType>> {
       if (node.token >= 0) node.of_target = node.of_draft = element(row, static_cast<uint32_t>(node.token));
     }
     if (target && args_.given != nullptr) take_given(row);
-    const RowLaw law = this->law_of(row);
+    RowLaw law = this->law_of(row);
+    if (law.usable && law.kind == LawKind::logits) filter(row, law);
     double prob = 0.0;
     if (node.token >= 0 && law.usable) {
       prob = law.kind == LawKind::point ? (node.token == law.top ? 1.0 : 0.0)
@@ -118,6 +122,7 @@ class QueueSettler : ChainWalk<QueueRows<kType>> {
   using Base::queue_;
   using Base::seed_;
   using Base::shared_;
+  using Base::slot_;
   using Base::stats;
   using Base::status_;
   using Base::tiles_;
@@ -135,6 +140,20 @@ class QueueSettler : ChainWalk<QueueRows<kType>> {
   __device__ __forceinline__ int32_t token_of(int32_t node) const {
     const int64_t token = read_number(args_.draft_tokens, b_, node - 1);
     return token >= 0 && token < static_cast<int64_t>(vocab_) ? static_cast<int32_t>(token) : -1;
+  }
+
+  // Where the table has changed since a graph was captured: the host sends filtered rows another way.
+  __device__ __forceinline__ void filter(uint32_t row, RowLaw& law) const {
+    const bool target = this->of_target(row);
+    const Filters filters = filters_in(target ? args_.sampling : args_.draft_sampling, slot_);
+    if (!filters.any(vocab_)) return;
+    law =
+        filtered({{this->row_data(row), kType, vocab_}, shared_.reading[target ? 0 : 1], stats(row), nullptr},
+                 filters, law);
+  }
+  static __device__ __noinline__ RowLaw filtered(const RowTask task, const Filters filters, RowLaw law) {
+    WarpFilter(task).run(filters, law);
+    return law;
   }
 
   __device__ __forceinline__ void take_given(uint32_t row) {

@@ -217,7 +217,7 @@ class Replays:
         rows = self._seated(count)
         tables = state.eos_ids, state.stop_ids, rounds._rules, forward
         law = coupled, all(request._greedy for request in requests), rounds._held_open
-        asks = table.needs_history, table.constrained
+        asks = table.needs_history, table.constrained, table.filtered
         key = rows.count, drafts, beyond, law, asks, tuple(map(id, tables))
         bound = text if beyond else max(min(text, limit - drafts), 1)
         return key, WholeRound(rounds, rows, drafts, bound, forward, tables)
