@@ -2,6 +2,7 @@
 
     python bench/bench_cuda_loop.py [--shape 1b-8b|small] [--batch 1] [--drafts 4] [--compiled] [--peers]
     python bench/bench_cuda_loop.py --grid [--rates 0.6 0.8 0.9] [--batch 1 8 32] [--most-drafts 8] [--auto]
+    python bench/bench_cuda_loop.py --floor
 
 Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every forward and every op is timed
 alone, as replays of a graph of its own (ops twenty times in it). Before a figure is told, all ways of
@@ -10,8 +11,10 @@ running rounds have to give as many ids as were asked for, and the same ids whil
 graph (``rounds``), repeated by the device (``launch``), and replays of that one graph without a host
 (``graph``). Rounds are timed as the difference of a long and a short run, so that prompts cancel out.
 ``bound`` is what the forwards alone would allow at the acceptance that was seen.
-``--peers`` adds transformers' `generate`, plain and assisted by the same draft model. ``--grid``: see
-`loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models, and how long it takes to.
+With models the loop is known to some 100 us, as forwards scatter; ``--floor`` has none and resolves one, see
+`loop_floor.py`. ``--peers`` adds transformers' `generate`, plain and assisted by the same draft model.
+``--grid``: see `loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models, and how
+long it takes to.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor
 
 import foretoken as ft
+import loop_floor
 import loop_grid
 from bench_cuda_generate import SHAPES, random_model
 from foretoken import ops
@@ -236,33 +240,43 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--grid", action="store_true", help="acceptance x drafts x batch, in launches")
+    parser.add_argument("--floor", action="store_true", help="the loop without models")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.6, 0.8, 0.9])
     parser.add_argument("--most-drafts", type=int, default=8)
     parser.add_argument("--auto", action="store_true", help="also rounds whose drafts the device chooses")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    try:
+        if asked.floor:
+            print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, no models")
+            loop_floor.floors(lines)
+        else:
+            with_models(asked, lines)
+    finally:  # what there is, when it takes too long
+        if asked.json is not None:
+            asked.json.write_text(json.dumps(lines, indent=1))
+
+
+def with_models(asked: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+    """Adds a line for each measurement."""
     target_shape, draft_shape, dtype = SHAPES[asked.shape]
     target, draft = (random_model(options, dtype, "cuda") for options in (target_shape, draft_shape))
     print(
         f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.shape}, acceptance {asked.rate}"
     )
-    lines: list[dict[str, Any]] = []
     kinds = ("graph", "compiled") if asked.compiled else ("graph",)
-    try:
-        for batch in asked.batch if not asked.grid else ():
-            if asked.peers:
-                lines += peers(target, draft, batch, 24)
-            for kind in kinds:
-                pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
-                lines += measure(pair, kind, asked.rate, dtype)
-                del pair
-        if asked.grid:
-            loop_grid.grid(
-                lines, target, draft, asked.batch, asked.rates, asked.most_drafts, kinds[-1], asked.auto
-            )
-    finally:  # what there is, when it takes too long
-        if asked.json is not None:
-            asked.json.write_text(json.dumps(lines, indent=1))
+    for batch in asked.batch if not asked.grid else ():
+        if asked.peers:
+            lines += peers(target, draft, batch, 24)
+        for kind in kinds:
+            pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
+            lines += measure(pair, kind, asked.rate, dtype)
+            del pair
+    if asked.grid:
+        loop_grid.grid(
+            lines, target, draft, asked.batch, asked.rates, asked.most_drafts, kinds[-1], asked.auto
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from foretoken.cache import StateRing, TensorSpec
 
 HEADS, SIZE, STATE, WINDOW = 32, 64, 128, 4
 REPEATS = 50
+PROMPT = 16
 
 
 def milliseconds(run: Callable[[], None], device: torch.device) -> float:
@@ -139,10 +140,15 @@ def model_of(kind: str, size: int) -> Any:
     heads = {"num_attention_heads": size // 64, "num_key_value_heads": 4, "intermediate_size": 3 * size}
     configs: dict[str, Callable[[], Any]] = {
         "Mamba-2": lambda: transformers.Mamba2Config(
-            **common, num_hidden_layers=16, num_heads=size // 32, head_dim=64, n_groups=1
+            **common, num_hidden_layers=16, num_heads=size // 32, head_dim=64, n_groups=1, chunk_size=64
         ),
         "Bamba, 1 of 8 attends": lambda: transformers.BambaConfig(
-            **common, **heads, num_hidden_layers=16, attn_layer_indices=[4, 12], mamba_n_heads=size // 32
+            **common,
+            **heads,
+            num_hidden_layers=16,
+            attn_layer_indices=[4, 12],
+            mamba_n_heads=size // 32,
+            mamba_chunk_size=64,
         ),
         "LFM2, 6 of 16 attend": lambda: transformers.Lfm2Config(
             **common, **heads, num_hidden_layers=16, full_attn_idxs=[2, 5, 8, 10, 12, 14]
@@ -171,8 +177,8 @@ def time_models(kind: str, device: torch.device, batch: int, nodes: int, size: i
         return runner(Step(what, tokens, positions, counts, starts, slots, (), ends, True, (0, batch)))
 
     def rounds(kept: Callable[[int], int], columns: int) -> float:
-        lengths = [64] * batch
-        step([0] * batch, 64, "prefill")
+        lengths = [PROMPT] * batch
+        step([0] * batch, PROMPT, "prefill")
         spent = []
         for _ in range(16):
             if device.type == "cuda":

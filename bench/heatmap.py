@@ -1,6 +1,6 @@
-"""The grid of `bench_cuda_loop.py --grid --json FILE` as a table, and as a picture of one of its figures.
+"""Grids of `bench_cuda_loop.py --grid --json FILE` as a table, and as a picture of one of their figures.
 
-python bench/heatmap.py FILE [--figure speedup|of_bound] [-o PICTURE.svg]
+python bench/heatmap.py FILE... [--figure speedup|of_bound] [-o PICTURE.svg]
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def picture(cells: Cells, figure: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="of equal cells the last one counts")
     parser.add_argument("--figure", choices=TITLES, default="speedup")
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args()
-    cells = read(asked.file)
+    cells = {key: line for path in asked.files for key, line in read(path).items()}
     print("\n".join(tables(cells, asked.figure)))
     if asked.output is not None:
         asked.output.write_text(picture(cells, asked.figure))

@@ -269,7 +269,15 @@ inline void write_step_inputs(const StepInputsArgs& args, Device device, [[maybe
   if (backend_for(device) == Backend::cpu) return cpu::write_step_inputs(args);
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
-  cuda::write_step_inputs(args, stream);
+  cuda::write_step_inputs(args, device, stream);
+#endif
+}
+
+inline void draft_ngrams(const NgramDraftsArgs& args, Device device, [[maybe_unused]] Stream stream) {
+  if (backend_for(device) == Backend::cpu) return cpu::draft_ngrams(args);
+#ifdef FORETOKEN_HAS_CUDA
+  const cuda::OnDevice current(device);
+  cuda::draft_ngrams(args, device, stream);
 #endif
 }
 
@@ -277,7 +285,7 @@ inline void last_logits(const LastLogitsArgs& args, Device device, [[maybe_unuse
   if (backend_for(device) == Backend::cpu) return cpu::last_logits(args);
 #ifdef FORETOKEN_HAS_CUDA
   const cuda::OnDevice current(device);
-  cuda::last_logits(args, stream);
+  cuda::last_logits(args, device, stream);
 #endif
 }
 

@@ -93,8 +93,11 @@ class CalledLoop:
         self.end, self.count = "finished", 0
 
     def _widths(self) -> tuple[int, ...]:
-        extra = 2 if self._rounds[0]._rounds._logprobs else 1
-        return tuple(8 + extra * (round_.most + 1) for round_ in self._rounds)
+        rounds = self._rounds[0]._rounds
+        extra, nodes = 2 if rounds._logprobs else 1, 0
+        if rounds._tree is not None and rounds._choices is None:
+            nodes = rounds._tree.nodes
+        return tuple(8 + extra * (max(round_.most, nodes) + 1) for round_ in self._rounds)
 
     def _budgets(self) -> dict[int, int]:
         return {slot: int(self.state.next_drafts[slot]) for slot in self.rows.slot_numbers}

@@ -14,10 +14,12 @@ from foretoken.drafters import ModelDrafter
 from foretoken.generate import advance, settle
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
+from foretoken.tree import TreePlan
 from rounds_ahead import no_waiting
 from toys import GREEDY, Ask
 
 pytestmark = pytest.mark.cuda
+KINDS = ["none", "model", "ngram", "model trees", "ngram trees"]
 
 
 def stand(
@@ -27,12 +29,13 @@ def stand(
     draft = hf_toys.disturbed(hf_toys.llama(), 0.05).to("cuda", dtype)
     sizes = {"max_batch": max_batch, "max_length": 160}
     forward = ModuleRunner(target, runner=runner, **sizes)
-    drafter: Any = None
-    if kind == "model":
+    drafter: Any = ft.NgramDrafter() if kind.startswith("ngram") else None
+    if kind.startswith("model"):
         drafter = ModelDrafter(ModuleRunner(draft, runner=runner, **sizes), vocab_size=hf_toys.VOCAB, **sizes)
-    session = Session(
-        vocab_size=hf_toys.VOCAB, drafter=drafter, num_drafts=3 if drafter else 0, device="cuda", **sizes
-    )
+    drafts: dict[str, Any] = {"num_drafts": 3 if drafter else 0}
+    if kind.endswith("trees"):
+        drafts = {"tree": TreePlan(nodes=8, branches=3, depth=3)}
+    session = Session(vocab_size=hf_toys.VOCAB, drafter=drafter, device="cuda", **drafts, **sizes)
     return session, forward
 
 
@@ -68,7 +71,7 @@ def replayed(session: Session) -> int:
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
-@pytest.mark.parametrize("kind", ["none", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_gives_the_ids_of_its_parts(kind: str, max_batch: int) -> None:
     """Seven requests through the slots, twice: rows come, go, are padded, and need no new graphs."""
     wanted = wanted_of(7)
@@ -84,11 +87,12 @@ def test_one_graph_gives_the_ids_of_its_parts(kind: str, max_batch: int) -> None
         graphs = made
 
 
-def test_rounds_launches_and_parts_give_one_text() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounds_launches_and_parts_give_one_text(kind: str) -> None:
     wanted = wanted_of(4)
     texts = [
-        told(*stand("model", kind, 4), wanted, run)
-        for kind, run in (("module", by_parts), ("graph", ft.decode), ("graph", ft.complete))
+        told(*stand(kind, runner, 4), wanted, run)
+        for runner, run in (("module", by_parts), ("graph", ft.decode), ("graph", ft.complete))
     ]
     assert texts[0] == texts[1]
     assert texts[0] == texts[2]
@@ -113,8 +117,9 @@ def test_a_request_may_come_and_go_between_rounds() -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_replayed_round_waits_for_nothing() -> None:
-    session, forward = stand("model", "graph", 4)
+@pytest.mark.parametrize("kind", ["model", "model trees", "ngram trees"])
+def test_a_replayed_round_waits_for_nothing(kind: str) -> None:
+    session, forward = stand(kind, "graph", 4)
     for row in range(3):
         session.admit(hf_toys.prompts(1, 5 + row)[0].tolist(), GREEDY, max_new_tokens=120)
     for _ in range(8):

@@ -41,6 +41,7 @@ def rows() -> list[Large]:
     whole = {"rows": "flattened", "slots": "shuffled", "edits": "both", "outputs": "all", "batch": 6}
     found += [dataclasses.replace(PLAIN, rule=rule, **whole) for rule in ("rrs", "traversal", "target_only")]
     found.append(dataclasses.replace(PLAIN, dtype="bfloat16", vocab=128_256, filters="all"))
+    found += [dataclasses.replace(PLAIN, shape="tree16", rule=rule) for rule in ("traversal", "auto")]
     return found
 
 

@@ -130,3 +130,16 @@ def test_no_round_waits():
     for _ in rounds(session, forward):
         pass
     assert [session.generated(request) for request in requests] == [greedy(TABLE, ask)[0] for ask in asks]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(TEST_DEVICE != "cuda", reason="the other side is a device")
+@pytest.mark.parametrize("kind", ["ngram", "blurred"])
+def test_texts_on_a_device_are_those_of_the_host(kind: str):
+    """Greedy ones, whatever each side finds faster; more requests than slots."""
+    wanted = some_asks(14, seed=4, vocab=VOCAB, sampling=GREEDY)
+    models = GatherModel, lambda *arguments: GatherModel(*arguments, device="cuda")
+    options: dict[str, Any] = {"max_length": 400, "tree": "auto"}
+    drafter = {"max_length": 400} if kind == "blurred" else None
+    host, device = pair(lambda **o: Session(device="cuda", **o), kind, drafter, models=models, **options)
+    assert [line[0] for line in told(*device, wanted)] == [line[0] for line in told(*host, wanted)]

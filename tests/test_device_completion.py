@@ -15,7 +15,8 @@ from foretoken.drafters import ModelDrafter
 from foretoken.generate import complete, decode, interrupt
 from foretoken.sampling import Sampling
 from foretoken.session import Event, Session
-from rounds_ahead import LENGTH, GatherModel, asks, pair, sessions_ahead
+from foretoken.tree import TreePlan
+from rounds_ahead import LENGTH, GatherModel, asks, pair, sessions_ahead, take
 from toys import GREEDY, VOCAB, Ask, alike, table
 
 
@@ -39,8 +40,7 @@ def texts(
         complete(session, forward, on_event=hear if streams else None, **options)
     else:
         while (step := session.plan()) is not None:
-            logits = forward(step)
-            session.commit(None if step.kind == "prefill" else logits)
+            take(session, forward, step)
     for event in session.events():
         assert not (one_launch and streams)
         hear(event)
@@ -94,6 +94,24 @@ def test_a_loop_of_plain_requests_is_not_one_of_biased_ones(ahead, monkeypatch: 
         assert texts(*device, wanted, True) == texts(*host, wanted, False)
         counts.append(len(made))
     assert counts[0] == counts[1] < counts[2] == counts[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "draw"),
+    [("ngram", "deterministic"), ("blurred", "deterministic"), ("blurred", "without_replacement")],
+)
+def test_trees_are_those_of_the_host(ahead, monkeypatch, kind: str, draw: Any) -> None:
+    """A loop knows the laws that trees are drawn from, so that others need another."""
+    made = loops_made(monkeypatch)
+    host, device = pair(ahead, kind, tree=TreePlan(nodes=6, branches=2, depth=2, draw=draw))
+    counts = []
+    for temperature in (1.0, 1.0, 0.5):
+        laws = [Sampling(seed=row, temperature=temperature) for row in range(2)]
+        wanted = [Ask([5, row, 5], 18, law) for row, law in enumerate(laws)]
+        assert texts(*device, wanted, True) == texts(*host, wanted, False)
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
+    assert (counts[1] < counts[2]) == (draw != "deterministic")
 
 
 @pytest.mark.parametrize("way", [complete, decode])

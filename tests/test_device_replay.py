@@ -13,6 +13,7 @@ from foretoken.device import replay
 from foretoken.generate import advance
 from foretoken.sampling import Sampling
 from foretoken.session import Session, Step
+from foretoken.tree import TreePlan
 from rounds_ahead import LENGTH, GatherModel, asks, nothing_read, pair, sessions_ahead
 from toys import GREEDY, Ask, TableModel
 
@@ -24,8 +25,11 @@ class SeatedModel(GatherModel):
 
     repeatable = True
     max_positions: int | None = None
+    looks = True
 
     def __call__(self, step: Step) -> Tensor:
+        if self.looks:
+            assert int((step.num_tokens > 0).sum()) <= len(step.requests)
         last = self.cache.shape[1] - 1
         columns = torch.arange(step.tokens.shape[1], device=step.tokens.device)
         counted = columns < step.num_tokens[:, None]
@@ -33,10 +37,19 @@ class SeatedModel(GatherModel):
         places = step.lengths[:, None] + columns
         slots = step.slots.long()
         self.cache[slots[:, None], torch.where(counted, places, last).clamp_max(last)] = step.tokens
-        seen = places[:, :, None] - torch.arange(3, device=places.device)
+        behind = torch.arange(3, device=places.device)
+        seen = places[:, :, None] - behind if step.tree is None else self._seen(step.tree, behind)
         tokens = self.cache[slots[:, None, None], seen.clamp(0, last)]
         contexts = (self.weights * torch.where(seen < 0, 0, tokens + 1)).sum(2) % len(self.logits)
         return self.logits[contexts]
+
+    def compact(self, slots: Tensor, lengths: Tensor, path: Tensor, num_accepted: Tensor) -> None:
+        ahead, last = torch.arange(path.shape[1], device=path.device), self.cache.shape[1] - 1
+        moved = ahead < num_accepted[:, None]
+        rows = slots.long()[:, None]
+        come = torch.where(moved, lengths[:, None] + path, last).clamp_max(last)
+        to = torch.where(moved, lengths[:, None] + 1 + ahead, last).clamp_max(last)
+        self.cache[rows, to] = self.cache[rows, come]
 
 
 class Called:
@@ -89,7 +102,26 @@ def test_texts_are_those_of_the_host(ahead, kind: str, num_drafts: int, sampled:
     wanted = asks(100 * seed + num_drafts, sampled, num_drafts, count=9)
     host, device = seated(ahead, kind, num_drafts=num_drafts, prefill_chunk=8, max_batch=5)
     assert told(*device, wanted) == told(*host, wanted)
-    assert (replays(device[0]).count > 0) == (kind != "ngram")
+    assert replays(device[0]).count > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", ["ngram", "blurred"])
+def test_trees_are_those_of_the_host(ahead, kind: str, seed: int) -> None:
+    laws = [Sampling(seed=row) if seed else GREEDY for row in range(9)]
+    wanted = [Ask([row + 1, 4] * (2 + row), 20 + 5 * row, law) for row, law in enumerate(laws)]
+    host, device = seated(ahead, kind, tree=TreePlan(nodes=12, branches=3, depth=4), max_batch=5)
+    assert told(*device, wanted) == told(*host, wanted)
+    assert replays(device[0]).count > 20
+
+
+def test_trees_that_are_drawn_are_issued_by_their_parts(ahead) -> None:
+    """Their laws are the host's, and would stay what they were."""
+    wanted = [Ask([row, 4], 12, Sampling(seed=row)) for row in range(3)]
+    plan = TreePlan(nodes=12, branches=3, depth=4, draw="without_replacement")
+    host, device = seated(ahead, "blurred", tree=plan, max_batch=5)
+    assert told(*device, wanted) == told(*host, wanted)
+    assert replays(device[0]).count == 0
 
 
 def test_rows_that_come_and_go_need_no_new_graphs(ahead) -> None:
@@ -201,6 +233,7 @@ def test_nothing_is_read_in_a_replayed_round(ahead, monkeypatch: pytest.MonkeyPa
     for _ in range(5):
         advance(session, forward)
     count = replays(session).count
+    monkeypatch.setattr(SeatedModel, "looks", False)
     with nothing_read(monkeypatch):
         for _ in range(3):
             advance(session, forward)

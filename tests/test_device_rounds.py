@@ -75,6 +75,7 @@ def test_the_longest_match_wins_and_of_equals_the_last(ahead, shape: tuple[int, 
     """Against the index, on texts of few letters, whatever their length."""
     from foretoken import _core
     from foretoken.device.drafting import DeviceContext, TextDrafter
+    from foretoken.device.inputs import StepInputs
     from foretoken.device.rows import Rows
 
     low, high = shape
@@ -96,6 +97,7 @@ def test_the_longest_match_wins_and_of_equals_the_last(ahead, shape: tuple[int, 
         26,
         True,
         False,
+        inputs=StepInputs(len(texts), 7, torch.device("cpu")),
     )
     proposal = TextDrafter(NgramDrafter(max_ngram=high, min_ngram=low)).propose(context, 7)
     for slot, text in enumerate(texts):

@@ -82,6 +82,17 @@ def test_ids_are_those_of_slots(way: str, target: Any, draft: Any, kind: str, la
 
 
 @pytest.mark.parametrize("way", WAYS[:2], indirect=True)
+def test_texts_that_end_at_a_page_s_end(way: str, target: Any) -> None:
+    """Rounds issued ahead find pages for drafts behind the shorter text, which the pool has to have."""
+    ids = hf_toys.prompts(2, 8)
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = PAD, 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "pad_token_id": PAD, "drafter": "ngram"} | GREEDY
+    expected = ft.generate(target, ids, **options)
+    assert torch.equal(ft.generate(target, ids, cache=Pages(4), **options), expected)
+
+
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 def test_long_prompts_and_other_heads(way: str) -> None:
     """Chunks that go to torch's attention, and keys of another width than values."""
     for model in (hf_toys.llama(max_position_embeddings=600), tiny_model("deepseek_v3")):

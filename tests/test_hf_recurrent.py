@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import transformers as tf
 
 import foretoken as ft
-from foretoken.hf import ModuleRunner, UnsupportedModelError
+from foretoken.hf import ModuleRunner, UnsupportedModelError, carrier
 from hf_models import (
     RECURRENT,
     VOCAB,
@@ -248,6 +248,87 @@ def test_going_back_further_than_states_are_kept_is_an_error():
 def test_models_that_cannot_go_on_from_a_state_take_one_token_after_the_other():
     assert ModuleRunner(tiny_model("mamba"), max_batch=1, max_length=20).cache.states.stepwise
     assert not ModuleRunner(tiny_model("mamba2"), max_batch=1, max_length=20).cache.states.stepwise
+
+
+# Steps of the other two are never shorter than `time_step_min`: no column can be kept out of their states.
+LEAVE_OUT = sorted(set(RECURRENT) - {"nemotron_h", "zamba2"})
+
+
+def test_which_modules_can_leave_columns_out():
+    assert (
+        sorted(
+            name
+            for name in RECURRENT
+            if ModuleRunner(tiny_model(name), max_batch=1, max_length=20).cache.states.ragged
+        )
+        == LEAVE_OUT
+    )
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "bamba", "falcon_h1", "olmo_hybrid", "qwen3_5"])
+def test_rows_that_keep_different_counts_share_every_run(name):
+    """A round is one call of each module, and in a few rounds a second one; never one for each count."""
+    model, rows, rounds = tiny_model(name), 4, 9
+    texts = random_prompts(*[40] * rows)
+    plain = [plain_logits(model, text) for text in texts]
+    runner = ModuleRunner(model, max_batch=rows, max_length=48)
+    lengths = [3, 5, 2, 4]
+    runner(
+        make_step([text[:size] for text, size in zip(texts, lengths, strict=True)], [0] * rows, range(rows))
+    )
+    module = runner.cache.states.units[0].module
+    real, calls = module.forward, []
+
+    def counted(hidden_states, *args, **kwargs):
+        calls.append(len(hidden_states))
+        return real(hidden_states, *args, **kwargs)
+
+    module.forward = counted
+    for turn in range(rounds):
+        kept = [1 + (row + turn) % 4 for row in range(rows)]
+        tokens = [
+            text[length : length + count] + [(text[0] + turn) % (VOCAB - 3) + 3] * (4 - count)
+            for text, length, count in zip(texts, lengths, kept, strict=True)
+        ]
+        logits = runner(make_step(tokens, lengths, range(rows)))
+        for row, count in enumerate(kept):
+            span = slice(lengths[row], lengths[row] + count)
+            torch.testing.assert_close(logits[row, :count], plain[row][span], rtol=1e-3, atol=3e-4)
+            lengths[row] += count
+            poison(runner, row, lengths[row])
+    assert calls.count(rows) >= rounds
+    assert len(calls) <= rounds + rounds // 3
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_gates_that_do_not_close_are_found_out(name, monkeypatch):
+    """Rows are then run in groups of equal counts, and their texts are the same."""
+    monkeypatch.setattr(carrier, "SHUT", -3.0)
+    assert not ModuleRunner(tiny_model(name), max_batch=1, max_length=20).cache.states.ragged
+    test_family_decodes_as_generate(name)
+
+
+def test_what_stands_in_columns_that_do_not_count_is_not_read():
+    """Not even NaN, which no gate keeps out."""
+    model = tiny_model("mamba2")
+    text, other = random_prompts(30, 30)
+    runner = ModuleRunner(model, max_batch=2, max_length=40)
+    runner(make_step([text[:9], other[:5]], [0, 0], [0, 1], kind="prefill"))
+    module = runner.cache.states.units[0].module
+
+    def spoil(module, args, kwargs):
+        hidden_states = args[0].clone()
+        hidden_states[1, 1:] = torch.nan
+        return (hidden_states, *args[1:]), kwargs
+
+    handle = module.register_forward_pre_hook(spoil, with_kwargs=True, prepend=True)
+    runner(make_step([text[9:13], other[5:6]], [9, 5], [0, 1]))
+    handle.remove()
+    logits = runner(make_step([text[13:15], other[6:8]], [13, 6], [0, 1]))
+    for row, (ids, first) in enumerate([(text, 13), (other, 6)]):
+        torch.testing.assert_close(
+            logits[row], plain_logits(model, ids)[first : first + 2], rtol=1e-3, atol=3e-4
+        )
 
 
 def test_a_unit_that_forgets_its_state_is_refused(monkeypatch):

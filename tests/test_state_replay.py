@@ -35,9 +35,15 @@ def step(layer, states, token):
 
 
 def make_run(layer):
-    def run(inputs, states):
+    def run(inputs, states, counts=None):
         for i in range(inputs[0].shape[1]):
-            states = step(layer, states, inputs[0][:, i])
+            behind = step(layer, states, inputs[0][:, i])
+            if counts is not None:
+                behind = tuple(
+                    torch.where((counts > i).view(-1, *[1] * (one.ndim - 1)), one, other)
+                    for one, other in zip(behind, states, strict=True)
+                )
+            states = behind
         return states
 
     return run
@@ -48,7 +54,19 @@ def expected(layer, text):
     return make_run(layer)((embed(torch.tensor([text], dtype=torch.int64)),), states)
 
 
-def forward(replay, slots, lengths, rows, *, final=False, provisional=False, join=0, single=0.0, fail=None):
+def forward(
+    replay,
+    slots,
+    lengths,
+    rows,
+    *,
+    final=False,
+    provisional=False,
+    join=0,
+    single=0.0,
+    ragged=False,
+    fail=None,
+):
     """One step; the states in front of it, by layer."""
     width = max(map(len, rows))
     tokens = torch.tensor([[*row, *[999] * (width - len(row))] for row in rows])
@@ -60,6 +78,7 @@ def forward(replay, slots, lengths, rows, *, final=False, provisional=False, joi
         final=final,
         provisional=provisional,
         join=join,
+        ragged=ragged,
     )
     inputs = embed(tokens)
     fronts = []
@@ -68,11 +87,19 @@ def forward(replay, slots, lengths, rows, *, final=False, provisional=False, joi
             raise ZeroDivisionError
         run = make_run(layer)
         given = (inputs,) * len(kinds.inputs)
-        states = replay.append(plan, layer, given if layer == 0 else None, run, single=single)
+        states = replay.append(plan, layer, given if layer == 0 or join else None, run, single=single)
+        counts, taken = replay.counts(plan, CPU), given[0]
+        assert ragged or counts is None
         if plan.lead:
-            states = run(replay.lead(plan, layer), states)
-        fronts.append(tuple(state.clone() for state in states))
-        replay.keep(plan, layer, given, run(given, states), run)
+            taken = replay.joined(plan, layer)[0]
+            front = run((taken,), states, torch.tensor(plan.behind))
+            outputs = replay.outputs(plan, taken)
+            for row, count in enumerate(plan.counts):
+                assert torch.equal(outputs[row, :count], inputs[row, :count])
+        else:
+            front = states
+        fronts.append(tuple(state.clone() for state in front))
+        replay.keep(plan, layer, given, run((taken,), states, counts), run)
     replay.commit(plan)
     return fronts
 
@@ -85,7 +112,7 @@ def check_fronts(fronts, texts):
 
 
 @pytest.mark.parametrize("entries", [3, 6])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_programs_against_token_lists(entries, seed):
     """Prompts in chunks, rounds with any accepted counts and none drafted, drafts of a model taken back, rows
     that sit out, failures half way, slots reused and forked.
@@ -94,7 +121,7 @@ def test_random_programs_against_token_lists(entries, seed):
     slots = 4
     replay = StateReplay(LAYERS, slots=slots, entries=entries)
     texts = [[] for _ in range(slots)]
-    join, single = choose.choice([0, 12]), choose.choice([0.0, 2.3])
+    join, single, ragged = choose.choice([0, 12]), choose.choice([0.0, 2.3]), seed % 2 == 1
     drawn = lambda count: [choose.randrange(90) for _ in range(count)]  # noqa: E731
     for _ in range(90):
         rows = sorted(choose.sample(range(slots), choose.randrange(1, slots + 1)))
@@ -113,7 +140,7 @@ def test_random_programs_against_token_lists(entries, seed):
         fronts_of = [list(texts[slot]) for slot in rows]
         if kind == "prompt":
             chunks = [drawn(choose.randrange(1, 24)) for _ in rows]
-            check_fronts(forward(replay, rows, lengths, chunks, final=True), fronts_of)
+            check_fronts(forward(replay, rows, lengths, chunks, final=True, ragged=ragged), fronts_of)
             for slot, chunk in zip(rows, chunks, strict=True):
                 texts[slot] += chunk
             continue
@@ -122,7 +149,8 @@ def test_random_programs_against_token_lists(entries, seed):
             with pytest.raises(ZeroDivisionError):
                 forward(replay, rows, lengths, fed, fail=choose.randrange(2))
             fed = [drawn(len(row)) for row in fed]
-        check_fronts(forward(replay, rows, lengths, fed, join=join, single=single), fronts_of)
+        options = {"join": join, "single": single, "ragged": ragged}
+        check_fronts(forward(replay, rows, lengths, fed, **options), fronts_of)
         if kind == "round":
             for slot, row in zip(rows, fed, strict=True):
                 texts[slot] += row[: choose.randrange(1, len(row) + 1)]
@@ -138,8 +166,7 @@ def test_random_programs_against_token_lists(entries, seed):
                 [len(texts[rows[i]]) + len(tails[i]) for i in live],
                 new := [drawn(1) for _ in live],
                 provisional=True,
-                join=join,
-                single=single,
+                **options,
             )
             check_fronts(fronts, [texts[rows[i]] + tails[i] for i in live])
             for i, row in zip(live, new, strict=True):
@@ -182,9 +209,12 @@ def test_rejected_rounds_run_accepted_tokens_in_front_of_the_next_ones():
         inputs = (embed(torch.tensor([tokens])),)
         states = replay.append(plan, 0, inputs, run)
         leads.append(plan.lead)
+        front = states
         if plan.lead:
-            states = make_run(0)(replay.lead(plan, 0), states)
-        assert torch.equal(states[0], expected(0, text)[0])
+            joined = replay.joined(plan, 0)
+            front = make_run(0)((joined[0][:, : plan.lead],), states)
+            inputs = joined
+        assert torch.equal(front[0], expected(0, text)[0])
         replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
         replay.commit(plan)
         text += tokens[:3]
@@ -214,6 +244,41 @@ def test_rows_that_stand_differently_far_behind_are_run_token_by_token_where_tha
             replay.keep(plan, 0, inputs, make_run(0)(inputs, states), run)
             replay.commit(plan)
         assert seen == calls
+
+
+def test_rows_that_stand_differently_far_behind_share_a_call_where_layers_leave_columns_out():
+    """Accepted counts of 1 to 4, by row and round: no call for each of them."""
+    replay = StateReplay(LAYERS[:1], slots=4)
+    texts = [[] for _ in range(4)]
+    shapes = []
+
+    def run(inputs, states, counts=None):
+        shapes.append((*inputs[0].shape[:2], None if counts is None else counts.tolist()))
+        return make_run(0)(inputs, states, counts)
+
+    leads = []
+    for turn in range(6):
+        lengths = [len(text) for text in texts]
+        tokens = torch.tensor([[slot * 100 + turn * 10 + i for i in range(4)] for slot in range(4)])
+        plan = replay.reserve(range(4), lengths, [4] * 4, join=12, ragged=True)
+        inputs = (embed(tokens),)
+        states = replay.append(plan, 0, inputs, run)
+        taken = replay.joined(plan, 0) if plan.lead else inputs
+        counts = replay.counts(plan, CPU)
+        front = make_run(0)(taken, states, torch.tensor(plan.behind)) if plan.lead else states
+        for slot, text in enumerate(texts):
+            assert torch.equal(front[0][slot], expected(0, text)[0][0])
+        replay.keep(plan, 0, inputs, make_run(0)(taken, states, counts), run)
+        replay.commit(plan)
+        leads.append((plan.lead, plan.columns))
+        for slot in range(4):
+            texts[slot] += tokens[slot, : 1 + (slot + turn) % 4].tolist()
+    # A row that kept all four stands at its end: rows 3, 2, 1, 0 do so in turn.
+    assert leads == [(0, 4), (3, 7), (5, 9), (6, 10), (6, 10), (6, 10)]
+    assert shapes == []
+    plan = replay.reserve(range(4), [len(text) for text in texts], [1] * 4, ragged=True)
+    replay.append(plan, 0, (embed(torch.zeros(4, 1, dtype=torch.int64)),), run)
+    assert shapes == [(3, max(plan.behind), [count for count in plan.behind if count])]
 
 
 def test_going_back_to_where_nothing_is_kept():

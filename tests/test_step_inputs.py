@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretoken import _core
 from foretoken.device.inputs import StepInputs, last_logits
-from foretoken.drafters import ModelDrafter
+from foretoken.drafters import ModelDrafter, NgramDrafter
 from foretoken.ops import RequestState
 from foretoken.sampling import Sampling
 from foretoken.step import Step
@@ -102,6 +102,54 @@ def test_inputs_are_those_of_tensor_operations(
         assert torch.equal(reach.cpu(), before)
 
 
+def longest_match(text: list[int], low: int, high: int) -> int | None:
+    """The place before the last token; of equals the most recent."""
+    best, found = low - 1, None
+    for place in range(len(text) - 1):
+        length = 0
+        while length < high and length <= place and text[place - length] == text[-1 - length]:
+            length += 1
+        if length >= max(best, low):
+            best, found = length, place
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("vocab", [2, 4, 30])
+@pytest.mark.parametrize(("low", "high"), [(1, 4), (2, 2), (3, 15)])
+@pytest.mark.parametrize("length", [7, 700])
+def test_ngrams_are_those_of_a_plain_search(length: int, low: int, high: int, vocab: int, place: str) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for drafts in (1, 5, 40):
+        state = RequestState.empty(SLOTS, length, device=place)
+        state.text.copy_(torch.randint(0, vocab, (SLOTS, length), generator=generator))
+        state.text[3] = 1
+        state.base.copy_(torch.randint(1, length + 1, (SLOTS,), generator=generator))
+        state.next_drafts.copy_(torch.tensor([5, 3, 0, 9, 4, -1, 5, 5, 5]))
+        seats = torch.tensor([0, 2, 3, 5, -1, 7, SLOTS, 8], dtype=torch.int32)
+        inputs = StepInputs(len(seats), drafts, torch.device(place))
+        inputs.write(state, seats.to(place))
+        before = fields(inputs)
+        inputs.tokens[:, 1:] = -5
+        inputs.draft_ngrams(state, low, high)
+        got = fields(inputs)
+        for b, slot in enumerate(seats.tolist()):
+            text = state.text[slot, : int(state.base[slot])].tolist() if 0 <= slot < SLOTS else [0]
+            found, budget = longest_match(text, low, high), int(before["num_drafts"][b])
+            expected = [0] * drafts
+            if found is None:
+                budget = min(budget, 0)
+            else:
+                copied = text[found + 1 :]
+                expected = [copied[i % len(copied)] for i in range(drafts)]
+            assert got["drafts"][b].tolist() == expected
+            assert int(got["num_drafts"][b]) == budget
+            padded = int(before["num_tokens"][b]) == 0
+            assert int(got["num_tokens"][b]) == (0 if padded else 1 + max(budget, 0))
+        for name in ("positions", "lengths", "base", "slots"):
+            assert torch.equal(got[name], before[name])
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [1, 31, 512, 5000])
@@ -131,6 +179,8 @@ def test_what_does_not_fit_is_refused() -> None:
         inputs.write(state, torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), 8)
     with pytest.raises(ValueError, match="reach: expected None where nothing is drafted"):
         StepInputs(2, 0, CPU).write(state, torch.zeros(2, dtype=torch.int32), torch.zeros(SLOTS).long(), 8)
+    with pytest.raises(ValueError, match=r"min_ngram, max_ngram: expected 1 <= .* <= 15, got 2 and 16"):
+        inputs.draft_ngrams(state, 2, 16)
     with pytest.raises(ValueError, match="out: expected at most 4 logits a row, got 5"):
         _core.last_logits(torch.zeros(1, 1, 4), None, torch.zeros(1, 5))
 
@@ -163,14 +213,14 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["none", "model"])
+@pytest.mark.parametrize("kind", ["none", "model", "ngram"])
 def test_a_round_of_chains_launches_nothing_beside_models_and_ops(
     monkeypatch: pytest.MonkeyPatch, kind: str, sampled: bool
 ) -> None:
     """But for the copy of its record."""
     launches = Launches()
     logits = table(VOCAB, 3)
-    drafter = None
+    drafter: Any = NgramDrafter() if kind == "ngram" else None
     if kind == "model":
         forward = launches.around(GatherModel(logits, 2, 96))
         drafter = ModelDrafter(forward, max_batch=2, vocab_size=VOCAB, max_length=96)

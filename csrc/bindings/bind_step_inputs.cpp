@@ -74,6 +74,36 @@ void write_step_inputs(py::handle text, py::handle base, py::handle next_drafts,
   dispatch::write_step_inputs(args, device, stream);
 }
 
+void draft_ngrams(py::handle text, py::handle row_base, py::handle slots, py::handle tokens,
+                  py::handle num_drafts, py::handle num_tokens, int64_t min_ngram, int64_t max_ngram) {
+  Intake intake("draft_ngrams");
+  NgramDraftsArgs args;
+  if (min_ngram < 1 || max_ngram < min_ngram || max_ngram > kMostNgram) {
+    throw py::value_error(
+        "min_ngram, max_ngram: expected 1 <= min_ngram <= max_ngram <= " + std::to_string(kMostNgram) +
+        ", got " + std::to_string(min_ngram) + " and " + std::to_string(max_ngram));
+  }
+  args.min_ngram = min_ngram;
+  args.max_ngram = max_ngram;
+  args.text = data<int32_t>(intake.read(
+      text, "text", DType::int32, {Dim::bind(args.num_slots, "S", 1), Dim::bind(args.text_length, "L", 1)},
+      Layout::contiguous));
+  args.tokens = data<int64_t>(intake.write(tokens, "tokens", DType::int64,
+                                           {Dim::bind(args.rows, "B"), Dim::bind(args.columns, "K + 1", 1)},
+                                           Layout::contiguous));
+  args.row_base =
+      data<int64_t>(intake.read(row_base, "row_base", DType::int64, {args.rows}, Layout::contiguous));
+  args.slots = data<int32_t>(intake.read(slots, "slots", DType::int32, {args.rows}, Layout::contiguous));
+  args.num_drafts =
+      data<int32_t>(intake.write(num_drafts, "num_drafts", DType::int32, {args.rows}, Layout::contiguous));
+  args.num_tokens =
+      data<int32_t>(intake.write(num_tokens, "num_tokens", DType::int32, {args.rows}, Layout::contiguous));
+  const Device device = intake.device();
+  const Stream stream = intake.stream();
+  py::gil_scoped_release unlocked;
+  dispatch::draft_ngrams(args, device, stream);
+}
+
 void last_logits(py::handle logits, py::handle used, py::handle out) {
   Intake intake("last_logits");
   LastLogitsArgs args;
@@ -101,6 +131,9 @@ void register_step_inputs(py::module_& module) {
              py::arg("slots"), py::arg("reach"), py::arg("first_tokens"), py::arg("first_positions"),
              py::arg("draft_lengths"), py::arg("draft_used"), py::arg("cache_rows"),
              "See foretoken.device.inputs.StepInputs.write.");
+  module.def("draft_ngrams", &draft_ngrams, py::arg("text"), py::arg("row_base"), py::arg("slots"),
+             py::arg("tokens"), py::arg("num_drafts"), py::arg("num_tokens"), py::arg("min_ngram"),
+             py::arg("max_ngram"), "See foretoken.device.inputs.StepInputs.draft_ngrams.");
   module.def("last_logits", &last_logits, py::arg("logits"), py::arg("used"), py::arg("out"),
              "See foretoken.device.inputs.last_logits.");
 }

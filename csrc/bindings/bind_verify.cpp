@@ -244,7 +244,6 @@ int64_t verify(py::handle target_logits, py::handle target_stats, py::handle row
   check_table("draft_sampling", draft_sampling, in.slots, size.batch);
   args.target_constrained = sampling.constrained();
   args.draft_constrained = draft_sampling.constrained();
-  args.filtered = sampling.filtered() || draft_sampling.filtered();
   const bool needs_history = sampling.needs_history() || draft_sampling.needs_history();
   read_history(intake, in.history, in.prompt_lengths, needs_history, sampling.size(), args.history);
   args.rules = intake.read_or_null(rules, "rule", DType::uint8,

@@ -40,7 +40,7 @@ class SamplingTable {
   }
 
   bool constrained() const { return constrained_ > 0; }
-  bool filtered() const { return filtered_ > 0; }  // some slot has top-k, top-p or min-p
+  bool filtered() const { return filtered_ > 0; }  // top-k, top-p or min-p
 
   SamplingView view() const {
     return {temperature_.data(),
@@ -49,7 +49,8 @@ class SamplingTable {
             min_p_.data(),
             seed_.data(),
             size(),
-            constrained_ > 0 ? constraints_.data() : nullptr};
+            constrained_ > 0 ? constraints_.data() : nullptr,
+            filtered_ > 0};
   }
 
  private:
@@ -59,10 +60,11 @@ class SamplingTable {
   };
 
   size_t index_of(int64_t slot) const;
-  void replace(size_t index, Lists lists, Constraints constraints);
-  int64_t filters(size_t index) const {
-    return top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f ? 1 : 0;
+  bool is_filtered(size_t index) const {
+    const bool any = top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f;
+    return any && temperature_[index] != 0.0f;
   }
+  void replace(size_t index, Lists lists, Constraints constraints);
 
   std::vector<float> temperature_, top_p_, min_p_;
   std::vector<int32_t> top_k_;
@@ -70,7 +72,7 @@ class SamplingTable {
   std::vector<Constraints> constraints_;
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
-  int64_t filtered_ = 0;
+  int64_t filtered_ = 0;                     // slots that have a filter
   uint64_t version_ = 0;                     // counts changes
   mutable dispatch::SamplingMirrors mirrors_;
 };

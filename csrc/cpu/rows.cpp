@@ -189,7 +189,8 @@ RowLaw law_of_logits(const Row& row, const Processing& processing, uint64_t* til
 
   const float floor = logits_floor(law.max, law.scale);
   law.cut = floor;
-  if (filtered) law.cut = std::max(floor, filter_cut(row, law, processing, summary));
+  // Of two zeros the one without a sign, whichever of them the threshold was found at.
+  if (filtered) law.cut = std::max(floor, filter_cut(row, law, processing, summary)) + 0.0f;
   CutTiles tiles(row, law, summary);
   for (int64_t index = 0; index < tiles_of(row.size); ++index) {
     const float anchor = summary.tiles[index].max;

@@ -15,6 +15,17 @@ void write_step_inputs(const StepInputsArgs& args) {
   }
 }
 
+void draft_ngrams(const NgramDraftsArgs& args) {
+  for (int64_t b = 0; b < args.rows; ++b) {
+    const ngram_drafts::Row row = ngram_drafts::row_of(args, b);
+    int64_t best = -1;
+    for (int64_t place = 0; place < row.last; ++place) {
+      best = step_inputs::at_least(best, ngram_drafts::rank_of(args, row, place));
+    }
+    ngram_drafts::write_row(args, b, row, best, 0, 1);
+  }
+}
+
 void last_logits(const LastLogitsArgs& args) {
   const int64_t columns = args.logits.shape[1], bytes = bytes_of(args.out.dtype);
   for (int64_t b = 0; b < args.out.shape[0]; ++b) {

@@ -1,6 +1,6 @@
-// What the verification of plain chains and of trees of chosen drafts needs of a call, in little enough room
-// to be a kernel's parameter. To sample a row is to verify a chain of no drafts, but for the numbers that are
-// drawn and what is written down.
+// What the verification of plain chains and trees needs of a call, in little enough room to be a kernel's
+// parameter. To sample a row is to verify a chain of no drafts, but for the numbers that are drawn and what
+// is written down.
 #pragma once
 
 #include "math/row_law.hpp"
@@ -44,7 +44,12 @@ struct ChainArgs {
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
   ChainRecord* laws = nullptr;   // [B, 2 N + 3] of filtered rows, where several clusters find them
+  bool prepared = false;         // laws and stats of all rows are there when this begins
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
+
+  // Of trees of drawn drafts alone.
+  int32_t law_rows = 0;  // of draft; 0: a chain, or a tree of chosen drafts
+  Numbers draft_rows;    // no data: row r for node r
 
   // Of trees alone.
   Numbers parents;          // no data: a chain

@@ -97,7 +97,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       const uint32_t index = second ? item - tiles_ : item;
       const int32_t node = second ? step.other : step.node;
       const uint32_t target_row = static_cast<uint32_t>(node),
-                     other_row = with_draft ? draft_row(node) : target_row;
+                     other_row = with_draft ? this->law_row(node) : target_row;
       const float gain = second ? other_gain : first_gain;
       const auto [mass, sum] = this->residual_of_tile(target_row, other_row, gain, index);
       const uint64_t of_sum = mass_of_tile(sum, 1.0f);
@@ -204,9 +204,9 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       float weight = weight_of_logit(element(static_cast<uint32_t>(step.node), at), target.max, target.scale,
                                      target.cut);
       if (!kTree && step.gain >= 0.0) {
-        const RowLaw& draft = shared_.records[draft_row(step.node)].law;
+        const RowLaw& draft = shared_.records[this->law_row(step.node)].law;
         weight = residual_weight(
-            weight, weight_of_logit(element(draft_row(step.node), at), draft.max, draft.scale, draft.cut),
+            weight, weight_of_logit(element(this->law_row(step.node), at), draft.max, draft.scale, draft.cut),
             this->gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);

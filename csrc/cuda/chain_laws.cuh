@@ -36,7 +36,7 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   __device__ __forceinline__ ChainLaws(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
   __device__ __forceinline__ uint32_t rows() const {
-    return dense_ ? draft_row(drafts_) : static_cast<uint32_t>(drafts_) + 1;
+    return dense_ ? this->end_of_drafts() : static_cast<uint32_t>(drafts_) + 1;
   }
 
   __device__ __forceinline__ bool any_filter() const {
@@ -67,6 +67,19 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     laws.template take_turns<false>(first, end);
   }
 
+  // Of one row, whose law was not made with the others' and which no filter changes.
+  __device__ __forceinline__ void make_law_late(uint32_t row) {
+    const DeviceRow of_row{row_data(row), kType, vocab_};
+#pragma unroll 1
+    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
+      float lane_max;
+      const TileStats found = stats_slowly(of_row, shared_.reading[0], index, lane_max);
+      if (lane_id() == 0) *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
+    }
+    cluster_sync();
+    start(args_, shared_, drafts_, dense_, rank_ == 0 ? row : row + 1, row + 1, 0);
+  }
+
   // What the clusters have found; every block takes it for itself.
   __device__ __forceinline__ void take_laws() {
     constexpr uint32_t kWords = sizeof(ChainRecord) / sizeof(uint4);
@@ -87,7 +100,7 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     for (; tiles.any(); tiles.move_on()) {
       if (!is_wanted(tiles.row())) continue;
       RawTile<kType> raw;
-      this->load(tiles, raw);
+      TileOfRow<kType>::load(raw, row_data(tiles.row()), vocab_, tiles.index(), args_.aligned);
       this->leave_stats(tiles.row(), tiles.index(), raw);
     }
   }

@@ -2,7 +2,7 @@
 // they are read, and the laws that come of it.
 #pragma once
 
-#include "cuda/chain_shared.cuh"
+#include "cuda/drawn_tree.cuh"
 
 namespace foretoken::cuda {
 
@@ -124,17 +124,36 @@ class ChainRows {
   };
 
   __device__ __forceinline__ void load(const RowTiles& tiles, RawTile<kType>& raw) const {
-    TileOfRow<kType>::load(raw, row_data(tiles.row()), vocab_, tiles.index(), args_.aligned);
+    TileOfRow<kType>::load(raw, row_data(row_of(tiles)), vocab_, tiles.index(), args_.aligned);
+  }
+  // Of trees of drawn drafts the tiles are those of rows in a list.
+  __device__ __forceinline__ uint32_t row_of(const RowTiles& tiles) const {
+    return is_drawn_tree() ? drawn_tree().rows[tiles.row()] : tiles.row();
   }
 
   // Number of a draft's row among all.
   __device__ __forceinline__ uint32_t draft_row(int32_t node) const {
     return static_cast<uint32_t>(args_.most_drafts + 1 + node);
   }
+  // The same of the law that a node's children were drawn from.
+  __device__ __forceinline__ uint32_t law_row(int32_t node) const {
+    return draft_row(is_drawn_tree() ? drawn_tree().nodes.law_row[node] : node);
+  }
+  __device__ __forceinline__ bool is_drawn_tree() const {
+    return !kTree && std::is_same_v<Shared, ChainShared> && args_.law_rows > 0;
+  }
+  __device__ __forceinline__ DrawnTree& drawn_tree() const {
+    return *reinterpret_cast<DrawnTree*>(&shared_ + 1);
+  }
+  __device__ __forceinline__ uint32_t end_of_drafts() const {
+    return draft_row(is_drawn_tree() ? args_.law_rows : drafts_);
+  }
   __device__ __forceinline__ bool of_target(uint32_t row) const {
     return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
+    if (is_drawn_tree())
+      return drawn_tree().wanted[of_target(row) ? row : row - draft_row(0) + kMostTreeNodes];
     return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
   }
   __device__ __forceinline__ const void* row_data(uint32_t row) const {
@@ -200,7 +219,7 @@ class ChainRows {
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
 #pragma unroll 1
     while (tiles.any()) {
-      const uint32_t row = tiles.row(), index = tiles.index();
+      const uint32_t row = row_of(tiles), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
       if (tiles.any()) load(tiles, next);
@@ -260,7 +279,8 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && node <= static_cast<uint32_t>(drafts_)) return *of_block(&shared_.nodes[node], 0);
+    if (!kTree && !is_drawn_tree() && node <= static_cast<uint32_t>(drafts_))
+      return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;
     return none;
@@ -354,7 +374,7 @@ class ChainRows {
   __device__ __forceinline__ bool sums_two() const { return tiles_ <= 2 * size_ * kWarps; }
 
   __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
-    return gain_in_weights(gain, shared_.records[node].law.mass, shared_.records[draft_row(node)].law.mass);
+    return gain_in_weights(gain, shared_.records[node].law.mass, shared_.records[law_row(node)].law.mass);
   }
 
   struct TileMass {

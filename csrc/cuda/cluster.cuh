@@ -35,6 +35,12 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Its two halves, for who has something else to do between them.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // The same for warps that come to it from different places of a program: the other form asks all threads of a
 // warp for one instruction, and compute-sanitizer all warps of a block.
 __device__ inline void cluster_sync_apart() {
@@ -54,6 +60,8 @@ __device__ inline T* of_block(T* shared, uint32_t rank) {
 __device__ inline uint32_t cluster_rank() { return 0; }
 __device__ inline uint32_t cluster_size() { return 1; }
 __device__ inline void cluster_sync() { block_sync(); }
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() { block_sync(); }
 __device__ inline void cluster_sync_apart() { block_sync(); }
 template <class T>
 __device__ inline T* of_block(T* shared, uint32_t) {

@@ -33,7 +33,7 @@ class ClusterFilter {
     if (filters.min_p > 0.0f) {
       cut = fmaxf(cut, law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale));
     }
-    law.cut = fmaxf(floor, cut);
+    law.cut = fmaxf(floor, cut) + 0.0f;  // as in cpu/rows.cpp: no negative zero
     if (law.cut > floor) count_anew(law);
     cluster_sync();
   }

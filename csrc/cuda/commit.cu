@@ -1,6 +1,6 @@
 #include "cuda/commit.hpp"
 
-#include "cuda/errors.hpp"
+#include "cuda/overlap.cuh"
 #include "cuda/views.cuh"
 #include "ops/sampling.hpp"
 
@@ -184,6 +184,7 @@ __device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& o
 // One warp a row; rows of a batch never share a slot.
 __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
     commit_kernel(const __grid_constant__ CommitArgs args) {
+  take_turn();
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
   if (b >= args.tokens.shape[0]) return;  // the same for the whole warp
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
@@ -193,12 +194,11 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
 
 }  // namespace
 
-void commit(const CommitArgs& args, Device, Stream stream) {
+void commit(const CommitArgs& args, Device device, Stream stream) {
   const int64_t rows = args.tokens.shape[0];
   if (rows == 0) return;
   const auto blocks = static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock);
-  commit_kernel<<<blocks, kLanes * kRowsPerBlock, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  throw_if_failed(cudaGetLastError(), "launch");
+  launch_in_turn<commit_kernel>(blocks, kLanes * kRowsPerBlock, device, stream, args);
 }
 
 }  // namespace foretoken::cuda

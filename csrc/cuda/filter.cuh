@@ -45,7 +45,7 @@ class BlockFilter {
     }
     if (filters.top_p < 1.0f && !cut_mass(filters, law, floor, cut)) return false;
     cut = fmaxf(cut, least_kept);
-    law.cut = fmaxf(floor, cut);
+    law.cut = fmaxf(floor, cut) + 0.0f;  // as in cpu/rows.cpp: no negative zero
     if (law.cut > floor) count_anew(law, tiles);
     return true;
   }

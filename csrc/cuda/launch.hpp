@@ -7,6 +7,7 @@
 
 #include "cuda/cluster.cuh"
 #include "cuda/errors.hpp"
+#include "cuda/overlap.cuh"
 #include "ops/tensor_view.hpp"
 
 namespace foretoken::cuda {
@@ -204,12 +205,14 @@ auto kept_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
   return entry.found;
 }
 
-// `shared`: bytes of dynamic shared memory a block. room_for() has to have been asked before.
+// `shared`: bytes of dynamic shared memory a block. room_for() has to have been asked before. `overlaps`: as
+// the function says of a kernel that takes its turn.
 template <class Args>
 void launch_clusters(void (*kernel)(Args), int64_t clusters, int cluster, size_t shared, Stream stream,
-                     const Args& args) {
-  cudaLaunchAttribute attribute;
-  cudaLaunchConfig_t config = configure(clusters, cluster, shared, attribute);
+                     const Args& args, bool overlaps = false) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = configure(clusters, cluster, shared, attributes[0]);
+  if (overlaps) attributes[config.numAttrs++] = overlap_attribute();
   config.stream = static_cast<cudaStream_t>(stream.handle);
   throw_if_failed(cudaLaunchKernelEx(&config, kernel, args), "launch");
 }

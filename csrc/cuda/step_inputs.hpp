@@ -4,7 +4,8 @@
 
 namespace foretoken::cuda {
 
-void write_step_inputs(const StepInputsArgs& args, Stream stream);
-void last_logits(const LastLogitsArgs& args, Stream stream);
+void write_step_inputs(const StepInputsArgs& args, Device device, Stream stream);
+void draft_ngrams(const NgramDraftsArgs& args, Device device, Stream stream);
+void last_logits(const LastLogitsArgs& args, Device device, Stream stream);
 
 }  // namespace foretoken::cuda

@@ -320,6 +320,7 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   const int64_t room = room_before_preparation(args, scratch, memory);
   const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.laws, scratch.arrivals, scratch.queue};
   if (takes_chains(args)) return verify_chains(args, of_chains, device, stream);
+  if (takes_drawn_trees(args)) return verify_drawn_trees(args, of_chains, device, stream);
   if (takes_trees(args)) return verify_trees(args, of_chains, device, stream);
   VerifyParams params;
   VerifyLaunch& launch = params.launch;

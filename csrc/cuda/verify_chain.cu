@@ -4,6 +4,7 @@
 
 #include "cuda/chain.cuh"
 #include "cuda/chain_launch.hpp"
+#include "cuda/resident.hpp"
 
 namespace foretoken::cuda {
 
@@ -12,8 +13,11 @@ namespace {
 template <DType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
+  take_turn();
   ChainVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
+
+ChainRowsView rows_of(const TensorView& view) { return {view.data, {view.strides[0], view.strides[1]}}; }
 
 int64_t rows_in(const VerifyArgs& args) {
   const int64_t drafts = args.draft_tokens.shape[1];
@@ -28,12 +32,14 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
     const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
     const int64_t tiles = (args.vocab + kTile - 1) / kTile;
-    const bool may_share = args.arrivals != nullptr;
-    const Shape shape = walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
-                                 : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
+    const bool may_share = args.arrivals != nullptr && !args.prepared;
+    const Shape shape = args.law_rows > 0
+                            ? kept_shape<find_chain_shape<5>>(room, requests, rows, tiles, may_share)
+                        : walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
+                                   : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
-                    args);
+                    args, overlaps<kKernel>(device));
   };
   switch (dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});
@@ -62,13 +68,10 @@ bool takes_chains(const VerifyArgs& args) {
 
 ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
   ChainArgs chain = chain_args_of(args, scratch);
-  const auto rows = [](const TensorView& view) {
-    return ChainRowsView{view.data, {view.strides[0], view.strides[1]}};
-  };
-  chain.target = rows(args.target_logits);
+  chain.target = rows_of(args.target_logits);
   const bool reads_laws =
       args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
-  if (reads_laws) chain.draft = rows(args.draft_logits);
+  if (reads_laws) chain.draft = rows_of(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   return chain;
@@ -76,12 +79,49 @@ ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
   ChainArgs chain = chain_of(args, scratch);
-  const int64_t requests = args.draft_tokens.shape[0];
   const DType dtype = args.target_logits.dtype;
-  if (takes_queue(requests, device) && !args.filtered) {
+  const int64_t requests = args.draft_tokens.shape[0];
+  const bool reads_laws = chain.draft.data != nullptr;
+  const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
+  if (!filtered && takes_queue(requests, device)) {
     return verify_queued(chain, requests, dtype, scratch.queue, device, stream);
   }
-  launch_chains(dtype, chain, requests, rows_in(args), 0, device, stream);
+  // Filters that come when this has been captured without any are found by the chains' kernel.
+  if (filtered && chain.given == nullptr && keeps_rows(dtype, chain.vocab, device)) {
+    launch_resident(dtype, chain, requests, device, stream);
+    chain.prepared = true;
+  }
+  launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
+}
+
+bool takes_drawn_trees(const VerifyArgs& args) {
+  const TensorView &target = args.target_logits, &draft = args.draft_logits;
+  const int64_t nodes = args.draft_tokens.shape[1] + 1;
+  const bool alike = draft && draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
+                     draft.shape[1] >= 1 && draft.shape[1] <= nodes && nodes <= kMostTreeNodes;
+  const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal;
+  const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
+                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
+  const bool asked =
+      args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
+  return alike && rule && plain && !asked && args.draw == Draw::iid && args.tokens.shape[1] <= kThreads;
+}
+
+void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+  ChainArgs tree = chain_args_of(args, scratch);
+  tree.target = rows_of(args.target_logits);
+  tree.draft = rows_of(args.draft_logits);
+  tree.given = static_cast<const TileStats*>(args.target_stats.data);
+  tree.aligned = aligned(args.target_logits) && aligned(args.draft_logits);
+  tree.law_rows = static_cast<int32_t>(args.draft_logits.shape[1]);
+  tree.draft_rows = numbers_of(args.draft_row);
+  tree.parents = numbers_of(args.parents);
+  tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
+  tree.path_rows = numbers_of(args.path_rows);
+  // A law for each inner node, most likely, and no row of a leaf.
+  const int64_t rows = std::min<int64_t>(args.draft_tokens.shape[1] + 1, tree.law_rows) + tree.law_rows;
+  launch_chains(args.target_logits.dtype, tree, args.draft_tokens.shape[0], rows, sizeof(DrawnTree), device,
+                stream);
 }
 
 bool takes_rows(const SampleArgs& args) {
@@ -106,6 +146,9 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[0] = args.records.strides[0];
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
+  if (chain.sampling.filtered && keeps_rows(args.logits.dtype, chain.vocab, device)) {
+    return launch_resident(args.logits.dtype, chain, args.logits.shape[0], device, stream);
+  }
   launch_chains(args.logits.dtype, chain, args.logits.shape[0], 1, sizeof(RowScratch), device, stream);
 }
 

@@ -25,6 +25,10 @@ ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch);
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
 
+// Trees whose drafts were drawn from laws of logits, one by one.
+bool takes_drawn_trees(const VerifyArgs& args);
+void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
+
 // Trees of drafts that were chosen, not drawn, and what chains of such ask for beyond that.
 bool takes_trees(const VerifyArgs& args);
 void verify_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);

@@ -57,7 +57,7 @@ class WindowFilter {
     if (filters.min_p > 0.0f) {
       cut = fmaxf(cut, law.max + distance_of_weight(static_cast<double>(filters.min_p), law.scale));
     }
-    law.cut = fmaxf(law.cut, cut);
+    law.cut = fmaxf(law.cut, cut) + 0.0f;  // as in cpu/rows.cpp: no negative zero
     return true;
   }
 

@@ -111,6 +111,60 @@ FORETOKEN_HD inline int64_t held_of(const StepInputsArgs& args, const Row& row) 
 
 }  // namespace step_inputs
 
+constexpr int64_t kMostNgram = 15;
+
+struct NgramDraftsArgs {              // of rows as above, written by it; everything is contiguous
+  const int32_t* text = nullptr;      // [S, L]
+  const int64_t* row_base = nullptr;  // [B]
+  const int32_t* slots = nullptr;     // [B]
+  int64_t num_slots = 0, text_length = 0, rows = 0, columns = 0;
+  int64_t min_ngram = 1, max_ngram = 1;  // at most kMostNgram
+  int64_t* tokens = nullptr;      // [B, C] out: drafts behind the first column, 0 where nothing is found
+  int32_t* num_drafts = nullptr;  // [B] in, out: 0 where nothing is found, -1 stays
+  int32_t* num_tokens = nullptr;  // [B] in, out: 1 + num_drafts, 0 of a padded row stays
+};
+
+// Where the end of a text stood before: the longest match, of equals the most recent.
+namespace ngram_drafts {
+
+struct Row {
+  const int32_t* text = nullptr;
+  int64_t last = 0;  // its last token, in front of which the places lie
+};
+
+FORETOKEN_HD inline Row row_of(const NgramDraftsArgs& args, int64_t b) {
+  const int64_t slot = args.slots[b];
+  if (slot < 0 || slot >= args.num_slots) return {};
+  return {args.text + slot * args.text_length,
+          step_inputs::at_most(args.row_base[b] - 1, args.text_length - 1)};
+}
+
+// The larger the better; -1 where fewer than `min_ngram` tokens that end at a place end the text.
+FORETOKEN_HD inline int64_t rank_of(const NgramDraftsArgs& args, const Row& row, int64_t place) {
+  int64_t matched = 0;
+  while (matched < args.max_ngram && matched <= place &&
+         row.text[place - matched] == row.text[row.last - matched]) {
+    ++matched;
+  }
+  return matched < args.min_ngram ? -1 : matched << 48 | place;
+}
+
+// What followed there; behind the end a copy goes on with itself.
+FORETOKEN_HD inline void write_row(const NgramDraftsArgs& args, int64_t b, const Row& row, int64_t best,
+                                   int64_t lane, int64_t lanes) {
+  const int64_t place = best & ((int64_t{1} << 48) - 1), period = row.last - place;
+  for (int64_t i = lane; i + 1 < args.columns; i += lanes) {
+    args.tokens[b * args.columns + i + 1] = best < 0 ? 0 : row.text[place + 1 + i % period];
+  }
+  if (lane != 0) return;
+  if (best < 0 && args.num_drafts[b] > 0) args.num_drafts[b] = 0;
+  if (args.num_tokens[b] > 0) {
+    args.num_tokens[b] = static_cast<int32_t>(1 + step_inputs::at_least(args.num_drafts[b], 0));
+  }
+}
+
+}  // namespace ngram_drafts
+
 struct LastLogitsArgs {  // B rows of T columns
   TensorView logits;     // [B, T, V] float32 | bfloat16 | float16, innermost stride 1
   TensorView used;       // [B] int32: the last of so many columns, the first of none; null: the last there is

@@ -61,7 +61,6 @@ struct VerifyArgs {          // B rows, N draft nodes, T = N + 1, V vocabulary, 
   SamplingView sampling;  //
   SamplingView draft_sampling;  // applied to draft_logits by the function that drew
   bool target_constrained = false, draft_constrained = false;  // some slot of the tables has constraints
-  bool filtered = false;  // some slot of the tables has top-k, top-p or min-p
   HistoryView history;                                         // of the target's ids
   TensorView rules;  // [S] uint8 Rule of each slot; null: `rule` for all
   Rule rule = Rule::automatic;

@@ -572,6 +572,10 @@ def derive_seed(seed: typing.SupportsInt | typing.SupportsIndex, row: typing.Sup
     """
     Seed of a row and return sequence under one integer seed; (0, 0) is the seed itself.
     """
+def draft_ngrams(text: typing.Any, row_base: typing.Any, slots: typing.Any, tokens: typing.Any, num_drafts: typing.Any, num_tokens: typing.Any, min_ngram: typing.SupportsInt | typing.SupportsIndex, max_ngram: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    See foretoken.device.inputs.StepInputs.draft_ngrams.
+    """
 def draft_topk(logits: typing.Any, k: typing.SupportsInt | typing.SupportsIndex, scores: typing.Any, entries: typing.Any, out_tokens: typing.Any, out_scores: typing.Any, out_parents: typing.Any, out_status: typing.Any) -> None:
     """
     See foretoken.ops.draft_topk.

@@ -15,7 +15,7 @@ _EMPTY = -1
 _HISTORY = 16  # tokens; grows with what steps need
 
 States = tuple[Tensor, ...]
-Run = Callable[[States, States], States]
+Run = Callable[..., States]
 
 
 class TensorSpec(NamedTuple):
@@ -34,10 +34,12 @@ class ReplayLayer(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Rows of a step that take in equally many tokens."""
+    """Rows of a step that are run together."""
 
     rows: tuple[int, ...]
     tokens: int
+    counts: tuple[int, ...] = ()
+    """How many of the tokens are each row's; empty: all of them."""
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class ReplayPlan:
     num_tokens: int
     final: bool
     provisional: bool
+    ragged: bool = False
     sources: list[int] = field(default_factory=list)
     """By row: the entry of its slot that it goes on from, -1 for a slot that is empty."""
     starts: list[int] = field(default_factory=list)
@@ -61,7 +64,11 @@ class ReplayPlan:
     replays: list[_Group] = field(default_factory=list)
     closings: list[_Group] = field(default_factory=list)
     lead: int = 0
-    """Tokens of every row that are run in front of the step's."""
+    """Tokens that are run in front of the step's, of the row that has the most."""
+    columns: int = 0
+    """Of the step's run, those in front of it included."""
+    totals: tuple[int, ...] = ()
+    """By row: columns of the run that are the row's; they come first."""
     late: set[int] = field(default_factory=set)
     """Layers whose inputs are to come with `StateReplay.keep`."""
     memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
@@ -70,6 +77,13 @@ class ReplayPlan:
     def empty(self) -> bool:
         """Every row begins with its first token."""
         return not any(self.lengths)
+
+    @property
+    def uneven(self) -> bool:
+        """Rows of one run take in different numbers of tokens, in this step or before it."""
+        return self.ragged and (
+            any(count < self.columns for count in self.totals) or any(group.counts for group in self.replays)
+        )
 
 
 class StateReplay:
@@ -130,6 +144,7 @@ class StateReplay:
         final: bool = False,
         provisional: bool = False,
         join: int = 0,
+        ragged: bool = False,
     ) -> ReplayPlan:
         """Lay out a step: row b takes in ``counts[b]`` tokens behind the ``lengths[b]`` first of its slot.
 
@@ -146,8 +161,14 @@ class StateReplay:
         provisional
             A later step may begin before this one's lengths, as after the drafts of a model.
         join
-            Where all rows have gone equally far since their states, and no more than `join` columns come of
-            it, those tokens are to be run in front of the step's and not on their own: ``plan.lead`` of them.
+            Where all rows have gone equally far since their states, or any distances with `ragged`, and no
+            more than `join` columns come of it, those tokens are to be run in front of the step's and not on
+            their own, see `joined`: ``plan.lead`` of them.
+        ragged
+            Layers can be run over rows of different numbers of tokens together: ``run(inputs, states,
+            counts)`` then goes by the first ``counts[b]`` columns of row b alone. Rows that have gone
+            differently far are then run again in one call, and what `keep` is given is the states behind
+            the first ``plan.totals[b]`` columns of each row's run, see `counts`.
 
         Raises
         ------
@@ -155,15 +176,16 @@ class StateReplay:
             A length that nothing is kept for.
         """
         width = max(counts) if num_tokens is None else num_tokens
-        plan = ReplayPlan(tuple(slots), tuple(lengths), tuple(counts), width, final, provisional)
+        plan = ReplayPlan(tuple(slots), tuple(lengths), tuple(counts), width, final, provisional, ragged)
         plan.sources = [self._go_back(slot, length) for slot, length in zip(slots, lengths, strict=True)]
         begins = [
             0 if source == _EMPTY else self._held[slot][source]
             for slot, source in zip(slots, plan.sources, strict=True)
         ]
         plan.behind = [length - begin for length, begin in zip(lengths, begins, strict=True)]
-        if not final and len(set(plan.behind)) == 1 and plan.behind[0] + width <= join:
-            plan.lead = plan.behind[0]
+        even = len(set(plan.behind)) == 1
+        if not final and (even or ragged) and max(plan.behind) + width <= join:
+            plan.lead = max(plan.behind)
         reach = 0
         for row, (slot, length, count) in enumerate(zip(slots, lengths, counts, strict=True)):
             source, begin = plan.sources[row], begins[row]
@@ -173,16 +195,23 @@ class StateReplay:
                 taken.add(kept)
             start = source if begin == length or plan.lead else self._free(slot, taken)
             taken.add(start)
-            whole = count > 0 and (count == width or final)
+            whole = count > 0 and (count == width or final or ragged)
             plan.starts.append(start)
             plan.ends.append(self._free(slot, taken) if whole else _EMPTY)
             if not final:
                 reach = max(reach, length + count - min(begin, back))
         while reach > self._history:
             self._grow()
-        if not plan.lead:
+        if plan.lead:
+            plan.totals = tuple(map(sum, zip(plan.behind, plan.counts, strict=True)))
+        else:
+            plan.totals = plan.counts
             plan.replays = _alike(plan.behind, lambda row: plan.behind[row] > 0)
-        plan.closings = _alike(plan.counts, lambda row: final and 0 < plan.counts[row] < width)
+            if ragged and len(plan.replays) > 1:
+                plan.replays = [_together(plan.behind)]
+        plan.columns = max(plan.totals) if plan.lead and ragged else plan.lead + width
+        if not ragged:
+            plan.closings = _alike(plan.counts, lambda row: final and 0 < plan.counts[row] < width)
         return plan
 
     def append(
@@ -195,7 +224,7 @@ class StateReplay:
         single: float = 0.0,
     ) -> States:
         """Take in a step's `inputs` ``[B, T, ...]`` of one layer; the states ``[B, ...]`` in front of it, or
-        of `lead`.
+        of what is `joined`.
 
         Parameters
         ----------
@@ -217,22 +246,54 @@ class StateReplay:
             return self._read(plan, layer, "starts", tuple(range(len(plan.slots))))
         for group in plan.replays:
             again = self._read_inputs(plan, layer, group)
-            states = run(again, self._read(plan, layer, "sources", group.rows))
+            states = self._read(plan, layer, "sources", group.rows)
+            if group.counts:
+                states = run(again, states, self._tensor(plan, ("counts", group.counts), again[0].device))
+            else:
+                states = run(again, states)
             self._write(plan, layer, "starts", group.rows, states)
         return self._read(plan, layer, "starts", tuple(range(len(plan.slots))))
 
-    def lead(self, plan: ReplayPlan, layer: int) -> States:
-        """Inputs ``[B, plan.lead, ...]`` that go before those of the step, of which they are no part."""
-        return self._read_inputs(plan, layer, _Group(tuple(range(len(plan.slots))), plan.lead))
+    def joined(self, plan: ReplayPlan, layer: int) -> States:
+        """Inputs ``[B, plan.columns, ...]`` of each row since its state and those of the step, in a row."""
+        counts = plan.totals if min(plan.totals) < plan.columns else ()
+        return self._read_inputs(plan, layer, _Group(tuple(range(len(plan.slots))), plan.columns, counts))
+
+    def counts(self, plan: ReplayPlan, device: torch.device) -> Tensor | None:
+        """``[B]``: how many columns of the step's run are each row's; None: all, or nobody has to know."""
+        if not plan.ragged or min(plan.totals) == plan.columns:
+            return None
+        return self._tensor(plan, ("counts", plan.totals), device)
+
+    def outputs(self, plan: ReplayPlan, output: Tensor) -> Tensor:
+        """Of a run's output ``[B, plan.columns, ...]``, the step's part ``[B, T, ...]``."""
+        width = plan.num_tokens
+        if min(plan.behind) == plan.lead and plan.columns == plan.lead + width:
+            return output[:, plan.lead :]
+        if not plan.lead:
+            return output
+        key = "outputs", output.device
+        places = plan.memo.get(key)
+        if places is None:
+            last = plan.columns - 1
+            columns = [
+                row * plan.columns + min(behind + i, last)
+                for row, behind in enumerate(plan.behind)
+                for i in range(width)
+            ]
+            places = plan.memo[key] = torch.tensor(columns, device=output.device)
+        return output.flatten(0, 1).index_select(0, places).view(len(plan.slots), width, *output.shape[2:])
 
     def keep(
         self, plan: ReplayPlan, layer: int, inputs: Sequence[Tensor], states: Sequence[Tensor], run: Run
     ) -> None:
-        """What one layer came to: `states` ``[B, ...]`` behind all columns of the step."""
+        """What one layer came to: `states` ``[B, ...]`` behind all columns of the step's run, of those that
+        count in a `ragged` one.
+        """
         if layer in plan.late and not plan.final:
             self._write_inputs(plan, layer, inputs)
-        whole = tuple(row for row, count in enumerate(plan.counts) if count == plan.num_tokens)
-        kept = tuple(row for row in whole if plan.ends[row] != _EMPTY)
+        whole = (plan.ragged or count == plan.num_tokens for count in plan.counts)
+        kept = tuple(row for row, known in enumerate(whole) if known and plan.ends[row] != _EMPTY)
         if kept:
             self._write(plan, layer, "ends", kept, [_rows(state, kept, plan) for state in states])
         for group in plan.closings:
@@ -404,14 +465,17 @@ class StateReplay:
         return tuple(parts)
 
     def _read_inputs(self, plan: ReplayPlan, layer: int, group: _Group) -> States:
+        """Of each row, those from its source on; columns that are not its own repeat its last one."""
         parts = []
         for tensor in self._inputs[layer]:
             key = "again", group, tensor.device
             places = plan.memo.get(key)
             if places is None:
+                counts = group.counts or (group.tokens,) * len(group.rows)
                 rings = [
-                    plan.slots[row] * self._history + (plan.lengths[row] - group.tokens + i) % self._history
-                    for row in group.rows
+                    plan.slots[row] * self._history
+                    + (plan.lengths[row] - plan.behind[row] + min(i, max(count - 1, 0))) % self._history
+                    for row, count in zip(group.rows, counts, strict=True)
                     for i in range(group.tokens)
                 ]
                 places = plan.memo[key] = torch.tensor(rings, device=tensor.device)
@@ -419,6 +483,12 @@ class StateReplay:
                 tensor.index_select(0, places).view(len(group.rows), group.tokens, *tensor.shape[1:])
             )
         return tuple(parts)
+
+    def _tensor(self, plan: ReplayPlan, key: tuple[str, tuple[int, ...]], device: torch.device) -> Tensor:
+        found = plan.memo.get((*key, device))
+        if found is None:
+            found = plan.memo[*key, device] = torch.tensor(key[1], device=device)
+        return found
 
 
 def _zeros(specs: Iterable[TensorSpec], rows: int) -> States:
@@ -431,6 +501,12 @@ def _alike(counts: Sequence[int], chosen: Callable[[int], bool]) -> list[_Group]
         if chosen(row):
             groups.setdefault(count, []).append(row)
     return [_Group(tuple(rows), count) for count, rows in groups.items()]
+
+
+def _together(counts: Sequence[int]) -> _Group:
+    rows = tuple(row for row, count in enumerate(counts) if count)
+    some = tuple(counts[row] for row in rows)
+    return _Group(rows, max(some), some)
 
 
 def _rows(tensor: Tensor, rows: tuple[int, ...], plan: ReplayPlan) -> Tensor:

@@ -38,6 +38,7 @@ class Round:
     ) -> None:
         self.state, self.rows, self.most = rounds._state, rows, most
         self._rounds, self._forward = rounds, forward
+        self.pool = rounds.graph_pool
         self._bound, self._keeps = bound, keeps
 
     def __call__(self) -> tuple[Tensor, list[object]]:
@@ -68,7 +69,7 @@ def capture(
         Whether records go through a ring that is read meanwhile.
     """
     state, rows = rounds[0].state, rounds[0].rows
-    pool = torch.cuda.graph_pool_handle()  # one round runs at a time
+    pool = rounds[0].pool
     captured = [_graph_of(round_, pool) for round_ in rounds]
     if costs is None:
         costs = [1.0] if len(rounds) == 1 else _costs([graph for graph, _, _ in captured], state, rows)

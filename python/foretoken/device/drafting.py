@@ -54,7 +54,7 @@ class DeviceContext:
     chain: Tensor | None = None
     """bool ``[B]``: rows whose tree is to be a chain; None: no row."""
     inputs: StepInputs | None = None
-    """Where the steps of a chain of a draft model are written; ``base`` and ``budget`` are known then."""
+    """Where the steps of chains are written, which settles ``base`` and ``budget``; None: there are trees."""
 
 
 class DeviceDrafter(Protocol):
@@ -122,23 +122,25 @@ class TextDrafter:
         """Nothing is kept."""
 
     def propose(self, context: DeviceContext, most: int) -> Proposal:
+        inputs = context.inputs
+        if inputs is not None:
+            inputs.write(context.state, context.rows.slots)
+            inputs.draft_ngrams(context.state, self._min, self._max)
+            return FedProposal(inputs.drafts, inputs.num_drafts, inputs=inputs)
+        if context.tree is None or context.nodes is None:
+            raise RuntimeError("propose: expected the buffers of the round's step or a tree, got None")
         # Whole blocks, so that shapes stay the same for a while; what lies behind a text is never a match.
         longest = context.longest + -context.longest % BLOCK
         text = context.rows.of(context.state.text)[:, :longest]
-        matches = ngram.matches_in(text, context.base, self._min, self._max)
-        if context.tree is not None and context.nodes is not None:
-            grown = ngram.trees(
-                matches,
-                context.budget.minimum(context.nodes),
-                context.nodes,
-                branches=context.tree.branches,
-                most_depth=most,
-                most_nodes=context.tree.nodes,
-            )
-            return Proposal(grown.tokens, grown.num_drafts, parents=grown.parents)
-        drafts, known = ngram.chains(matches, most)
-        found = torch.where(known, most, 0).to(torch.int32)
-        return Proposal(drafts, torch.minimum(context.budget, found))
+        grown = ngram.trees(
+            ngram.matches_in(text, context.base, self._min, self._max),
+            context.budget.minimum(context.nodes),
+            context.nodes,
+            branches=context.tree.branches,
+            most_depth=most,
+            most_nodes=context.tree.nodes,
+        )
+        return Proposal(grown.tokens, grown.num_drafts, parents=grown.parents)
 
     def observe(self, rows: Rows, kept: Tensor | None, lengths: Tensor, verdict: ops.Verdict) -> None:
         """Texts are looked at anew."""
@@ -219,7 +221,7 @@ class DeviceModel:
         depth = growth.depth_in(room).minimum(context.budget).minimum(room).clamp_min(0)
         drafting = depth > 0
         grown_rows = DeviceTreeRows(
-            slots=rows.slots,
+            slots=rows.held,
             lengths=lengths,
             requests=context.requests,
             depth=depth.to(torch.int64),
@@ -253,7 +255,7 @@ class DeviceModel:
         fed = self._fed if kept is None else self._fed.index_select(0, kept)
         self._fed = None
         path, count = fed_of(fed, verdict.path, verdict.num_accepted)
-        compact_of(self._drafter.forward)(rows.slots, lengths, path, count)
+        compact_of(self._drafter.forward)(rows.held, lengths, path, count)
         rows.write(self._reach, lengths + 1 + count)
 
     def take_in_prompts(self, requests: list[Any], state: RequestState) -> None:
@@ -287,7 +289,7 @@ class DeviceModel:
         lacking = (context.base - held).clamp(1, 2)
         lengths = self._inside(held, depth, context.longest + 1, 2)
         tokens = rows.tokens_at(context.state.text, lengths[:, None] + numbers(2, self._device))
-        bound, used = context.longest + 1, lacking.to(torch.int32)
+        bound, used = context.longest + 1, rows.fed(lacking.to(torch.int32))
         logits = self._run("decode", rows, context.requests, tokens, lengths, used, bound, context.shortfall)
         return self._fit(logits[rows.numbers, lacking - 1])
 
@@ -319,7 +321,7 @@ class DeviceModel:
             positions,
             used,
             lengths,
-            rows.slots,
+            rows.held,
             requests,
             bound,
             False,

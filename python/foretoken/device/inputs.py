@@ -86,6 +86,21 @@ class StepInputs:
             cache_rows,
         )
 
+    def draft_ngrams(self, state: RequestState, min_ngram: int, max_ngram: int) -> None:
+        """Behind `write`, of no draft model: draft what followed the longest match of the last tokens of each
+        text, of equals the most recent. A row without one drafts nothing.
+        """
+        _core.draft_ngrams(
+            state.text,
+            self.base,
+            self.slots,
+            self.tokens,
+            self.num_drafts,
+            self.num_tokens,
+            min_ngram,
+            max_ngram,
+        )
+
     def step(self, rows: Rows, requests: Any, max_length_after: int, shortfall: Tensor | None) -> Step:
         """The target's."""
         return self._step(

@@ -1,4 +1,4 @@
-"""What n-grams propose, by comparing the end of a text with all of it: tensor operations, and no index."""
+"""Trees of n-grams, by comparing the end of a text with all of it: tensor operations, and no index."""
 
 from __future__ import annotations
 
@@ -55,15 +55,6 @@ def continuations(matches: Matches, place: Tensor, count: int) -> Tensor:
     ahead = place[:, :, None] + 1 + numbers(count, place.device) % period
     found = matches.text.gather(1, ahead.clamp(0, matches.text.shape[1] - 1).flatten(1))
     return found.view(ahead.shape).long()
-
-
-def chains(matches: Matches, most: int) -> tuple[Tensor, Tensor]:
-    """What followed the longest match, of equals the most recent, ``[B, most]``; and whether there is one."""
-    width = matches.text.shape[1]
-    places = numbers(width, matches.text.device)
-    key = torch.where(matches.length > 0, matches.length * width + places, -1)
-    best, place = key.max(1, keepdim=True)
-    return continuations(matches, place, most)[:, 0], best[:, 0] >= 0
 
 
 def trees(

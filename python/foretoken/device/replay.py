@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretoken.device.drafting import DeviceModel
+from foretoken.device.drafting import DeviceModel, TextDrafter
 from foretoken.device.loop import unrolled
 from foretoken.device.rounds import DeviceRounds
 from foretoken.device.rows import SeatedRows
@@ -23,7 +23,8 @@ KEPT_GRAPHS = 12
 
 
 class WholeRound:
-    """Drafts, target forward, verification and commit of B seats, in device operations of fixed shapes.
+    """Drafts, target forward, verification, commit and, behind trees, compaction, of B seats, in device
+    operations of fixed shapes.
 
     Parameters
     ----------
@@ -53,9 +54,11 @@ class WholeRound:
         with torch.inference_mode(), unrolled():
             proposal = rounds._propose(rows, self.drafts, self.bound)
             base = rounds._base_of(rows, proposal)
-            step = rounds._step_of(rows, base, proposal, self.bound + self.drafts)
+            step = rounds._step_of(rows, base, proposal, self.bound + proposal.tokens.shape[1])
             logits = self.forward(step)
             verdict, record = rounds._issue(step, logits, rows, base, proposal)
+            if step.tree is not None:
+                compact_of(self.forward)(step.slots, step.lengths, verdict.path, verdict.num_accepted)
         return record, [proposal, step, logits, verdict, record]
 
 
@@ -92,15 +95,17 @@ class Replays:
     A graph serves whatever sits in its seats: slots, lengths, texts, laws and tables are read from the
     device. A round of fewer rows has padded ones, a round of fewer drafts drafts in vain.
 
-    Issued by their parts are draft trees and n-grams, rules that differ within a round, forwards that cannot
-    be captured or do not pass over padded rows, and rounds whose parts are timed on the device.
+    Issued by their parts are trees that are drawn, by laws that the host knows, or chosen round by round,
+    rules that differ within a round, forwards that cannot be captured or do not pass over padded rows, and
+    rounds whose parts are timed on the device.
     """
 
     def __init__(self, rounds: DeviceRounds) -> None:
         self._rounds = rounds
         self._graphs: dict[tuple[Any, ...], WholeRound | Callable[[], Tensor]] = {}
         self._seats: dict[int, tuple[SeatedRows, int]] = {}
-        self._pool: Any = None
+        # What was found last, for the same rows.
+        self._last: tuple[tuple[Any, ...], tuple[tuple[Any, ...], WholeRound] | None] | None = None
         self.count = 0
         self.why_not: str | None = None
 
@@ -139,9 +144,12 @@ class Replays:
 
     def _takes(self, forward: Any) -> bool:
         rounds, drafter = self._rounds, self._rounds._drafter
-        if self.why_not is not None or rounds._metrics.device_seconds is not None or rounds._tree is not None:
+        if self.why_not is not None or rounds._metrics.device_seconds is not None:
             return False
-        if drafter is not None and not (isinstance(drafter, DeviceModel) and repeatable(drafter.forward)):
+        if rounds._tree is not None and (rounds._choices is not None or rounds._tree.draw != "deterministic"):
+            return False
+        known = drafter is None or isinstance(drafter, TextDrafter)
+        if not (known or (isinstance(drafter, DeviceModel) and repeatable(drafter.forward))):
             return False
         return repeatable(forward)
 
@@ -156,6 +164,7 @@ class Replays:
             with torch.inference_mode():
                 rounds._drafter.take_in_prompts(rounds._row_requests, rounds._state)
         rounds._table.bring_to(rounds._state.base)
+        rounds._kept = None
         graph = self._graphs.get(key)
         if graph is None:  # as it is, so that what is made once is not made in a graph
             record = whole()[0]
@@ -185,10 +194,8 @@ class Replays:
 
     def _captured(self, key: tuple[Any, ...], whole: WholeRound) -> Callable[[], Tensor] | None:
         del self._graphs[key]  # it becomes the youngest
-        if self._pool is None and self._rounds._device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
         try:
-            graph = capture(whole, self._pool)
+            graph = capture(whole, self._rounds.graph_pool)
         except RuntimeError as error:
             self.why_not = f"a round cannot be captured: {str(error).splitlines()[0]}"
             return None
@@ -200,7 +207,19 @@ class Replays:
     def _whole(self, count: int, forward: Any) -> tuple[tuple[Any, ...], WholeRound] | None:
         """The round of what is planned, its rows seated, and what its graph takes for granted."""
         rounds = self._rounds
-        requests, state, table = rounds._row_requests, rounds._state, rounds._table
+        state, table = rounds._state, rounds._table
+        tables = state.eos_ids, state.stop_ids, rounds._rules, forward
+        asks = table.needs_history, table.constrained, table.filtered, rounds._held_open
+        here = rounds._version, asks, tuple(map(id, tables))
+        if self._last is None or self._last[0] != here:
+            self._last = here, self._found(count, tables, asks)
+        return self._last[1]
+
+    def _found(
+        self, count: int, tables: tuple[Any, ...], asks: tuple[bool, ...]
+    ) -> tuple[tuple[Any, ...], WholeRound] | None:
+        rounds, forward = self._rounds, tables[-1]
+        requests, state = rounds._row_requests, rounds._state
         coupled = rounds._coupled()
         if isinstance(coupled, Tensor):
             return None
@@ -212,14 +231,13 @@ class Replays:
         limits = [forward.max_positions]
         if isinstance(rounds._drafter, DeviceModel):
             limits.append(rounds._drafter.forward.max_positions)
-        limit = min((known for known in limits if known is not None), default=text + drafts)
-        beyond = longest + drafts > limit
+        ahead = drafts if rounds._tree is None else max(drafts, rounds._tree.nodes)
+        limit = min((known for known in limits if known is not None), default=text + ahead)
+        beyond = longest + ahead > limit
         rows = self._seated(count)
-        tables = state.eos_ids, state.stop_ids, rounds._rules, forward
-        law = coupled, all(request._greedy for request in requests), rounds._held_open
-        asks = table.needs_history, table.constrained, table.filtered
+        law = coupled, all(request._greedy for request in requests)
         key = rows.count, drafts, beyond, law, asks, tuple(map(id, tables))
-        bound = text if beyond else max(min(text, limit - drafts), 1)
+        bound = text if beyond else max(min(text, limit - ahead), 1)
         return key, WholeRound(rounds, rows, drafts, bound, forward, tables)
 
     def _seated(self, count: int) -> SeatedRows:
@@ -230,7 +248,7 @@ class Replays:
         seats = min(seats, rounds._table.size)
         rows, version = self._seats.get(seats, (None, -1))
         if rows is None:
-            rows = SeatedRows(seats, rounds._device)
+            rows = SeatedRows(seats, rounds._state.text.shape[1], rounds._device)
         if version != rounds._version:
             rows.seat([request.slot for request in rounds._row_requests if request.slot is not None])
             self._seats[seats] = rows, rounds._version

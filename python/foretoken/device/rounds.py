@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foretoken import ops
 from foretoken.device.clock import DeviceClock
-from foretoken.device.drafting import DeviceContext, DeviceDrafter, DeviceModel
+from foretoken.device.drafting import DeviceContext, DeviceDrafter
 from foretoken.device.inputs import FedProposal, StepInputs
 from foretoken.device.results import Results
 from foretoken.device.rows import Rows
@@ -102,6 +102,8 @@ class DeviceRounds:
         self._kept: Tensor | None = None  # which of them are left, None: all
         self._planned: tuple[Rows, Tensor, Proposal] | None = None  # of those that are left
         self._mark: float | None = None
+        # One round runs at a time, so what it works on lies where it lay for all other graphs of rounds.
+        self.graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.completions: Any = None  # of `foretoken.device.completion`, once there are any
         self.replays: Any = None  # of `foretoken.device.replay`
         # Kernels are launched on the current device.
@@ -292,7 +294,7 @@ class DeviceRounds:
         return rows.of(self._state.base)
 
     def _propose(self, rows: Rows, most: int, longest: int, shortfall: Tensor | None = None) -> Proposal:
-        """What the drafter proposes; of a draft model's chains, and of no drafts, with the step written."""
+        """What the drafter proposes; of chains, and of no drafts, with the step written."""
         drafter = self._drafter if most > 0 else None
         if drafter is None:
             plain = self._inputs_of(rows.count, 0)
@@ -301,12 +303,12 @@ class DeviceRounds:
         wanted = self._wanted(rows)
         tree = None if wanted is None else self._tree
         nodes = chain = inputs = None
-        if tree is None and isinstance(drafter, DeviceModel):
+        if tree is None:
             inputs = self._inputs_of(rows.count, most)
             base, budget = inputs.base, inputs.num_drafts
         else:
             base = rows.of(self._state.base)
-            budget = rows.of(self._state.next_drafts).clamp_max(most)
+            budget = rows.budgets(rows.of(self._state.next_drafts).clamp_max(most))
         if tree is not None and wanted is not None:
             nodes = self._nodes(base, budget, tree.nodes)
             if not all(wanted):
@@ -373,7 +375,7 @@ class DeviceRounds:
         if isinstance(proposal, FedProposal) and proposal.inputs is not None:
             return proposal.inputs.step(rows, self._row_requests, max_length_after, shortfall)
         lengths = base - 1
-        used = proposal.num_drafts.clamp_min(0) + 1
+        used = rows.fed(proposal.num_drafts.clamp_min(0) + 1)
         columns = numbers(proposal.tokens.shape[1] + 1, self._device)
         roots = rows.tokens_at(self._state.text, lengths[:, None])
         tokens = torch.cat([roots, proposal.tokens], 1).masked_fill_(columns >= used[:, None], 0)
@@ -386,7 +388,7 @@ class DeviceRounds:
             positions,
             used,
             lengths,
-            rows.slots,
+            rows.held,
             self._row_requests,
             max_length_after,
             False,

@@ -14,18 +14,34 @@ PADDED = -1
 
 
 class Rows:
-    """The slots of B rows, ascending. Neighbouring slots are picked by slicing, without a kernel."""
+    """The slots of B rows, ascending. Neighbouring slots are picked by slicing, without a kernel.
+
+    Attributes
+    ----------
+    slots
+        int32 ``[B]``, -1 of a padded row.
+    held
+        int32 ``[B]``: in whose slot a row sits; a padded one beside the first, without touching anything.
+    """
 
     def __init__(self, slots: Sequence[int], text_length: int, device: torch.device) -> None:
         self.count = len(slots)
         self.slot_numbers = tuple(slots)
         whole = slots[-1] - slots[0] == self.count - 1
         self.range = (slots[0], slots[-1] + 1) if whole else None
-        self.slots = upload(slots, torch.int32, device)
+        self.slots = self.held = upload(slots, torch.int32, device)
         self.index = self.slots.long()
         self.numbers = numbers(self.count, device)
         self._starts = self.index * text_length
         self._text_length = text_length
+
+    def budgets(self, most: Tensor) -> Tensor:
+        """int32 ``[B]``: drafts that rows may have, -1 of a padded one."""
+        return most
+
+    def fed(self, count: Tensor) -> Tensor:
+        """int32 ``[B]``: tokens that rows are fed, none of a padded one."""
+        return count
 
     def of(self, array: Tensor) -> Tensor:
         """``[B, ...]`` of an array ``[S, ...]``: a view where the slots are neighbours."""
@@ -49,21 +65,32 @@ class Rows:
 class SeatedRows(Rows):
     """Rows whose slots are numbers on the device alone, so that captured rounds serve other requests, too."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, count: int, text_length: int, device: torch.device) -> None:
         self.count, self.range, self.slot_numbers = count, None, ()
+        self.numbers = numbers(count, device)
+        self._text_length = text_length
         with torch.inference_mode(False):
             self.slots = torch.full((count,), PADDED, dtype=torch.int32, device=device)
+            self.held = torch.zeros_like(self.slots)
+            self.index, self._starts = (torch.zeros_like(self.numbers) for _ in range(2))
+            self._padded = torch.ones_like(self.slots, dtype=torch.bool)
 
     def seat(self, slots: Sequence[int]) -> None:
         """Put slots, ascending, into the first rows; the others are padded from now on."""
-        padded = [PADDED] * (self.count - len(slots))
-        self.slots.copy_(upload([*slots, *padded], torch.int32, self.slots.device))
+        rest = self.count - len(slots)
+        self.slots.copy_(upload([*slots, *[PADDED] * rest], torch.int32, self.slots.device))
+        self.held.copy_(upload([*slots, *[slots[0]] * rest], torch.int32, self.slots.device))
+        self.index.copy_(self.held)
+        torch.mul(self.index, self._text_length, out=self._starts)
+        torch.lt(self.slots, 0, out=self._padded)
 
-    def of(self, array: Tensor) -> Tensor:
-        """``[B, ...]`` of an array ``[S, ...]``; of padded rows, those of slot 0."""
-        return array.index_select(0, self.slots.clamp_min(0))
+    def budgets(self, most: Tensor) -> Tensor:
+        return most.masked_fill(self._padded, PADDED)
+
+    def fed(self, count: Tensor) -> Tensor:
+        return count.masked_fill(self._padded, 0)
 
     def write(self, array: Tensor, values: Tensor) -> None:
         """Put ``[B]`` into an array ``[S]``."""
-        live = (self.slots >= 0).nonzero()[:, 0]
-        array[self.slots[live].long()] = values[live]
+        mine = self.slots == numbers(len(array), array.device)[:, None]
+        array.copy_(torch.where(mine.any(1), torch.where(mine, values, 0).sum(1), array))

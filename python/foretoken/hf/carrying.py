@@ -5,32 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from foretoken.cache import ReplayLayer, ReplayPlan, StateReplay, TensorSpec
+from foretoken.hf.carrier import SMALLEST_CHUNK, Carrier, States, chosen, narrowing
 from foretoken.hf.families import UnsupportedModelError
-from foretoken.hf.recurrent import RecurrentUnit, StateLayer
+from foretoken.hf.gates import Gate, gates_of
+from foretoken.hf.recurrent import RecurrentUnit, StateLayer, window_ends
 
-States = tuple[Tensor, ...]
-
-# Kernels have a least size of the chunks that tokens are padded to.
-_SMALLEST_CHUNK = 16
 # Modules that take up to fewer tokens than these in turn gain by running old ones together with new ones.
 _FEW = 4
-# Modules that are padded to less than their chunk now: how many forwards need it, and what the chunk was.
-_narrowed: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
-_narrowing_lock = Lock()
-# Elements that are read or written in the time that one operation takes beside them.
-_OPERATION = 1 << 15
-_OPERATION_ON_DEVICE = 1 << 22
 
 
 class RecurrentStates:
@@ -53,6 +42,8 @@ class RecurrentStates:
         self._layers = layers
         self._windows = [False] * len(self.units)  # whether a unit's inputs are what goes into its windows
         self._single = [0.0] * len(self.units)  # tokens up to which a unit takes them one after the other
+        self._gates: list[tuple[Gate, ...]] = [()] * len(self.units)
+        self._ragged = False  # whether all units can leave out columns
         self._plan: ReplayPlan | None = None
 
     def try_out(self, model: nn.Module, cache: Cache, tolerance: Callable[[torch.dtype], float]) -> None:
@@ -67,8 +58,8 @@ class RecurrentStates:
         for index, unit in enumerate(self.units):
             args, named = _over(cache, unit.call[0]), unit.call[1]
             kwargs = dict(zip(named, _over(cache, named.values()), strict=True))
-            with torch.inference_mode(), _narrowing([unit.module]):
-                carriers = [_Carrier(unit, self._layers[unit.layer], single) for single in (0.0, inf)]
+            with torch.inference_mode(), narrowing([unit.module]):
+                carriers = [Carrier(unit, self._layers[unit.layer], single) for single in (0.0, inf)]
                 for carrier in carriers:
                     carrier.bind(args, kwargs)
                 trials = [carrier.trial(self._zeros(index), tolerance) for carrier in carriers]
@@ -79,6 +70,7 @@ class RecurrentStates:
                 self._single[index] = inf
             elif fault is not None:
                 raise UnsupportedModelError(model, f"{type(unit.module).__name__} {fault}", unit.layer)
+            self._gates[index] = self._find_gates(index, args, kwargs, tolerance)
         carried = {unit.layer for unit in self.units if unit.recurrences}
         kinds = []
         for index, (unit, states) in enumerate(zip(self.units, self._states, strict=True)):
@@ -88,7 +80,28 @@ class RecurrentStates:
             kinds.append(ReplayLayer(states, columns if self._windows[index] else unit.inputs))
         self.replay = StateReplay(kinds, slots=self.slots)
         in_bulk = [single < _FEW for single in self._single]
-        self._join = _SMALLEST_CHUNK if all(in_bulk) and not any(self._windows) else 0
+        self._join = SMALLEST_CHUNK if all(in_bulk) and not any(self._windows) else 0
+        self._ragged = all(
+            gates or slides or single == inf
+            for gates, slides, single in zip(self._gates, self._windows, self._single, strict=True)
+        )
+
+    def _find_gates(
+        self, index: int, args: Any, kwargs: Any, tolerance: Callable[[torch.dtype], float]
+    ) -> tuple[Gate, ...]:
+        """Of a unit's gates, those that keep columns out of its states; none where that fails."""
+        unit, gates = self.units[index], gates_of(self.units[index].module)
+        if not gates or self._single[index] == inf:
+            return ()
+        carrier = Carrier(unit, self._layers[unit.layer], 0.0, gates)
+        with torch.inference_mode(), narrowing([unit.module]), carrier.gated():
+            carrier.bind(args, kwargs)
+            return gates if carrier.leaves_out(self._zeros(index), tolerance) else ()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows that take in different numbers of tokens are run together."""
+        return self._ragged
 
     @property
     def stepwise(self) -> bool:
@@ -114,6 +127,7 @@ class RecurrentStates:
             final=final,
             provisional=provisional,
             join=self._join,
+            ragged=self._ragged and not (final and self.stepwise),
         )
 
     @contextmanager
@@ -123,10 +137,12 @@ class RecurrentStates:
         if plan is None:
             raise RuntimeError("running: no forward is planned")
         handles: list[Any] = []
-        with _narrowing([unit.module for unit in self.units]):
+        with narrowing([unit.module for unit in self.units]):
             for index, unit in enumerate(self.units):
-                carrier = _Carrier(unit, self._layers[unit.layer], self._single[index])
+                carrier = Carrier(unit, self._layers[unit.layer], self._single[index], self._gates[index])
                 hooks = _Hooks(self.replay, plan, index, carrier, cache, windows=self._windows[index])
+                if plan.uneven:
+                    handles.extend(carrier.hook_gates())
                 handles.append(unit.module.register_forward_pre_hook(hooks.before, with_kwargs=True))
                 handles.append(unit.module.register_forward_hook(hooks.after))
             try:
@@ -145,150 +161,6 @@ class RecurrentStates:
         return tuple(torch.zeros((1, *s.shape), dtype=s.dtype, device=s.device) for s in self._states[index])
 
 
-@contextmanager
-def _narrowing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, modules may be narrowed; the last of several threads puts back what the first one found."""
-    with _narrowing_lock:
-        for module in modules:
-            size: Any = getattr(module, "chunk_size", None)
-            if isinstance(size, int):
-                users, before = _narrowed.get(module, (0, size))
-                _narrowed[module] = users + 1, before
-    try:
-        yield
-    finally:
-        with _narrowing_lock:
-            for module in modules:
-                users, before = _narrowed.pop(module, (0, 0))
-                if users > 1:
-                    _narrowed[module] = users - 1, before
-                elif users == 1:
-                    vars(module)["chunk_size"] = before
-
-
-class _Carrier:
-    """Calls a unit's module with states that are lent to its layer of the cache, and takes them back."""
-
-    def __init__(self, unit: RecurrentUnit, layer: StateLayer, single: float) -> None:
-        self.unit, self.single = unit, single
-        self._layer = layer
-        self._args: tuple[Any, ...] = ()
-        self._kwargs: dict[str, Any] = {}
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
-        """Take everything but tokens from a call's arguments; its tokens ``[B, T, ...]``."""
-        self._args, self._kwargs = args, kwargs
-        return tuple(args[key] if isinstance(key, int) else kwargs[key] for key in self.unit.arguments)
-
-    def arguments(self, inputs: States) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Those of a call with other tokens."""
-        args, kwargs = list(self._args), dict(self._kwargs)
-        for key, value in zip(self.unit.arguments, inputs, strict=True):
-            if isinstance(key, int):
-                args[key] = value
-            else:
-                kwargs[key] = value
-        return tuple(args), kwargs
-
-    def run(self, inputs: States, states: States) -> States:
-        """The states behind `inputs`."""
-        return self.call(inputs, states)[1]
-
-    def in_turn(self, tokens: int) -> bool:
-        """Whether so many tokens are taken one after the other."""
-        return 1 < tokens <= self.single
-
-    def call(self, inputs: States, states: States) -> tuple[Any, States]:
-        """Output ``[B, T, ...]`` and the states behind."""
-        tokens = inputs[0].shape[1]
-        if not self.in_turn(tokens):
-            self.lend(states)
-            self.narrow(tokens)
-            args, kwargs = self.arguments(inputs)
-            return self.unit.module.forward(*args, **kwargs), self.take()
-        outputs = []
-        for i in range(tokens):
-            output, states = self.call(tuple(tensor[:, i : i + 1] for tensor in inputs), states)
-            outputs.append(output)
-        return torch.cat(outputs, 1), states
-
-    def narrow(self, tokens: int) -> None:
-        """Have a few tokens padded to a few."""
-        entry = _narrowed.get(self.unit.module)
-        if entry is not None:
-            fitting = max(_SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
-            vars(self.unit.module)["chunk_size"] = min(entry[1], fitting)
-
-    def lend(self, states: Sequence[Tensor | None]) -> None:
-        """Let the module find these states."""
-        convolutions = len(self.unit.convolutions)
-        self._layer.conv_states.update(zip(self.unit.convolutions, states[:convolutions], strict=True))
-        self._layer.recurrent_states.update(zip(self.unit.recurrences, states[convolutions:], strict=True))
-
-    def columns(self) -> States:
-        """What the last call put into the unit's windows: ``[B, T, ...]``."""
-        return tuple(self._layer.seen.pop(i).movedim(-1, 1) for i in self.unit.convolutions)
-
-    def take(self) -> States:
-        """What the module left."""
-        layer: Any = self._layer
-        states = (
-            *(layer.conv_states[i] for i in self.unit.convolutions),
-            *(layer.recurrent_states[i] for i in self.unit.recurrences),
-        )
-        self.lend((None,) * len(states))
-        return states
-
-    def trial(self, zeros: States, tolerance: Callable[[torch.dtype], float]) -> tuple[str | None, float]:
-        """None if the tokens that were bound, cut in two, come to what they come to as a whole, else a fault;
-        and the work of the second half, of a token if they are taken in turn.
-        """
-        inputs = self.bind(self._args, self._kwargs)
-        tokens = inputs[0].shape[1]
-        whole = _Carrier(self.unit, self._layer, 0.0)
-        whole.bind(self._args, self._kwargs)
-        expected = whole.call(inputs, tuple(state.clone() for state in zeros))  # modules write into them
-        if not isinstance(expected[0], Tensor):
-            return f"makes no tensor of its tokens but {type(expected[0]).__name__}", 0.0
-        front = self.run(tuple(tensor[:, : tokens // 2] for tensor in inputs), zeros)
-        with _Work() as work:
-            output, states = self.call(tuple(tensor[:, tokens // 2 :] for tensor in inputs), front)
-        cost = work.total / (tokens - tokens // 2) if self.single else work.total
-        pairs = [(output, expected[0][:, tokens // 2 :]), *zip(states, expected[1], strict=True)]
-        error = max(
-            float((ours.double() - plain.double()).norm() / plain.double().norm().clamp_min(1e-30))
-            for ours, plain in pairs
-        )
-        allowed = tolerance(output.dtype)
-        if error <= allowed:
-            return None, cost
-        return (
-            f"does not go on from a recurrent state: off by {error:.2g} of its norm, allowed {allowed:g}"
-        ), cost
-
-
-class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what modelling code costs: elements read and written, and each operation as so many more.
-
-    A count and not a clock, so that the same model is always run the same way.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if not getattr(func, "is_view", False):
-            tensors = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, Tensor)]
-            on_device = any(tensor.device.type != "cpu" for tensor in tensors)
-            self.total += _OPERATION_ON_DEVICE if on_device else _OPERATION
-            self.total += sum(tensor.numel() for tensor in tensors)
-        return output
-
-
 class _Hooks:
     """Brings a unit's states before its forward, and takes them back after it."""
 
@@ -297,7 +169,7 @@ class _Hooks:
         replay: StateReplay,
         plan: ReplayPlan,
         index: int,
-        carrier: _Carrier,
+        carrier: Carrier,
         cache: Cache,
         *,
         windows: bool,
@@ -309,6 +181,8 @@ class _Hooks:
         self._thread = get_ident()  # others may use the model, too
         self._inputs: States | None = None
         self._front: list[Tensor] = []
+        self._counts: Tensor | None = None
+        self._behind: tuple[int, States] | None = None  # columns in front of the last one, and their states
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -327,19 +201,19 @@ class _Hooks:
             single=0.0 if self._windows else carrier.single,
         )
         if plan.lead:
-            lead = self._replay.lead(plan, self._index)
-            inputs = tuple(torch.cat(pair, 1) for pair in zip(lead, inputs, strict=True))
-        if plan.empty and carrier.single == inf:
+            inputs = self._replay.joined(plan, self._index)
+        counts = self._counts = self._replay.counts(plan, inputs[0].device)
+        if plan.empty and carrier.single == inf and counts is None:
             carrier.single = 0.0  # from the first token on all modules take several
-        self._front = []
+        self._front, self._behind = [], None
         tokens = inputs[0].shape[1]
         if carrier.in_turn(tokens):
-            output, states = carrier.call(tuple(tensor[:, :-1] for tensor in inputs), states)
+            output, states = carrier.call(tuple(tensor[:, :-1] for tensor in inputs), states, counts)
             self._front = [output]
-            inputs = tuple(tensor[:, -1:] for tensor in inputs)
-        carrier.lend(states)
-        carrier.narrow(inputs[0].shape[1])
-        return carrier.arguments(inputs)
+            inputs, counts = tuple(tensor[:, -1:] for tensor in inputs), None
+            if self._counts is not None:
+                self._behind = tokens - 1, tuple(state.clone() for state in states)
+        return carrier.arguments(carrier.lend(inputs, states, counts))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         if get_ident() != self._thread or self._inputs is None:
@@ -347,16 +221,20 @@ class _Hooks:
         inputs, self._inputs = self._inputs, None
         if self._windows:
             inputs = self._carrier.columns()
-        self._replay.keep(self._plan, self._index, inputs, self._carrier.take(), self._run)
+        states = self._carrier.take()
+        if self._behind is not None and self._counts is not None:
+            tokens, before = self._behind
+            states = chosen(self._counts > tokens, states, before)
+        self._replay.keep(self._plan, self._index, inputs, states, self._run)
         if self._front:
             output = torch.cat([*self._front, output], 1)
-        return output[:, -self._plan.num_tokens :]
+        return self._replay.outputs(self._plan, output)
 
 
-def _slide(inputs: States, states: States) -> States:
+def _slide(inputs: States, states: States, counts: Tensor | None = None) -> States:
     """What windows hold when columns ``[B, T, ...]`` have gone in; the module need not run for it."""
     return tuple(
-        torch.cat([window, columns.movedim(1, -1)], -1)[..., columns.shape[1] :]
+        window_ends(torch.cat([window, columns.movedim(1, -1)], -1), window.shape[-1], counts)
         for columns, window in zip(inputs, states, strict=True)
     )
 

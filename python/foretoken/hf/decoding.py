@@ -102,8 +102,10 @@ class Decoding:
         self._max_length = max(lengths)
         self._pages, self._seats = prepared.pages, prepared.batch
         if self._pages is not None:
-            self._seats = self._pages.seats(lengths)
-            self._pages = self._pages.for_rows(lengths)
+            # Where a device is ahead of the host, pages are found for rows of drafts past a text's end, too.
+            most = [min(length + self._num_drafts, self._max_length) for length in lengths]
+            self._seats = self._pages.seats(most)
+            self._pages = self._pages.for_rows(most)
         self._runners = runners
         self._taken: dict[str, ModuleRunner] = {}
         self._runner = self._take_runner("target", prepared.model)

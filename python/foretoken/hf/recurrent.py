@@ -43,6 +43,7 @@ class StateLayer(LinearAttentionLayer):
         self.is_recurrent_states_initialized = dict(like.is_recurrent_states_initialized)
         self.has_previous_state = dict.fromkeys(like.has_previous_state, True)
         self.dtype, self.device = like.dtype, like.device
+        self.counts: Tensor | None = None  # columns of each row that go into the windows of a call; None: all
         self.seen: dict[int, Tensor] = {}  # columns that went into each window in the last call
 
     def update_conv_state(
@@ -51,7 +52,7 @@ class StateLayer(LinearAttentionLayer):
         """Lengthen the window, give all of it, and keep its end."""
         window: Any = self.conv_states[state_idx]
         full = torch.cat([window, conv_states], dim=-1)
-        self.conv_states[state_idx] = full[..., full.shape[-1] - window.shape[-1] :]
+        self.conv_states[state_idx] = window_ends(full, window.shape[-1], self.counts)
         self.seen[state_idx] = conv_states
         return full
 
@@ -62,6 +63,16 @@ class StateLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Nothing is kept here between calls."""
+
+
+def window_ends(full: Tensor, size: int, counts: Tensor | None) -> Tensor:
+    """The last `size` columns of ``[B, C, size + T]``, or of each row those in front of its column
+    ``size + counts[b]``.
+    """
+    if counts is None:
+        return full[..., full.shape[-1] - size :]
+    places = counts[:, None] + torch.arange(size, device=counts.device)
+    return full.gather(-1, places[:, None].expand(-1, full.shape[1], -1))
 
 
 class UnitFinder:

@@ -1,0 +1,122 @@
+#include "cuda/resident.hpp"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/launch.hpp"
+#include "cuda/resident_laws.cuh"
+
+namespace foretoken::cuda {
+
+namespace {
+
+template <DType kType>
+__global__ void __launch_bounds__(kThreads, 2) resident_kernel(const __grid_constant__ ChainArgs args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  take_turn();
+  extern __shared__ __align__(16) unsigned char memory[];
+  ResidentLaws<kType>(args, memory).run();
+#endif
+}
+
+constexpr int64_t kMostShared = 227 << 10;  // of a block, from sm_90 on
+
+int64_t most_own(int64_t tiles, int cluster) { return (tiles + cluster - 1) / cluster; }
+
+int64_t tiles_in(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+
+// How many clusters of each size the device holds at a time, where each holds a row.
+struct ResidentRoom {
+  int clusters[kMaxCluster + 1] = {};
+};
+
+template <auto kKernel>
+ResidentRoom find_resident_room(int64_t tiles, int64_t element_bytes, Device device) {
+  const DeviceLimits limits = limits_of(device);
+  allow(reinterpret_cast<const void*>(kKernel), kMostShared);
+  ResidentRoom room;
+  for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+    const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), element_bytes);
+    if (shared > kMostShared) continue;
+    if (cluster == 1) {
+      int blocks = 0;
+      throw_if_failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads,
+                                                                    static_cast<size_t>(shared)),
+                      "launch");
+      room.clusters[1] = blocks * limits.multiprocessors;
+      continue;
+    }
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = configure(1, cluster, static_cast<size_t>(shared), attribute);
+    if (cudaOccupancyMaxActiveClusters(&room.clusters[cluster], kKernel, &config) != cudaSuccess) {
+      cudaGetLastError();
+      room.clusters[cluster] = 0;
+    }
+  }
+  return room;
+}
+
+// Rows are taken in waves. A row takes so long by itself, and a multiprocessor that has several blocks so
+// long for its tiles; in us on an H200, estimated.
+int find_cluster(const ResidentRoom& room, int64_t rows, int64_t tiles, int multiprocessors) {
+  constexpr double kOfRow = 7.0, kOfOwnTile = 0.3;
+  int best = 0;
+  double least = 1e30;
+  for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
+    if (room.clusters[cluster] == 0) continue;
+    const int64_t at_once = std::min<int64_t>(rows, room.clusters[cluster]);
+    const int64_t waves = (rows + room.clusters[cluster] - 1) / room.clusters[cluster];
+    const int64_t beside = (at_once * cluster + multiprocessors - 1) / multiprocessors;
+    const double own = kOfOwnTile * static_cast<double>(most_own(tiles, cluster));
+    const double cost =
+        static_cast<double>(waves) * std::max(kOfRow + own, own * static_cast<double>(beside));
+    if (cost >= least) continue;
+    least = cost;
+    best = cluster;
+  }
+  return best;
+}
+
+// Asked for by the launches of a shape that comes again and again.
+template <auto kKernel>
+int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device device) {
+  struct Kept {
+    int64_t rows = 0, tiles = 0;
+    int device = -1, cluster = 0;
+  };
+  constexpr size_t kMostKept = 16;
+  thread_local Kept kept[kMostKept];
+  Kept& entry = kept[static_cast<size_t>(rows + tiles) % kMostKept];
+  if (entry.rows != rows || entry.tiles != tiles || entry.device != device.index) {
+    const ResidentRoom room = find_resident_room<kKernel>(tiles, element_bytes, device);
+    entry = {rows, tiles, device.index, find_cluster(room, rows, tiles, limits_of(device).multiprocessors)};
+  }
+  return entry.cluster;
+}
+
+}  // namespace
+
+bool keeps_rows(DType dtype, int64_t vocab, Device device) {
+  const int64_t tiles = tiles_in(vocab);
+  return limits_of(device).has_clusters &&
+         resident_bytes(tiles, most_own(tiles, 8), bytes_of(dtype)) <= kMostShared;
+}
+
+void launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream) {
+  const int64_t of_request = args.draft.data != nullptr ? 2 * args.most_drafts + 1 : args.most_drafts + 1;
+  const int64_t rows = requests * of_request, tiles = tiles_in(args.vocab), bytes = bytes_of(dtype);
+  const auto launch = [&](auto type) {
+    constexpr auto kKernel = resident_kernel<decltype(type)::value>;
+    const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);
+    const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), bytes);
+    launch_clusters(kKernel, rows, cluster, static_cast<size_t>(shared), stream, args,
+                    overlaps<kKernel>(device));
+  };
+  switch (dtype) {
+    case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});
+    case DType::bfloat16: return launch(std::integral_constant<DType, DType::bfloat16>{});
+    default: return launch(std::integral_constant<DType, DType::float16>{});
+  }
+}
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,352 @@
+// The law of one row by one cluster, the row lying in its shared memory: for verification the record and the
+// statistics that it draws from, for sampling the token too.
+#pragma once
+
+#include "cuda/chain_shared.cuh"
+#include "cuda/resident_guess.cuh"
+
+namespace foretoken::cuda {
+
+template <DType kType>
+class ResidentLaws : ResidentGuess<kType> {
+ public:
+  __device__ __forceinline__ ResidentLaws(const ChainArgs& args, unsigned char* memory)
+      : Guess(args, memory) {}
+
+  __device__ __forceinline__ void run() {
+    cluster_arrive();
+    if (!take_row()) {
+      cluster_wait();
+      return;
+    }
+    this->begin_loading(row_.data);
+    if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
+      shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
+    }
+    this->clear_bins();
+    cluster_wait();  // nobody's memory is written before everybody runs
+    TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
+    this->leave_stats(reading_, out);
+    cluster_sync();
+    RowLaw law = law_of_stats();
+    const bool weighs = law.usable && law.kind == LawKind::logits;
+    const bool filtered = weighs && filters_.any(vocab_);
+    if (filtered || (weighs && args_.samples)) {
+      find_cut(law);
+      if (args_.samples) this->add_list_to_tiles(law);
+      leave_masses(law, filtered, out);
+      cluster_sync();
+      if (filtered) law.mass = this->told();
+    }
+    if (rank_ != 0) return;
+    if (!weighs && warp_ == 0) {
+      const DeviceRow row = row_;  // whose address is passed on lives in memory
+      law.top = lowest_of(row, stats_, high_);
+    }
+    if (args_.samples) return finish_sample(law, weighs);
+    if (threadIdx.x == 0) write_record(law);
+  }
+
+ private:
+  using Guess = ResidentGuess<kType>;
+  using Guess::args_;
+  using Guess::for_own;
+  using Guess::mark;
+  using Guess::masses_;
+  using Guess::quarter_of;
+  using Guess::rank_;
+  using Guess::shared_;
+  using Guess::size_;
+  using Guess::stats_;
+  using Guess::tiles_;
+  using Guess::vocab_;
+  using Guess::warp_;
+  using typename Guess::Collected;
+  using typename Guess::Window;
+
+  // Which row it is, and how it is read. False: nobody asks for it. The same in the whole cluster.
+  __device__ __forceinline__ bool take_row() {
+    const uint32_t most = static_cast<uint32_t>(args_.most_drafts);
+    const uint32_t rows = args_.draft.data != nullptr ? 2 * most + 1 : most + 1;
+    const uint32_t cluster = blockIdx.x / size_;
+    b_ = cluster / rows;
+    const uint32_t row = cluster % rows;
+    number_ = b_ * (2 * args_.most_drafts + 3) + row;
+    const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
+    if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
+      if (args_.samples && rank_ == 0 && threadIdx.x == 0) {
+        RowLaw none;
+        none.usable = false;
+        write_sample(none, -1, kBadRow, -infinity());
+      }
+      return false;
+    }
+    seed_ = args_.sampling.seed + slot;
+    const bool of_target = row <= most;
+    const uint32_t node = of_target ? row : row - most - 1;
+    int64_t drafts = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : most;
+    if (drafts == -1) return false;
+    if (drafts < 0 || drafts > static_cast<int64_t>(most)) drafts = 0;
+    const bool greedy = args_.sampling.temperature[slot] == 0.0f;
+    if (of_target ? node > drafts : greedy || node >= drafts) return false;
+    const SamplingView& sampling = of_target ? args_.sampling : args_.draft_sampling;
+    filters_ = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
+    reading_ = RowReading::of_logits(filters_.temperature);
+    const ChainRowsView& view = of_target ? args_.target : args_.draft;
+    const int64_t at = b_ * view.strides[0] + node * view.strides[1];
+    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
+    if (!args_.samples && node < drafts) token_ = read_number(args_.draft_tokens, b_, node);
+    return true;
+  }
+
+  // law_of() of cuda/chain_rows.cuh, in every block; of one that is not drawn from, `top` is left out.
+  __device__ __forceinline__ RowLaw law_of_stats() {
+    float high = -infinity();
+    bool regular = true;
+    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
+      const TileStats found = stats_[index];
+      high = fmaxf(high, found.max);
+      regular = regular && found.sum <= static_cast<float>(kTile + 1) &&
+                (reading_.kind == LawKind::point || found.max < infinity());
+    }
+    high_ = max_of_warp(high);
+    RowLaw law;
+    law.usable = __all_sync(kAllLanes, regular) != 0 && high_ > -infinity();
+    if (reading_.kind == LawKind::point || !law.usable) return law;
+    law.kind = LawKind::logits;
+    law.max = high_;
+    law.scale = reading_.scale;
+    law.cut = reading_.floor_below(high_);
+    uint64_t mass = 0;
+    for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
+      mass += mass_of_stats(stats_[index], law);
+    }
+    law.mass = sum_up_to_thread(mass).total;
+    return law;
+  }
+
+  // Sets law.cut, and for sampling masses_ to what lies above all that is listed. First top-k, then top-p,
+  // then what sampling wants to know.
+  __device__ __forceinline__ void find_cut(RowLaw& law) {
+    const float floor = law.cut, nothing = infinity();
+    const bool cuts_count = filters_.cuts_count(vocab_);
+    float cut = -nothing;
+    Window held{nothing, -nothing};  // of which list and masses are
+    bool listed = false;             // ... and all from its low end on are listed
+#pragma unroll 1
+    for (int stage = 0; stage < 3; ++stage) {
+      if (stage == 0 ? !cuts_count : stage == 1 && !(filters_.top_p < 1.0f)) continue;
+      const bool in_number = stage == 0, last = stage == 2;
+      if (last) {
+        if (filters_.min_p > 0.0f) cut = fmaxf(cut, law.max + shared_.least_kept);
+        law.cut = fmaxf(floor, cut) + 0.0f;  // as in cpu/rows.cpp: no negative zero
+        if (!args_.samples || (held.low <= law.cut && law.cut <= held.high)) break;
+      }
+      RowLaw whole = law;
+      whole.cut = fmaxf(floor, cut);
+      uint64_t need = static_cast<uint64_t>(filters_.top_k), total = law.mass;
+      Window window{whole.cut, whole.cut};
+      const bool guesses = !last && cut == -nothing;
+      if (guesses) {
+        if (stage == 1 && cuts_count) {  // fewer elements than top-k asks for have a weight at all
+          cluster_sync();
+          this->clear_bins();
+        }
+        if (!in_number) need = needed_mass(filters_.top_p, total);
+        window = this->guess(whole, in_number, need);
+      }
+      const bool collects = guesses ? window.low < window.high : last || !listed;
+      Collected found{};
+      if (collects) {
+        found = this->collect(whole, window);
+        listed = found.whole && window.high == nothing;
+        held = found.whole ? window : Window{nothing, -nothing};
+      }
+      if (last) break;
+      if (guesses) {
+        if (!collects) cluster_sync();
+        this->clear_bins();
+      } else {
+        total = listed ? this->mass_of_list(whole, whole.cut) : found.mass;
+        need = needed_mass(filters_.top_p, total);
+      }
+      cut = fmaxf(cut, threshold(whole, in_number, need, guesses && collects, window, found, listed));
+      listed = listed && cut >= held.low;
+    }
+  }
+
+  // Where the measure is reached: among what is listed if it is there, in the row otherwise.
+  __device__ __forceinline__ float threshold(const RowLaw& whole, bool in_number, uint64_t need,
+                                             bool in_window, const Window& window, const Collected& found,
+                                             bool listed) {
+    KeyRange range{key_of(in_number ? -infinity() : fminf(whole.cut, whole.max)),
+                   key_of(whole.max + 0.0f)};  // of zeros the one with the larger key
+    const uint32_t lowest = range.bottom;
+    bool of_list = listed;
+    if (in_window) {
+      if (found.mass >= need && !in_number) {
+        range.bottom = key_of(window.high);
+      } else {
+        need -= found.mass;
+        if (window.high < infinity()) range.top = key_of(window.high) - 1;
+        if (found.whole) range.bottom = key_of(window.low);
+        of_list = found.whole;
+      }
+    }
+    while (true) {
+      const float reached = this->reaching(of_list, range, need, whole, in_number);
+      if (reached > -infinity() || !of_list || range.bottom <= lowest) return reached;
+      of_list = false;
+      range.bottom = lowest;
+    }
+  }
+
+  // Masses of the tiles under the law, the sums of the first pass containing what the filters have removed
+  // since; behind a barrier of the cluster, and for sampling in the first block.
+  __device__ __forceinline__ void leave_masses(const RowLaw& law, bool filtered, TileStats* out) {
+    uint64_t of_warp = 0;
+    for_own([&](uint32_t local, uint32_t index) {
+      TileStats found = stats_[index];
+      if (filtered && found.max >= law.cut) {
+        const float cut = fmaxf(law.cut, reading_.floor_below(found.max));
+        if (law.cut > reading_.floor_below(law.max))
+          found.sum = sum_of_kept(local, found.max, law.scale, cut);
+        of_warp += mass_of_stats(found, law);
+        if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
+      }
+      if (args_.samples && lane_id() == 0) *of_block(masses_ + index, 0) = masses_[index];
+    });
+    if (filtered) this->tell(of_warp);
+  }
+
+  // Three elements of a lane are folded in one of two ways.
+  __device__ __forceinline__ float sum_of_kept(uint32_t local, float anchor, float scale, float cut) const {
+    uint32_t marks = mark(local, [&](float x) { return x >= cut; });
+    if (__reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks))) > 3) {
+      return sum_of_many(local, anchor, scale, cut);
+    }
+    float weights[3];
+    int bits[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const float weight = exp2_scaled(this->first_marked(local, marks) - anchor, scale);
+      bits[i] = __ffs(static_cast<int>(marks)) - 1;
+      weights[i] = marks != 0 ? weight : 0.0f;
+      marks &= marks - 1;
+    }
+    const bool last_apart = marks_apart(bits);
+    const float pair = last_apart ? weights[0] + weights[1] : weights[1] + weights[2];
+    return sum_of_warp(pair + (last_apart ? weights[2] : weights[0]));
+  }
+  // Whether the first two are folded first; of fewer than three either will do.
+  static __device__ __forceinline__ bool marks_apart(const int (&bits)[3]) {
+    return (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
+  }
+
+  __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
+    PinnedSum sum;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Eight eight = quarter_of(local, quarter);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) eight.x[j] = weight_of_logit(eight.x[j], anchor, scale, cut);
+      sum.add(quarter, eight);
+    }
+    return sum.total();
+  }
+
+  __device__ __forceinline__ void write_record(const RowLaw& law) const {
+    double prob = 0.0;
+    if (token_ >= 0 && token_ < static_cast<int64_t>(vocab_) && law.usable) {
+      prob = law.kind == LawKind::point ? (token_ == law.top ? 1.0 : 0.0)
+                                        : probability_in(law, element_at(row_, token_));
+    }
+    args_.laws[number_] = {law, prob};
+  }
+
+  // By all threads of the first block.
+  __device__ __forceinline__ void finish_sample(const RowLaw& law, bool weighs) {
+    int64_t token = law.top;
+    if (weighs) {
+      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, b_));
+      token = draw(law, random_bits(*seed_, base, args_.purpose, args_.step));
+    }
+    if (threadIdx.x != 0) return;
+    float logprob = -infinity();
+    if (law.usable) logprob = weighs ? log_probability(law, token, element_at(row_, token)) : 0.0f;
+    write_sample(law, token, law.usable ? 0 : kLawLost, logprob);
+  }
+
+  __device__ __forceinline__ void write_sample(const RowLaw& law, int64_t token, int32_t status,
+                                               float logprob) const {
+    write_number(args_.tokens, token, b_);
+    if (args_.status.data) write_number(args_.status, status, b_);
+    if (args_.records != nullptr) {
+      foretoken::write_record(law, args_.records + b_ * args_.record_strides[0], args_.record_strides[1]);
+    }
+    if (args_.logprobs != nullptr) args_.logprobs[b_ * args_.logprob_stride] = logprob;
+  }
+
+  struct Running {
+    uint64_t before, total;  // of the threads before this one; of all
+  };
+  __device__ __forceinline__ Running sum_up_to_thread(uint64_t mine) {
+    const uint64_t up_to = sum_up_to_lane(mine);
+    __syncthreads();
+    if (lane_id() == kWarpSize - 1) shared_.warp_words[warp_] = up_to;
+    __syncthreads();
+    const uint32_t lane = static_cast<uint32_t>(lane_id());
+    const uint64_t word = lane < kWarps ? shared_.warp_words[lane] : 0;
+    const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
+    return {of_warps + up_to - mine, sum_of_masses(word)};
+  }
+
+  // The token in whose interval the number falls, counted in exact masses from token 0: two tiles a thread,
+  // then two elements.
+  __device__ __forceinline__ int64_t draw(const RowLaw& law, uint64_t bits) {
+    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
+    uint64_t mass[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t index = 2 * threadIdx.x + i;
+      mass[i] = index < tiles_ ? masses_[index] : 0;
+    }
+    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
+    const uint64_t left = multiply_high(bits, of_tiles.total);
+    uint64_t begin = of_tiles.before;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      if (left >= begin && left - begin < mass[i]) {
+        shared_.tile = static_cast<int32_t>(2 * threadIdx.x + i);
+        shared_.left = left - begin;
+      }
+      begin += mass[i];
+    }
+    __syncthreads();
+    const uint32_t first = static_cast<uint32_t>(shared_.tile) * kTile + 2 * threadIdx.x;
+    const uint64_t in_tile = shared_.left;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      mass[i] = 0;
+      if (first + i >= vocab_) continue;
+      mass[i] = mass_of(weight_of_logit(element_at(row_, first + i), law.max, law.scale, law.cut));
+    }
+    begin = sum_up_to_thread(mass[0] + mass[1]).before;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      if (in_tile >= begin && in_tile - begin < mass[i]) shared_.drawn = static_cast<int32_t>(first + i);
+      begin += mass[i];
+    }
+    __syncthreads();
+    return shared_.drawn;
+  }
+
+  int64_t b_ = 0, number_ = 0, token_ = -1;
+  const uint64_t* seed_ = nullptr;
+  DeviceRow row_;
+  Filters filters_;
+  RowReading reading_;
+  float high_ = 0.0f;
+};
+
+}  // namespace foretoken::cuda

@@ -1,0 +1,206 @@
+// A row of logits in the shared memory of a cluster: read once, and looked at there as often as its filters
+// ask for. Tile i belongs to block i modulo the blocks, and there to one warp for good, so that no pass over
+// the row needs a barrier.
+#pragma once
+
+#include "cuda/chain_args.hpp"
+#include "cuda/cluster.cuh"
+#include "cuda/copy_ahead.cuh"
+#include "cuda/filter_scratch.cuh"
+#include "cuda/tile_stream.cuh"
+
+namespace foretoken::cuda {
+
+constexpr int kResidentBins = kThreads;  // a thread for each
+constexpr int kSampleBins = 2 * kThreads;
+constexpr int kOwnList = 2048;  // elements near a threshold that a block may list
+
+// Fixed part of a block's shared memory.
+struct ResidentShared {
+  uint32_t bins[2][kParts][kResidentBins];    // one is read by the cluster while the other is filled
+  uint64_t partial[2][kMaxCluster * kWarps];  // masses that each warp of the cluster has found
+  uint32_t keys[kOwnList];
+  uint16_t places[kOwnList];  // tiles of the block that they lie in
+  uint64_t warp_words[kWarps];
+  float warp_floats[3][kWarps];
+  uint32_t warp_counts[kWarps];
+  uint64_t found[2];
+  uint32_t listed;
+  float window[2];   // of the sample
+  float list_low;    // of the largest elements of the lanes
+  float least_kept;  // how far below the largest min-p ends
+  float doubt;
+  int32_t tile;
+  int32_t drawn;
+  uint64_t left;
+};
+
+__host__ __device__ constexpr int64_t resident_tile_bytes(int64_t element_bytes) {
+  return kTile * element_bytes + kWarpSize * static_cast<int64_t>(sizeof(float));
+}
+
+// Of a block, where `own` is the most tiles that one has.
+__host__ __device__ constexpr int64_t resident_bytes(int64_t tiles, int64_t own, int64_t element_bytes) {
+  const int64_t fixed = (static_cast<int64_t>(sizeof(ResidentShared)) + 15) / 16 * 16;
+  return fixed + (tiles + tiles % 2) * static_cast<int64_t>(sizeof(TileStats) + sizeof(uint64_t)) +
+         own * resident_tile_bytes(element_bytes);
+}
+
+template <DType kType>
+class ResidentRow {
+ protected:
+  static constexpr int kBytes = RawTile<kType>::kBytes;
+  static constexpr int kLoads = RawTile<kType>::kLoads;
+
+  __device__ __forceinline__ ResidentRow(const ChainArgs& args, unsigned char* memory)
+      : args_(args),
+        shared_(*reinterpret_cast<ResidentShared*>(memory)),
+        rank_(cluster_rank()),
+        size_(cluster_size()),
+        warp_(threadIdx.x / kWarpSize),
+        vocab_(static_cast<uint32_t>(args.vocab)),
+        tiles_(static_cast<uint32_t>(tiles_of(args.vocab))) {
+    const uint32_t room = tiles_ + tiles_ % 2;
+    stats_ = reinterpret_cast<TileStats*>(memory + (sizeof(ResidentShared) + 15) / 16 * 16);
+    masses_ = reinterpret_cast<uint64_t*>(stats_ + room);
+    lane_highs_ = reinterpret_cast<float*>(masses_ + room);
+    row_ = reinterpret_cast<unsigned char*>(lane_highs_ + (tiles_ + size_ - 1) / size_ * kWarpSize);
+  }
+
+  // body(number among this block's tiles, number among the row's) for this warp's tiles.
+  template <class Body>
+  __device__ __forceinline__ void for_own(const Body& body) const {
+#pragma unroll 1
+    for (uint32_t local = warp_; local * size_ + rank_ < tiles_; local += kWarps) {
+      body(local, local * size_ + rank_);
+    }
+  }
+
+  __device__ __forceinline__ unsigned char* tile(uint32_t local) const {
+    return row_ + local * (kTile * kBytes);
+  }
+
+  // Where the 16 bytes lie that are number `load` of a lane's share of a quarter. All lanes' first loads lie
+  // side by side, and so do their second ones: what a warp reads at a time is in different banks.
+  static __device__ __forceinline__ uint32_t slot_of(int quarter, int load, int lane) {
+    return static_cast<uint32_t>((quarter * kLoads + load) * kWarpSize + lane) * 16;
+  }
+
+  __device__ __forceinline__ void begin_loading(const void* data) const {
+    for_own([&](uint32_t local, uint32_t index) {
+      unsigned char* const to = tile(local);
+      if (args_.aligned && (index + 1) * kTile <= vocab_) {
+        const char* const from =
+            static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes;
+#pragma unroll
+        for (int i = 0; i < 4 * kLoads; ++i) {
+          const int chunk = i % kLoads * kWarpSize + lane_id();
+          copy_ahead(to + slot_of(i / kLoads, chunk % kLoads, chunk / kLoads),
+                     from + (i * kWarpSize + lane_id()) * 16);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < 4 * kLoads; ++i) {
+          const uint32_t at = index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * (8 / kLoads);
+          *reinterpret_cast<uint4*>(to + slot_of(i / kLoads, i % kLoads, lane_id())) =
+              TileOfRow<kType>::load_words(data, vocab_, at, args_.aligned);
+        }
+      }
+      close_group();
+    });
+  }
+
+  // Until this lane's copies of a tile are there, in the order they were asked for.
+  __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
+    const uint32_t own = (tiles_ - rank_ + size_ - 1) / size_, behind = (own - 1 - local) / kWarps;
+    if (behind == 0) {
+      wait_for_groups<0>();
+    } else if (behind == 1) {
+      wait_for_groups<1>();
+    } else {
+      wait_for_groups<2>();
+    }
+    __syncwarp();
+  }
+
+  // The statistics of all tiles, to all blocks; behind a barrier of the cluster.
+  __device__ __forceinline__ void leave_stats(const RowReading& reading, TileStats* out) const {
+    for_own([&](uint32_t local, uint32_t index) {
+      wait_for_tile(local);
+      RawTile<kType> raw;
+#pragma unroll
+      for (int i = 0; i < 4 * kLoads; ++i) {
+        raw.words[i] =
+            *reinterpret_cast<const uint4*>(tile(local) + slot_of(i / kLoads, i % kLoads, lane_id()));
+      }
+      float high = -infinity();
+      const TileStats found = stats_of_tile(raw, reading, high);
+      lane_highs_[local * kWarpSize + lane_id()] = high;
+      const float2 words = make_float2(found.max, found.sum);
+      if (static_cast<uint32_t>(lane_id()) < size_) {
+        *reinterpret_cast<float2*>(of_block(stats_ + index, static_cast<uint32_t>(lane_id()))) = words;
+      }
+      if (out != nullptr && lane_id() == 0) *reinterpret_cast<float2*>(out + index) = words;
+    });
+  }
+
+  __device__ __forceinline__ Eight quarter_of(uint32_t local, int quarter) const {
+    Eight eight;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint4 words = *reinterpret_cast<const uint4*>(tile(local) + slot_of(quarter, i, lane_id()));
+      unpack_words<kType>(words, eight.x + i * (8 / kLoads));
+    }
+    return eight;
+  }
+
+  __device__ __forceinline__ float element_of_lane(uint32_t local, int quarter, int neighbour) const {
+    constexpr int kEach = 16 / kBytes;
+    const unsigned char* const at =
+        tile(local) + slot_of(quarter, neighbour / kEach, lane_id()) + neighbour % kEach * kBytes;
+    if constexpr (kType == DType::float32) return *reinterpret_cast<const float*>(at);
+    const uint32_t bits = *reinterpret_cast<const uint16_t*>(at);
+    return kType == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);
+  }
+
+  // A bit for each of this lane's elements that pass: neighbour by neighbour, of each the four quarters,
+  // which is the order in which they are folded.
+  template <class Test>
+  __device__ __forceinline__ uint32_t mark(uint32_t local, const Test& test) const {
+    uint32_t marks = 0;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const Eight eight = quarter_of(local, quarter);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (test(eight.x[j])) marks |= 1u << (4 * j + quarter);
+      }
+    }
+    return marks;
+  }
+  // The first marked element; without any mark just one.
+  __device__ __forceinline__ float first_marked(uint32_t local, uint32_t marks) const {
+    const int bit = __ffs(static_cast<int>(marks | 0x80000000u)) - 1;
+    return element_of_lane(local, bit % 4, bit / 4);
+  }
+
+  // body(whether this lane has one, it, its mark) for the marked elements of all lanes, one of each at a
+  // time.
+  template <class Body>
+  __device__ __forceinline__ void for_marked(uint32_t local, uint32_t marks, const Body& body) const {
+#pragma unroll 1
+    for (; __any_sync(kAllLanes, marks != 0); marks &= marks - 1) {
+      body(marks != 0, first_marked(local, marks), marks & -marks);
+    }
+  }
+
+  const ChainArgs& args_;
+  ResidentShared& shared_;
+  const uint32_t rank_, size_, warp_, vocab_, tiles_;
+  TileStats* stats_;    // [tiles]
+  uint64_t* masses_;    // [tiles]
+  float* lane_highs_;   // [own tiles, 32]
+  unsigned char* row_;  // [own tiles, a tile]
+};
+
+}  // namespace foretoken::cuda
