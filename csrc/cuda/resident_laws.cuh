@@ -210,7 +210,7 @@ class ResidentLaws : ResidentGuess<kType> {
       if (filtered && found.max >= law.cut) {
         const float cut = fmaxf(law.cut, reading_.floor_below(found.max));
         if (law.cut > reading_.floor_below(law.max))
-          found.sum = sum_of_kept(local, found.max, law.scale, cut);
+          found.sum = sum_of_kept(local, law.cut >= this->marked_from_, found.max, law.scale, cut);
         of_warp += mass_of_stats(found, law);
         if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }
@@ -219,28 +219,30 @@ class ResidentLaws : ResidentGuess<kType> {
     if (filtered) this->tell(of_warp);
   }
 
-  // Three elements of a lane are folded in one of two ways.
-  __device__ __forceinline__ float sum_of_kept(uint32_t local, float anchor, float scale, float cut) const {
-    uint32_t marks = mark(local, [&](float x) { return x >= cut; });
-    if (__reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks))) > 3) {
-      return sum_of_many(local, anchor, scale, cut);
+  // `marked`: all of them are. Three of a lane are folded in one of two ways.
+  __device__ __forceinline__ float sum_of_kept(uint32_t local, bool marked, float anchor, float scale,
+                                               float cut) const {
+    uint32_t kept = marked ? this->marks_of(local) : mark(local, [&](float x) { return x >= cut; });
+    bool many = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept))) > kFewMarks;
+    if (marked && !many) {
+      const uint32_t marks = kept;
+      this->for_marked(local, marks, [&](bool, float x, uint32_t bit) { kept &= x >= cut ? ~0u : ~bit; });
     }
-    float weights[3];
-    int bits[3];
+    many = many || __any_sync(kAllLanes, __popc(kept) > kFolded);
+    if (many) return sum_of_many(local, anchor, scale, cut);
+    float weights[kFolded];
+    int bits[kFolded];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const float weight = exp2_scaled(this->first_marked(local, marks) - anchor, scale);
-      bits[i] = __ffs(static_cast<int>(marks)) - 1;
-      weights[i] = marks != 0 ? weight : 0.0f;
-      marks &= marks - 1;
+    for (int i = 0; i < kFolded; ++i) {
+      const float weight = exp2_scaled(this->first_marked(local, kept) - anchor, scale);
+      bits[i] = __ffs(static_cast<int>(kept)) - 1;
+      weights[i] = kept != 0 ? weight : 0.0f;
+      kept &= kept - 1;
     }
-    const bool last_apart = marks_apart(bits);
+    // Whether the first two are folded first; of fewer than three either will do.
+    const bool last_apart = (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
     const float pair = last_apart ? weights[0] + weights[1] : weights[1] + weights[2];
     return sum_of_warp(pair + (last_apart ? weights[2] : weights[0]));
-  }
-  // Whether the first two are folded first; of fewer than three either will do.
-  static __device__ __forceinline__ bool marks_apart(const int (&bits)[3]) {
-    return (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
   }
 
   __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
@@ -340,6 +342,9 @@ class ResidentLaws : ResidentGuess<kType> {
     __syncthreads();
     return shared_.drawn;
   }
+
+  static constexpr unsigned kFewMarks = 6;
+  static constexpr int kFolded = 3;
 
   int64_t b_ = 0, number_ = 0, token_ = -1;
   const uint64_t* seed_ = nullptr;
