@@ -7,8 +7,8 @@ out; before any is told, all ways have to give the same ids, and every round all
 
 ``parts``: what a round runs, each timed alone in a graph of copies of itself, added up.
 ``replay``: the graph of whole rounds, replayed with no host in between.
-``rounds``: the same graph issued by a session that reads every round one late. Only where forwards sleep:
-else it is the host that would be timed.
+``rounds``: the same graph issued by a session that reads every round one late. Only where forwards last
+longer than the host takes, which else would be timed.
 ``launch``: the round under a WHILE node; ``switch``: in a SWITCH node there, beside a tier that is not taken.
 """
 
@@ -35,6 +35,7 @@ VOCAB, LENGTH, COPIES = 128256, 16384, 20
 SHORT, LONG, TIMES = 20, 120, 3
 CHECKED = 96  # tokens of a text that are compared
 EMITTED = 1  # column of a record
+LASTING = 512  # small kernels that last longer than the host takes for a round
 CYCLES_OF_US = 1980  # of a sleep; what a microsecond really is, is timed
 
 
@@ -254,7 +255,7 @@ def measure(batch: int, drafts: int, nodes: int = 0, sleep: int = 0) -> dict[str
     line |= {"drafts": drafts, "of_forwards": nodes or sleep, "ids": digest, "parts_us": parts}
     replay = floor.replay_us()
     line["replay"] = replay - parts
-    if sleep:
+    if sleep or nodes >= LASTING:
         line["rounds"] = floor.rounds_us() - parts
     launch, line["nodes"] = floor.launch_us(None)
     line["launch"] = launch - parts

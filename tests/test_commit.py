@@ -13,6 +13,7 @@ from torch import Tensor
 
 import foretoken as ft
 from foretoken.ops import RequestState, RoundCounters, Status, Verdict, commit, record_width
+from foretoken.ops._commit import Outbox
 
 FIELDS = 8
 REASONS = {"eos": 1, "stop": 2, "length": 3}
@@ -322,6 +323,35 @@ def test_trees_and_counters_are_those_of_plain_lists(seed: int, device: str) -> 
         assert counters.sums[slot].tolist() == sums.sums
         assert counters.accepted_per_pos[slot].tolist() == sums.positions
         assert counters.rounds_by_drafts[slot].tolist() == sums.drafts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_records_go_to_the_outbox_place_by_place(device: str) -> None:
+    """Rounds of other shapes do not disturb what has not been read."""
+    pinned = device == "cuda"
+    memory = torch.full((4, 12 * record_width(5, True)), -9, dtype=torch.int32, pin_memory=pinned)
+    outbox = Outbox(torch.tensor([2**32 - 3 - 2**32, 0], dtype=torch.int32, device=device), memory)
+    expected: list[list[int]] = []
+    for number, (rows, columns, logprobs) in enumerate(
+        [(12, 5, False), (1, 2, True), (9, 5, True), (4, 1, False), (12, 5, True), (2, 3, False)]
+    ):
+        state = RequestState.empty(rows, 40, device=device)
+        for slot in range(rows):
+            state.seat(slot, [slot], max_new_tokens=30, num_drafts=4)
+        emitted = [[number + b] * (1 + b % columns) for b in range(rows)]
+        verdict = verdict_of(emitted, columns, device, torch.int64, logprobs)
+        record = torch.empty(rows, record_width(columns, logprobs), dtype=torch.int32, device=device)
+        drafts = torch.full((rows,), columns - 1, dtype=torch.int32, device=device)
+        commit(verdict, state, num_drafts=drafts, record=record, outbox=outbox)
+        expected.append(record.flatten().tolist())
+        for before in range(max(number - 3, 0), number + 1):
+            place = memory[(before + 1) % 4].tolist()
+            assert place[: len(expected[before])] == expected[before]
+    assert outbox.state.tolist() == [3, 0]
+    with pytest.raises(ValueError, match="outbox: expected a power of two of places for 22 numbers, got 3 "):
+        commit(verdict, state, num_drafts=drafts, outbox=Outbox(outbox.state, memory[:3]))
+    with pytest.raises(ValueError, match="for 22 numbers, got 4 for 21"):
+        commit(verdict, state, num_drafts=drafts, outbox=Outbox(outbox.state, memory[:, :21]))
 
 
 def test_a_full_text_takes_nothing() -> None:

@@ -58,3 +58,14 @@ def test_cuts_of_a_row_of_many_tiles(temperature):
 def test_a_filter_that_keeps_everything_changes_nothing():
     row = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
     assert _core.testing.row_law(row, (1.0, 3000, 1.0, 0.0)) == _core.testing.row_law(row, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "filters", [(1, 1.0, 0.0), (3, 1.0, 0.0), (4, 0.9, 0.0), (0, 0.5, 0.0), (0, 0.95, 0.0)]
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cut_at_zero_has_no_sign(filters, order):
+    row = np.array([-0.0, 0.0, -0.0, 0.0, -3.0], dtype=np.float32)[::order].copy()
+    _, _, cut, *_ = _core.testing.row_law(row, (1.0, *filters))
+    assert cut == 0.0
+    assert not np.signbit(cut)

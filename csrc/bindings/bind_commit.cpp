@@ -50,7 +50,8 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
             py::handle logprobs, py::handle path, py::handle num_drafts, py::handle parents, py::handle slots,
             py::handle text, py::handle base, py::handle next_drafts, py::handle ends, py::handle limits,
             py::handle budgets, py::handle eos_ids, py::handle stop_ids, py::handle record, py::handle sums,
-            py::handle by_position, py::handle by_drafts) {
+            py::handle by_position, py::handle by_drafts, py::handle outbox_state, uintptr_t outbox,
+            int64_t outbox_places, int64_t outbox_size) {
   Intake intake("commit");
   CommitArgs args;
   int64_t batch = 0, columns = 0;
@@ -78,6 +79,20 @@ void commit(py::handle tokens, py::handle num_emitted, py::handle num_accepted, 
   if (!sums.is_none() || !by_position.is_none() || !by_drafts.is_none()) {
     read_counters(intake, sums, by_position, by_drafts, args);
   }
+  if (outbox != 0) {
+    const TensorView state = intake.write(outbox_state, "outbox_state", DType::int32,
+                                          {int64_t{kOutboxFields}}, boundary::Layout::contiguous);
+    const int64_t size = batch * record_width(columns, bool(args.logprobs));
+    if (outbox_places < 1 || (outbox_places & (outbox_places - 1)) != 0 || outbox_size < size) {
+      throw py::value_error("outbox: expected a power of two of places for " + std::to_string(size) +
+                            " numbers, got " + std::to_string(outbox_places) + " for " +
+                            std::to_string(outbox_size));
+    }
+    args.outbox = reinterpret_cast<int32_t*>(outbox);
+    args.outbox_places = outbox_places;
+    args.outbox_size = outbox_size;
+    args.outbox_state = static_cast<int32_t*>(state.data);
+  }
   const Device device = intake.device();
   const Stream stream = intake.stream();
   py::gil_scoped_release unlocked;
@@ -96,7 +111,8 @@ void register_commit(py::module_& module) {
              py::arg("parents"), py::arg("slots"), py::arg("text"), py::arg("base"), py::arg("next_drafts"),
              py::arg("ends"), py::arg("limits"), py::arg("budgets"), py::arg("eos_ids"), py::arg("stop_ids"),
              py::arg("record"), py::arg("sums"), py::arg("by_position"), py::arg("by_drafts"),
-             "See foretoken.ops.commit.");
+             py::arg("outbox_state") = py::none(), py::arg("outbox") = 0, py::arg("outbox_places") = 0,
+             py::arg("outbox_size") = 0, "See foretoken.ops.commit.");
   module.def("record_width", &record_width, py::arg("columns"), py::arg("logprobs"),
              "See foretoken.ops.record_width.");
 }

@@ -113,7 +113,12 @@ Outcome settle(const CommitArgs& args, int64_t b) {
 }
 
 void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome) {
-  const auto field = [&](int64_t column, int64_t value) { write_index(args.record, value, b, column); };
+  int32_t* const posted = outbox_of(args);
+  const int64_t width = record_width(args.tokens.shape[1], static_cast<bool>(args.logprobs));
+  const auto field = [&](int64_t column, int64_t value) {
+    if (args.record) write_index(args.record, value, b, column);
+    if (posted != nullptr) posted[b * width + column] = static_cast<int32_t>(value);
+  };
   field(kRecordDrafted, outcome.drafted);
   field(kRecordEmitted, outcome.emitted);
   field(kRecordAccepted, outcome.accepted);
@@ -139,7 +144,11 @@ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome) {
 void commit(const CommitArgs& args) {
   for (int64_t b = 0; b < args.tokens.shape[0]; ++b) {
     const Outcome outcome = settle(args, b);
-    if (args.record) write_record(args, b, outcome);
+    if (args.record || args.outbox != nullptr) write_record(args, b, outcome);
+  }
+  if (args.outbox != nullptr) {
+    args.outbox_state[kOutboxWritten] =
+        static_cast<int32_t>(static_cast<uint32_t>(args.outbox_state[kOutboxWritten]) + 1);
   }
 }
 

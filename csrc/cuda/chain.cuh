@@ -28,9 +28,11 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
       return typename Rows::RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
                                      size_ * kWarps * clusters - clusters, row, row + 1, count, tiles_);
     };
-    typename Rows::RowTiles tiles = tiles_from(first, tree ? 0 : end - first);
+    // Of a tree the first row, before it is known which others are read.
+    typename Rows::RowTiles tiles = tiles_from(first, !tree ? end - first : given ? 0 : 1);
     RawTile<kType> raw;
-    if (!scouts && !args_.prepared && tiles.any()) this->load(tiles, raw);
+    const bool begins = !scouts && !args_.prepared && tiles.any();
+    if (begins) this->load(tiles.row(), tiles.index(), raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
@@ -40,7 +42,7 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
     if (tree) {
       plan_rows(args_, this->drawn_tree(), b_, drafts_, dense_, !filtered && !given, given && !filtered);
       tiles = tiles_from(0, static_cast<uint32_t>(this->drawn_tree().num_rows));
-      if (!scouts && !filtered && tiles.any()) this->load(tiles, raw);
+      if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
     }
     if (scouts && tree) {
       look_ahead_at_tree(args_, this->drawn_tree().nodes, kType, b_, *this->seed_, drafts_, usable_, dense_);

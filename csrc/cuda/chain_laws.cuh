@@ -100,7 +100,7 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     for (; tiles.any(); tiles.move_on()) {
       if (!is_wanted(tiles.row())) continue;
       RawTile<kType> raw;
-      TileOfRow<kType>::load(raw, row_data(tiles.row()), vocab_, tiles.index(), args_.aligned);
+      this->load(tiles.row(), tiles.index(), raw);
       this->leave_stats(tiles.row(), tiles.index(), raw);
     }
   }

@@ -123,8 +123,8 @@ class ChainRows {
     uint32_t place_, index_, place_step_, index_step_;
   };
 
-  __device__ __forceinline__ void load(const RowTiles& tiles, RawTile<kType>& raw) const {
-    TileOfRow<kType>::load(raw, row_data(row_of(tiles)), vocab_, tiles.index(), args_.aligned);
+  __device__ __forceinline__ void load(uint32_t row, uint32_t index, RawTile<kType>& raw) const {
+    TileOfRow<kType>::load(raw, row_data(row), vocab_, index, args_.aligned);
   }
   // Of trees of drawn drafts the tiles are those of rows in a list.
   __device__ __forceinline__ uint32_t row_of(const RowTiles& tiles) const {
@@ -222,7 +222,7 @@ class ChainRows {
       const uint32_t row = row_of(tiles), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
-      if (tiles.any()) load(tiles, next);
+      if (tiles.any()) load(row_of(tiles), tiles.index(), next);
       if (is_wanted(row)) leave_stats(row, index, raw);
       raw = next;
     }

@@ -158,27 +158,45 @@ __device__ Outcome settle(const CommitArgs& args, int64_t b, int lane) {
   return outcome;
 }
 
-__device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome, int lane) {
+// `posted`: of the round's place in the outbox, may be null.
+__device__ void write_record(const CommitArgs& args, int64_t b, const Outcome& outcome, int lane,
+                             int32_t* posted) {
+  const int64_t width = record_width(args.tokens.shape[1], static_cast<bool>(args.logprobs));
+  const auto field = [&](int64_t column, int32_t value) {
+    if (args.record) write_index(args.record, value, b, column);
+    if (posted != nullptr) posted[b * width + column] = value;
+  };
   if (lane == 0) {
-    write_index(args.record, outcome.drafted, b, kRecordDrafted);
-    write_index(args.record, outcome.emitted, b, kRecordEmitted);
-    write_index(args.record, outcome.accepted, b, kRecordAccepted);
-    write_index(args.record, outcome.kept, b, kRecordKept);
-    write_index(args.record, outcome.status, b, kRecordStatus);
-    write_index(args.record, outcome.end, b, kRecordEnd);
-    write_index(args.record, outcome.bonus, b, kRecordBonus);
-    write_index(args.record, outcome.moved, b, kRecordMoved);
+    field(kRecordDrafted, outcome.drafted);
+    field(kRecordEmitted, outcome.emitted);
+    field(kRecordAccepted, outcome.accepted);
+    field(kRecordKept, outcome.kept);
+    field(kRecordStatus, outcome.status);
+    field(kRecordEnd, outcome.end);
+    field(kRecordBonus, outcome.bonus);
+    field(kRecordMoved, outcome.moved);
   }
   const int64_t columns = args.tokens.shape[1];
   for (int64_t i = lane; i < columns; i += kLanes) {
     const bool emitted = i < outcome.emitted;
-    write_index(args.record, emitted ? static_cast<int32_t>(read_index(args.tokens, b, i)) : -1, b,
-                kRecordFields + i);
+    field(kRecordFields + i, emitted ? static_cast<int32_t>(read_index(args.tokens, b, i)) : -1);
     if (!args.logprobs) continue;
     const float* const logprob =
         static_cast<const float*>(args.logprobs.data) + offset_of(args.logprobs, b, i);
-    write_index(args.record, emitted ? __float_as_int(*logprob) : 0, b, kRecordFields + columns + i);
+    field(kRecordFields + columns + i, emitted ? __float_as_int(*logprob) : 0);
   }
+}
+
+// The last block to get here moves the outbox on: by then every block knows the place it wrote to. Called by
+// the whole block.
+__device__ void move_outbox_on(const CommitArgs& args) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const int32_t before = atomicAdd(&args.outbox_state[kOutboxArrived], 1);
+  if (before + 1 != static_cast<int32_t>(gridDim.x)) return;
+  args.outbox_state[kOutboxArrived] = 0;
+  args.outbox_state[kOutboxWritten] =
+      static_cast<int32_t>(static_cast<uint32_t>(args.outbox_state[kOutboxWritten]) + 1);
 }
 
 // One warp a row; rows of a batch never share a slot.
@@ -186,10 +204,13 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
     commit_kernel(const __grid_constant__ CommitArgs args) {
   take_turn();
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
-  if (b >= args.tokens.shape[0]) return;  // the same for the whole warp
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const Outcome outcome = settle(args, b, lane);
-  if (args.record) write_record(args, b, outcome, lane);
+  int32_t* const posted = outbox_of(args);
+  if (b < args.tokens.shape[0]) {  // the same for the whole warp
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const Outcome outcome = settle(args, b, lane);
+    if (args.record || posted != nullptr) write_record(args, b, outcome, lane, posted);
+  }
+  if (posted != nullptr) move_outbox_on(args);
 }
 
 }  // namespace

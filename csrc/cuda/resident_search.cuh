@@ -47,6 +47,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   // are in masses_ too. Between two of these lies another barrier of the cluster.
   __device__ __forceinline__ Collected collect(const RowLaw& law, const Window window) {
     const float max = law.max, scale = law.scale;
+    marked_from_ = window.low;
     if (threadIdx.x == 0) shared_.listed = 0;
     __syncthreads();
     uint64_t all = 0;
@@ -130,6 +131,13 @@ class ResidentSearch : protected ResidentRow<kType> {
     return sum_of_masses(sum);
   }
 
+  // This lane's elements in a collected window or above; where the largest ones were, which are done with.
+  __device__ __forceinline__ uint32_t& marks_of(uint32_t local) const {
+    return reinterpret_cast<uint32_t*>(lane_highs_)[local * kWarpSize + lane_id()];
+  }
+
+  float marked_from_ = infinity();
+
   // Both, before they are first searched in. They may have held other numbers, which all have read.
   __device__ __forceinline__ void clear_bins() {
     uint32_t* const bins = &shared_.bins[0][0][0];
@@ -145,6 +153,7 @@ class ResidentSearch : protected ResidentRow<kType> {
                                                    const Window& window) {
     const float low = window.low, high = window.high;
     const uint32_t marks = mark(local, [&](float x) { return x >= low; });
+    marks_of(local) = marks;
     const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks)));
     uint32_t near = 0;
     LaneMass mass;

@@ -87,10 +87,8 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
     return verify_queued(chain, requests, dtype, scratch.queue, device, stream);
   }
   // Filters that come when this has been captured without any are found by the chains' kernel.
-  if (filtered && chain.given == nullptr && keeps_rows(dtype, chain.vocab, device)) {
-    launch_resident(dtype, chain, requests, device, stream);
-    chain.prepared = true;
-  }
+  chain.prepared =
+      filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
   launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
 }
 
@@ -146,10 +144,9 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[0] = args.records.strides[0];
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
-  if (chain.sampling.filtered && keeps_rows(args.logits.dtype, chain.vocab, device)) {
-    return launch_resident(args.logits.dtype, chain, args.logits.shape[0], device, stream);
-  }
-  launch_chains(args.logits.dtype, chain, args.logits.shape[0], 1, sizeof(RowScratch), device, stream);
+  const int64_t rows = args.logits.shape[0];
+  if (chain.sampling.filtered && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
+  launch_chains(args.logits.dtype, chain, rows, 1, sizeof(RowScratch), device, stream);
 }
 
 }  // namespace foretoken::cuda

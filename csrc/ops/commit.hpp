@@ -36,6 +36,9 @@ enum CommitCounter : int32_t {
   kCommitCounters,
 };
 
+// What is kept beside an outbox, zeros at first.
+enum OutboxField : int32_t { kOutboxWritten, kOutboxArrived, kOutboxFields };  // records, modulo 2^32; blocks
+
 constexpr int64_t record_width(int64_t columns, bool logprobs) {
   return kRecordFields + (logprobs ? 2 : 1) * columns;
 }
@@ -59,9 +62,12 @@ struct CommitArgs {         // B rows of C = D + 1 tokens, N drafts, S slots, L 
   TensorView next_drafts;   // [S] int32 in, out: drafts that the next round may check; -1: nobody is decoding
   TensorView ends;          // [S] int32 in, out: CommitEnd
   TensorView record;        // [B, F + C] int32 out, [B, F + 2 C] with logprobs (their bits); may be null
-  TensorView sums;          // [S, kCommitCounters] int64 in, out; null: nothing is counted
-  TensorView by_position;   // [S, P] int64 in, out: rounds that kept draft i of a path; beside sums
-  TensorView by_drafts;     // [S, M] int64 in, out: rounds that checked so many drafts; beside sums
+  int32_t* outbox = nullptr;  // [places, size] out: records [B, W] for a host, in mapped memory; may be null
+  int64_t outbox_places = 0, outbox_size = 0;  // a power of two; at least B W
+  int32_t* outbox_state = nullptr;             // [kOutboxFields] in, out; beside an outbox
+  TensorView sums;                             // [S, kCommitCounters] int64 in, out; null: nothing is counted
+  TensorView by_position;  // [S, P] int64 in, out: rounds that kept draft i of a path; beside sums
+  TensorView by_drafts;    // [S, M] int64 in, out: rounds that checked so many drafts; beside sums
 };
 
 // What a round adds to the sums of its slot, but for flags, by `add(column, amount)`. `accepted`: of its
@@ -75,6 +81,13 @@ FORETOKEN_HD inline void add_round(const Outcome& outcome, int64_t accepted, con
   add(kCountEmitted, outcome.kept);
   add(kCountRollbacks, outcome.drafted > accepted ? 1 : 0);
   add(kCountMoved, outcome.moved);
+}
+
+// Where the records of this round go; null: there is no outbox.
+FORETOKEN_HD inline int32_t* outbox_of(const CommitArgs& args) {
+  if (args.outbox == nullptr) return nullptr;
+  const int64_t written = static_cast<uint32_t>(args.outbox_state[kOutboxWritten]);
+  return args.outbox + written % args.outbox_places * args.outbox_size;
 }
 
 }  // namespace foretoken

@@ -553,7 +553,7 @@ def build_info() -> dict[str, typing.Any]:
     """
     How this binary was built.
     """
-def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, path: typing.Any, num_drafts: typing.Any, parents: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any, sums: typing.Any, by_position: typing.Any, by_drafts: typing.Any) -> None:
+def commit(tokens: typing.Any, num_emitted: typing.Any, num_accepted: typing.Any, status: typing.Any, logprobs: typing.Any, path: typing.Any, num_drafts: typing.Any, parents: typing.Any, slots: typing.Any, text: typing.Any, base: typing.Any, next_drafts: typing.Any, ends: typing.Any, limits: typing.Any, budgets: typing.Any, eos_ids: typing.Any, stop_ids: typing.Any, record: typing.Any, sums: typing.Any, by_position: typing.Any, by_drafts: typing.Any, outbox_state: typing.Any = None, outbox: typing.SupportsInt | typing.SupportsIndex = 0, outbox_places: typing.SupportsInt | typing.SupportsIndex = 0, outbox_size: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
     """
     See foretoken.ops.commit.
     """

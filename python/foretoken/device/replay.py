@@ -56,7 +56,8 @@ class WholeRound:
             base = rounds._base_of(rows, proposal)
             step = rounds._step_of(rows, base, proposal, self.bound + proposal.tokens.shape[1])
             logits = self.forward(step)
-            verdict, record = rounds._issue(step, logits, rows, base, proposal)
+            outbox = rounds._results.outbox
+            verdict, record = rounds._issue(step, logits, rows, base, proposal, outbox)
             if step.tree is not None:
                 compact_of(self.forward)(step.slots, step.lengths, verdict.path, verdict.num_accepted)
         return record, [proposal, step, logits, verdict, record]
@@ -177,7 +178,7 @@ class Replays:
             record = graph()
             self.count += 1
         rounds._native.launch()
-        rounds._results.send(record[: shape[1]])
+        rounds._results.post(shape[1], record.shape[1])
         self._settle(began)
         return True
 

@@ -25,7 +25,7 @@ from foretoken.device.trees import tree_of
 from foretoken.drafters import Proposal
 from foretoken.metrics import Metrics
 from foretoken.ops import RequestState
-from foretoken.ops._commit import upload
+from foretoken.ops._commit import Outbox, upload
 from foretoken.request import Request
 from foretoken.sampling import SamplingTable
 from foretoken.step import Shape, Step, StepViews, numbers
@@ -410,7 +410,13 @@ class DeviceRounds:
         return verdict
 
     def _issue(
-        self, step: Step, logits: Tensor | None, rows: Rows, base: Tensor, proposal: Proposal
+        self,
+        step: Step,
+        logits: Tensor | None,
+        rows: Rows,
+        base: Tensor,
+        proposal: Proposal,
+        outbox: Outbox | None = None,
     ) -> tuple[ops.Verdict, Tensor]:
         """What follows a forward on the device: the verdict, and the record that it leaves."""
         columns = step.tokens.shape[1]
@@ -456,6 +462,7 @@ class DeviceRounds:
             slots=step.slots,
             record=record,
             counters=self._metrics.device_counters,
+            outbox=outbox,
         )
         if self._drafter is not None:
             self._drafter.observe(rows, self._kept, step.lengths, verdict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,6 +139,17 @@ class RoundCounters:
         return cls(zeros(len(SUMS)), zeros(depth), zeros(nodes + 1))
 
 
+class Outbox(NamedTuple):
+    """Memory of the host that `commit` writes a round's record to: one place after the other, in turn."""
+
+    state: Tensor
+    """int32 ``[2]`` on the device, zeros at first: records written, modulo 2^32; what the kernel counts."""
+    memory: Tensor
+    """int32 ``[places, n]``, pinned where there is a device, a power of two of places. To be read behind an
+    event that follows the commit.
+    """
+
+
 def record_width(columns: int, logprobs: bool = False) -> int:
     """Columns of a record of rounds whose verdicts have ``columns`` tokens a row."""
     return _core.record_width(columns, logprobs)
@@ -152,6 +164,7 @@ def commit(
     slots: Tensor | None = None,
     record: Tensor | None = None,
     counters: RoundCounters | None = None,
+    outbox: Outbox | None = None,
 ) -> None:
     """Append what a round emitted to the texts, up to what ends them, and prepare the next round.
 
@@ -179,6 +192,8 @@ def commit(
         tokens, -1 behind the emitted ones; and, when the verdict has them, the bits of C logprobs.
     counters
         To add the round to; None: nothing is counted.
+    outbox
+        Where the record is written as well, for a host that does not copy it.
 
     Raises
     ------
@@ -197,7 +212,7 @@ def commit(
     >>> state.text[0, :4].tolist(), int(state.base), int(state.ends), int(state.next_drafts)
     ([5, 6, 7, 2], 4, 1, -1)
     """
-    if is_dynamo_compiling():
+    if is_dynamo_compiling() and outbox is None:
         from foretoken.ops import _library
 
         _library.commit(verdict, state, num_drafts, parents, slots, record, counters)
@@ -222,6 +237,7 @@ def commit(
         state.stop_ids,
         record,
         *((None, None, None) if counters is None else counter_tensors(counters)),
+        *(() if outbox is None else (outbox.state, outbox.memory.data_ptr(), *outbox.memory.shape)),
     )
 
 
