@@ -401,6 +401,11 @@ class SamplingTable:
         Whether a slot changes its logits: bias, penalties, bans.
         """
     @property
+    def filtered(self) -> bool:
+        """
+        Whether any slot has top-k, top-p or min-p.
+        """
+    @property
     def needs_history(self) -> bool:
         """
         Whether a slot asks what has been committed: penalties, bad words, minimum length.
