@@ -34,6 +34,7 @@ import loop_floor
 import loop_grid
 from bench_cuda_generate import SHAPES, random_model
 from foretoken import ops
+from foretoken.device.inputs import StepInputs, last_logits
 from foretoken.hf.runner import ModuleRunner
 from loop_parts import PROMPT, forward_alone_us, forward_us, replay_us, same_part, told, whole_round_us
 
@@ -44,7 +45,7 @@ SAME_PART = 0.5
 
 
 def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str, Any]) -> dict[str, float]:
-    """Each op of a round alone."""
+    """Each op of a round alone, and what writes inputs and keeps laws."""
     logits = torch.randn(rows, drafts + 1, vocab, device="cuda", dtype=dtype)
     tokens = torch.randint(0, vocab, (rows, drafts), device="cuda")
     base = torch.full((rows,), PROMPT, device="cuda")
@@ -56,6 +57,15 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
         state.seat(row, [7] * PROMPT, max_new_tokens=1 << 15, num_drafts=drafts)
     drawn = torch.empty(rows, dtype=torch.int64, device="cuda")
     draft_logits = logits[:, :drafts].contiguous() if drafts else None
+    inputs = StepInputs(rows, drafts, logits.device)
+    seats = torch.arange(rows, dtype=torch.int32, device="cuda")
+    reach = torch.full((rows,), PROMPT - 1, device="cuda") if drafts else None
+
+    def write() -> None:
+        inputs.write(state, seats, reach, 1 << 16)
+
+    def keep() -> None:
+        last_logits(logits[:, :1], inputs.draft_used[1], draft_logits[:, 0])
 
     def verify() -> None:
         ops.verify(
@@ -70,9 +80,11 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
         ops.sample(logits[:, 0], sampling=table, base=base, step=0, purpose="draft", out=drawn)
 
     return {
+        "inputs_us": replay_us(write, COPIES),
+        "law_us": replay_us(keep, COPIES) if drafts else 0.0,
+        "sample_us": replay_us(sample, COPIES) if drafts else 0.0,
         "verify_us": replay_us(verify, COPIES),
         "commit_us": replay_us(commit, COPIES),
-        "sample_us": replay_us(sample, COPIES) if drafts else 0.0,
     }
 
 
@@ -184,7 +196,8 @@ def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict
         if speculate:
             law = {"rule": "lossy_synthetic", "tolerance": ops.Tolerance(rates=(rate,) * drafts)}
         each = ops_us(pair.batch, drafts, pair.runner.vocab_size, dtype, law)
-        kernels = each["verify_us"] + each["commit_us"] + drafts * each["sample_us"]
+        kernels = each["inputs_us"] + each["verify_us"] + each["commit_us"]
+        kernels += drafts * (each["sample_us"] + each["law_us"])
         head = {"runner": kind, "batch": pair.batch, "drafts": drafts}
         expected: list[list[int]] = []
         for way in WAYS:

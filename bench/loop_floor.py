@@ -7,8 +7,8 @@ out; before any is told, all ways have to give the same ids, and every round all
 
 ``parts``: what a round runs, each timed alone in a graph of copies of itself, added up.
 ``replay``: the graph of whole rounds, replayed with no host in between.
-``rounds``: the same graph issued by a session that reads every round one late. Only where forwards last longer
-than the host takes, which else would be timed.
+``rounds``: the same graph issued by a session that reads every round one late. Only where forwards last
+longer than the host takes, which else would be timed.
 ``launch``: the round under a WHILE node; ``switch``: in a SWITCH node there, beside a tier that is not taken.
 """
 

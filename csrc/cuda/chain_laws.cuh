@@ -5,6 +5,7 @@
 
 #include "cuda/chain_rows.cuh"
 #include "cuda/cluster_filter.cuh"
+#include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 

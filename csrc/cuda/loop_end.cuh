@@ -8,7 +8,7 @@
 
 namespace foretoken::cuda {
 
-constexpr int kEndThreads = 256;
+constexpr int kEndThreads = 256, kWarp = 32;
 
 struct LoopHandles {
   cudaGraphConditionalHandle again = 0, tier = 0;
@@ -110,10 +110,14 @@ __device__ inline int64_t live_rows(const LoopGraphArgs& args) {
 // Behind each round: keeps its record, tells whether there is another, and of which tier.
 __global__ void __launch_bounds__(kEndThreads)
     loop_end_kernel(const __grid_constant__ LoopGraphArgs args, MappedWords mapped, LoopHandles handles) {
-  const bool first = threadIdx.x == 0;
-  const bool asked = first && *mapped.cancelled != 0;
-  const bool has_ring = mapped.ring != nullptr;
-  const uint32_t taken = first && has_ring ? static_cast<uint32_t>(mapped.ring[kRingRead]) : 0;
+  // Words of the host are far away: others fetch them while the first warps work.
+  __shared__ bool asked;
+  __shared__ uint32_t taken;
+  const bool first = threadIdx.x == 0, has_ring = mapped.ring != nullptr;
+  if (threadIdx.x == kEndThreads - 1) asked = *mapped.cancelled != 0;
+  if (threadIdx.x == kEndThreads - 1 - kWarp) {
+    taken = has_ring ? static_cast<uint32_t>(mapped.ring[kRingRead]) : 0;
+  }
   const int64_t round = read_index(args.progress, kLoopRounds);
   const int32_t tier = args.tier_count > 1 ? static_cast<int32_t>(read_index(args.progress, kLoopTier)) : 0;
   const uint32_t written = static_cast<uint32_t>(read_index(args.progress, kLoopWritten));
@@ -124,7 +128,8 @@ __global__ void __launch_bounds__(kEndThreads)
     if (args.tier_count > 1) note_acceptance(args, record);
   }
   if (has_ring) __threadfence_system();  // each thread's part of the entry is there before it is announced
-  const int64_t live = live_rows(args);  // and every thread has read what the first is going to write
+  const int64_t live = live_rows(args);
+  __syncthreads();  // every thread has read what the first is going to write, which knows the host's words
   if (first) {
     LoopEnd end = LoopEnd::none;
     if (live == 0) {
