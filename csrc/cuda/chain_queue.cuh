@@ -22,7 +22,11 @@ class ChainQueue {
                    static_cast<uint32_t>(args.tiles_an_item)) {}
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) shared_.first_item = take_ticket(&args_.counters->next_item, kWarps);
+    if (threadIdx.x == 0) {
+      shared_.batch = 0;
+      shared_.looks_out = shared_.all_settled = 0;
+      shared_.first_item = take_ticket(&args_.counters->next_item.value, kWarps);
+    }
     __syncthreads();
     const uint32_t item = shared_.first_item + threadIdx.x / kWarpSize;
     read(item < num_items() ? tile_of(item) : Tile{});
@@ -96,7 +100,7 @@ class ChainQueue {
 
    private:
     __device__ __forceinline__ void ask() {
-      if (lane_id() == 0) next_ = take_ticket(&counters_->next_item);
+      if (lane_id() == 0) next_ = take_ticket(&counters_->next_item.value);
     }
 
     QueueCounters* const counters_;
@@ -215,21 +219,60 @@ class ChainQueue {
 
   // Tiles of tasks, as they come, until all requests are settled.
   __device__ __forceinline__ void work_off_tasks() {
-    const uint32_t num_requests = static_cast<uint32_t>(args_.num_requests);
-    while (true) {
-      uint32_t ticket = 0;
-      if (lane_id() == 0) ticket = take_ticket(&args_.counters->next_chunk);
-      ticket = __shfl_sync(kAllLanes, ticket, 0);
-      const uint32_t task = ticket / tiles_, index = ticket % tiles_;
-      const bool possible = task < num_requests * kMostTasks;
 #pragma unroll 1
-      while (!possible || look_at(&task_ready(args_, task)) == 0) {
-        if (look_at(&args_.counters->num_settled) == num_requests) return;
-        pause();
-      }
-      __syncwarp();
-      sum_tile(task, index);
+    while (true) {
+      QueueBatch taken{};
+      bool any = false;
+      if (lane_id() == 0) any = take_tile(taken);
+      if (!__shfl_sync(kAllLanes, any, 0)) return;
+      const uint32_t task = __shfl_sync(kAllLanes, taken.task, 0);
+      sum_tile(task, __shfl_sync(kAllLanes, static_cast<uint32_t>(taken.next), 0));
     }
+  }
+
+  // One warp of a block looks out for the next tiles; a number that all blocks' warps looked at would keep
+  // those who work from memory. By one lane; false: there will be none.
+  __device__ __forceinline__ bool take_tile(QueueBatch& taken) {
+    volatile unsigned long long* const batch = &shared_.batch;
+#pragma unroll 1
+    while (true) {
+      const unsigned long long seen = *batch;
+      taken = {static_cast<uint32_t>(seen >> 32), static_cast<uint16_t>(seen >> 16),
+               static_cast<uint16_t>(seen)};
+      if (taken.next < taken.end) {
+        if (atomicCAS(&shared_.batch, seen, seen + (1u << 16)) != seen) continue;
+        __threadfence_block();
+        return true;
+      }
+      if (*static_cast<volatile uint32_t*>(&shared_.all_settled) != 0) return false;
+      if (atomicCAS(&shared_.looks_out, 0u, 1u) != 0) {
+        pause();
+        continue;
+      }
+      if (*batch == seen) look_out();
+      __threadfence_block();
+      atomicExch(&shared_.looks_out, 0u);
+    }
+  }
+
+  __device__ __forceinline__ void look_out() {
+    const uint32_t num_requests = static_cast<uint32_t>(args_.num_requests);
+    const uint32_t batches = (tiles_ + kWarps - 1) / kWarps;
+    const uint32_t number = take_ticket(&args_.counters->next_batch.value);
+    const uint32_t task = number / batches, next = number % batches * kWarps;
+    const bool possible = task < num_requests * kMostTasks;
+#pragma unroll 1
+    while (!possible || look_at(&task_ready(args_, task)) == 0) {
+      if (look_at(&args_.counters->num_settled.value) == num_requests) {
+        *static_cast<volatile uint32_t*>(&shared_.all_settled) = 1;
+        return;
+      }
+      pause();
+    }
+    fence();
+    const uint32_t end = next + kWarps < tiles_ ? next + kWarps : tiles_;
+    const unsigned long long found = static_cast<unsigned long long>(task) << 32 | next << 16 | end;
+    *static_cast<volatile unsigned long long*>(&shared_.batch) = found;
   }
 
   __device__ __forceinline__ void sum_tile(uint32_t number, uint32_t index) {
@@ -258,13 +301,15 @@ class ChainQueue {
   __device__ __forceinline__ void leave() {
     __syncthreads();
     QueueCounters& counters = *args_.counters;
-    if (threadIdx.x == 0) shared_.is_last = add_in_order(&counters.num_left, 1u) == gridDim.x - 1;
+    if (threadIdx.x == 0) shared_.is_last = add_in_order(&counters.num_left.value, 1u) == gridDim.x - 1;
     __syncthreads();
     if (!shared_.is_last) return;
-    for (uint32_t task = threadIdx.x; task < counters.num_tasks; task += kThreads)
+    for (uint32_t task = threadIdx.x; task < counters.num_tasks.value; task += kThreads)
       task_ready(args_, task) = 0;
     __syncthreads();
-    if (threadIdx.x == 0) counters = {};
+    if (threadIdx.x != 0) return;
+    counters.next_item.value = counters.next_batch.value = counters.num_tasks.value = 0;
+    counters.num_settled.value = counters.num_left.value = 0;
   }
 
   const QueueArgs& args_;

@@ -35,9 +35,10 @@ __device__ inline void raise(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
+// A fence behind it tells what was written before.
 __device__ inline uint32_t look_at(const uint32_t* number) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
   return value;
 }
 

@@ -201,7 +201,7 @@ class QueueSettler : ChainWalk<QueueRows<kType>> {
       step.summed = false;
     }
     if (lane_id() != 0) return;
-    const uint32_t number = take_ticket(&queue_.counters->num_tasks);
+    const uint32_t number = take_ticket(&queue_.counters->num_tasks.value);
     queue_.tasks[number] = {step, static_cast<uint32_t>(b_), this->candidates_, whole};
     raise(&task_ready(queue_, number));
   }
@@ -215,7 +215,7 @@ class QueueSettler : ChainWalk<QueueRows<kType>> {
       this->write_output(lane, last, closing, status, emitted);
     }
     __syncwarp();
-    if (lane == 0) take_ticket(&queue_.counters->num_settled);
+    if (lane == 0) take_ticket(&queue_.counters->num_settled.value);
   }
 
   // A token of the masses that a task left or, not kExact, of those that follow from the row's statistics if

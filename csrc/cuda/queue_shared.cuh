@@ -30,12 +30,16 @@ struct alignas(16) QueueTask {
 
 constexpr int32_t kNoTask = -1;
 
+// Each by itself, as all blocks ask for them.
 struct QueueCounters {
-  uint32_t next_item;   // that no warp has taken: tiles of a row
-  uint32_t next_chunk;  // ... a tile of a task
-  uint32_t num_tasks;
-  uint32_t num_settled;  // requests
-  uint32_t num_left;     // blocks that have nothing more to do
+  struct Number {
+    uint32_t value, room[31];
+  };
+  Number next_item;    // that no warp has taken: tiles of a row
+  Number next_batch;   // that no block has taken: tiles of a task
+  Number num_tasks;    //
+  Number num_settled;  // requests
+  Number num_left;     // blocks that have nothing more to do
 };
 
 // Whatever a walk goes through: a candidate a node, the closing row, and that row once more.
@@ -61,9 +65,18 @@ struct QueueArgs {
   int32_t tiles_an_item;
 };
 
+// Tiles of a task that the warps of a block may take: in one word, so that they can be taken in one go.
+struct QueueBatch {
+  uint32_t task;
+  uint16_t next, end;
+};
+
 struct QueueShared {
   uint32_t first_item;
   uint32_t is_last;
+  unsigned long long batch;  // a QueueBatch
+  uint32_t looks_out;        // some warp does, for the next batch
+  uint32_t all_settled;
   QueueWarp warps[kWarps];
   __device__ QueueHeader* headers() { return reinterpret_cast<QueueHeader*>(this + 1); }  // [B]
 };
