@@ -195,8 +195,8 @@ def test_a_step_that_finds_no_pages_writes_nothing_and_stays_planned(target: Any
     runner = ModuleRunner(target, max_batch=2, max_length=40, cache=Pages(4, 7))
     session = Session(max_batch=2, vocab_size=VOCAB, max_length=40)
     texts = [
-        session.admit(range(5, 5 + count), ft.Sampling(temperature=0.0), max_new_tokens=16)
-        for count in (9, 12)
+        session.admit(range(first, last), ft.Sampling(temperature=0.0), max_new_tokens=16)
+        for first, last in ((5, 14), (6, 18))
     ]
     pages, step = pages_of(runner), session.plan()
     while sum(-(-len(session.tokens(text)) // 4) for text in texts) <= 7:
@@ -253,6 +253,62 @@ def test_a_call_that_breaks_off_leaves_no_pages_taken(target: Any) -> None:
         target.generate(ids[:1], max_new_tokens=5, do_sample=False, pad_token_id=PAD)
         assert attached._runners._idle["target"][1] is runner
         assert pages_of(runner).free_pages == 13 - 4
+
+
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
+@pytest.mark.parametrize(("size", "chunk"), [(4, None), (5, 7), (16, 9)])
+def test_samples_of_a_prompt_compute_and_keep_it_once(
+    way: str, target: Any, draft: Any, size: int, chunk: int | None
+) -> None:
+    """Drawn texts are those of slots; the prompt is run through both models once, and there once."""
+    ids, samples = hf_toys.prompts(1, 42), 5
+    options = {"max_new_tokens": 8, "pad_token_id": PAD, "drafter": draft, "num_return_sequences": samples}
+    options |= DRAWN | {"prefill_chunk_size": chunk}
+    expected = ft.generate(target, ids, **options)
+    most, fed = [], []
+    prepare = SessionPages.prepare
+
+    def noting(pages: SessionPages, step: Any) -> Any:
+        rest = prepare(pages, step)
+        most.append(pages.num_pages - pages.free_pages)
+        if step.kind == "prefill" and rest is not None and step.requests:
+            fed.append(int(rest.num_tokens.sum()))
+        return rest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SessionPages, "prepare", noting)
+        assert torch.equal(ft.generate(target, ids, cache=Pages(size), **options), expected)
+    alone = -(-50 // size)
+    shared = (42 - 2) // size
+    assert max(most) <= samples * (alone + 1 - shared) + shared
+    assert 2 * 40 <= sum(fed) <= 2 * (41 + (samples - 1) * (41 - shared * size))
+
+
+@pytest.mark.parametrize("way", WAYS[:2], indirect=True)
+def test_prompts_that_begin_alike(way: str, target: Any, draft: Any) -> None:
+    """Rows of a batch, and in a loop of one's own requests that come later, when the first has ended."""
+    ids = hf_toys.prompts(1, 30).repeat(3, 1)
+    ids[1, 20:], ids[2, 9:] = ids[1, 20:].flip(0), ids[2, 9:].flip(0)
+    options = {"max_new_tokens": 10, "pad_token_id": PAD, "drafter": draft, "prefill_chunk_size": 8} | GREEDY
+    expected = ft.generate(target, ids, **options)
+    assert torch.equal(ft.generate(target, ids, cache=Pages(4), **options), expected)
+    if way != WAYS[0]:
+        return
+    runner = ModuleRunner(target, max_batch=1, max_length=48, cache=Pages(4))
+    session = Session(max_batch=1, vocab_size=VOCAB, max_length=48)
+    fed = []
+    for row in range(3):
+        request = session.admit(ids[row].tolist(), ft.Sampling(temperature=0.0), max_new_tokens=10)
+        columns = []
+        handle = target.register_forward_pre_hook(
+            lambda module, args, given, seen=columns: seen.append(given["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        decode(session, runner)
+        handle.remove()
+        fed.append(sum(columns) - 10)  # one for each token of the text
+        assert session.generated(request) == expected[row, 30:].tolist()
+    assert fed == [29, 29 - 20, 29 - 8]
 
 
 @pytest.mark.long

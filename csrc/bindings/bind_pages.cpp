@@ -78,12 +78,12 @@ void reserve(Pages& pages, const Numbers& slots, const Numbers& counts) {
   pages.table.reserve(slots.data(), counts.data(), static_cast<int64_t>(slots.size()));
 }
 
-void hold(Pages& pages, const Numbers& slots, const Numbers& ends) {
+void hold(Pages& pages, const Numbers& slots, const Numbers& ends, const std::vector<Numbers>& shared) {
   if (slots.size() != ends.size()) {
     throw py::value_error("ends: expected one number for each of " + std::to_string(slots.size()) +
                           " slots, got " + std::to_string(ends.size()));
   }
-  pages.table.hold(slots.data(), ends.data(), static_cast<int64_t>(slots.size()));
+  pages.table.hold(slots.data(), ends.data(), static_cast<int64_t>(slots.size()), shared);
 }
 
 void settle(Pages& pages, py::handle record) {
@@ -218,7 +218,12 @@ void register_pages(py::module_& module) {
       .def("bind", &bind, py::arg("block_table"), py::arg("lengths"), py::arg("counts"), py::arg("row_slots"),
            py::arg("record"), py::arg("status"))
       .def("reserve", &reserve, py::arg("slots"), py::arg("counts"))
-      .def("hold", &hold, py::arg("slots"), py::arg("ends"))
+      .def("hold", &hold, py::arg("slots"), py::arg("ends"), py::arg("shared") = std::vector<Numbers>())
+      .def(
+          "keep", [](Pages& pages, int32_t page) { pages.table.keep(page); }, py::arg("page"))
+      .def(
+          "content", [](const Pages& pages, int32_t page) { return pages.table.content(page); },
+          py::arg("page"))
       .def("resize", &resize, py::arg("counts"))
       .def("keep_apart", &keep_apart, py::arg("first"), py::arg("kept"), py::arg("path"),
            py::arg("num_accepted"), py::arg("apart"), py::arg("reached"), py::arg("status"))

@@ -90,6 +90,8 @@ void bind_table(py::module_& module) {
           "Whether a slot asks what has been committed: penalties, bad words, minimum length.")
       .def_property_readonly("constrained", &SamplingTable::constrained,
                              "Whether a slot changes its logits: bias, penalties, bans.")
+      .def_property_readonly("filtered", &SamplingTable::filtered,
+                             "Whether any slot has top-k, top-p or min-p.")
       .def("bring_to", &bring_to, py::arg("tensor"),
            "Write what has changed to the device of a tensor, as the next op there would: for captured "
            "graphs.")

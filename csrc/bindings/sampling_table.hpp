@@ -40,6 +40,7 @@ class SamplingTable {
   }
 
   bool constrained() const { return constrained_ > 0; }
+  bool filtered() const { return filtered_ > 0; }  // top-k, top-p or min-p
 
   SamplingView view() const {
     return {temperature_.data(),

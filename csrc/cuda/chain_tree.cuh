@@ -18,7 +18,7 @@ class TreeVerifier : ChainDraw<kType, true> {
   __device__ __forceinline__ void run() {
     RowTiles tiles = first_tiles();
     RawTile<kType> raw;
-    if (tiles.any()) this->load(tiles, raw);
+    if (tiles.any()) this->load(tiles.row(), tiles.index(), raw);
     const Proposed proposed = read_proposal();
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
@@ -170,7 +170,7 @@ class TreeVerifier : ChainDraw<kType, true> {
       if (!tree_.unread) continue;
       RowTiles tiles = next_tiles();
       RawTile<kType> raw;
-      if (tiles.any()) this->load(tiles, raw);
+      if (tiles.any()) this->load(tiles.row(), tiles.index(), raw);
       this->stream(raw, tiles);
       cluster_sync();
     }

@@ -19,8 +19,6 @@ __global__ void __launch_bounds__(kThreads, 2) resident_kernel(const __grid_cons
 #endif
 }
 
-constexpr int64_t kMostShared = 227 << 10;  // of a block, from sm_90 on
-
 int64_t most_own(int64_t tiles, int cluster) { return (tiles + cluster - 1) / cluster; }
 
 int64_t tiles_in(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
@@ -33,11 +31,16 @@ struct ResidentRoom {
 template <auto kKernel>
 ResidentRoom find_resident_room(int64_t tiles, int64_t element_bytes, Device device) {
   const DeviceLimits limits = limits_of(device);
-  allow(reinterpret_cast<const void*>(kKernel), kMostShared);
+  const void* const kernel = reinterpret_cast<const void*>(kKernel);
   ResidentRoom room;
+  if (!limits.has_clusters || !waits_by_itself(kernel, device)) return room;  // it has no code there
+  int most_shared = 0;
+  throw_if_failed(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index),
+                  "device attributes");
+  allow(kernel, static_cast<size_t>(most_shared));
   for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
     const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), element_bytes);
-    if (shared > kMostShared) continue;
+    if (shared > most_shared) continue;
     if (cluster == 1) {
       int blocks = 0;
       throw_if_failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads,
@@ -77,7 +80,7 @@ int find_cluster(const ResidentRoom& room, int64_t rows, int64_t tiles, int mult
   return best;
 }
 
-// Asked for by the launches of a shape that comes again and again.
+// By shape, as the same ones come again and again; 0: none of any size holds a row.
 template <auto kKernel>
 int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device device) {
   struct Kept {
@@ -96,21 +99,17 @@ int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device devic
 
 }  // namespace
 
-bool keeps_rows(DType dtype, int64_t vocab, Device device) {
-  const int64_t tiles = tiles_in(vocab);
-  return limits_of(device).has_clusters &&
-         resident_bytes(tiles, most_own(tiles, 8), bytes_of(dtype)) <= kMostShared;
-}
-
-void launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream) {
+bool launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream) {
   const int64_t of_request = args.draft.data != nullptr ? 2 * args.most_drafts + 1 : args.most_drafts + 1;
   const int64_t rows = requests * of_request, tiles = tiles_in(args.vocab), bytes = bytes_of(dtype);
   const auto launch = [&](auto type) {
     constexpr auto kKernel = resident_kernel<decltype(type)::value>;
     const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);
+    if (cluster == 0) return false;
     const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), bytes);
     launch_clusters(kKernel, rows, cluster, static_cast<size_t>(shared), stream, args,
                     overlaps<kKernel>(device));
+    return true;
   };
   switch (dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});

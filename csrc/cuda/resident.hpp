@@ -5,11 +5,9 @@
 
 namespace foretoken::cuda {
 
-// Whether launch_resident() can serve rows of so many elements on that device.
-bool keeps_rows(DType dtype, int64_t vocab, Device device);
-
 // For verification: the records and statistics of all rows that `args` asks for, into args.laws and
-// args.stats, filtered or not. For sampling: everything.
-void launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream);
+// args.stats, filtered or not. For sampling: everything. False: the device cannot keep such rows, and nothing
+// is launched.
+bool launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream);
 
 }  // namespace foretoken::cuda

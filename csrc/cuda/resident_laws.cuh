@@ -26,17 +26,30 @@ class ResidentLaws : ResidentGuess<kType> {
     this->clear_bins();
     cluster_wait();  // nobody's memory is written before everybody runs
     TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
-    this->leave_stats(reading_, out);
-    cluster_sync();
-    RowLaw law = law_of_stats();
-    const bool weighs = law.usable && law.kind == LawKind::logits;
-    const bool filtered = weighs && filters_.any(vocab_);
-    if (filtered || (weighs && args_.samples)) {
-      find_cut(law);
-      if (args_.samples) this->add_list_to_tiles(law);
-      leave_masses(law, filtered, out);
+    // Of what top-k leaves everything is counted anew.
+    bool summed = reading_.kind == LawKind::point || !filters_.cuts_count(vocab_);
+    RowLaw law;
+    bool weighs, filtered;
+    while (true) {
+      RowReading reading = reading_;
+      if (!summed) reading.kind = LawKind::point;
+      this->leave_stats(reading, out);
       cluster_sync();
-      if (filtered) law.mass = this->told();
+      law = law_of_stats(summed);
+      weighs = law.usable && law.kind == LawKind::logits;
+      filtered = weighs && filters_.any(vocab_);
+      if (!filtered && !(weighs && args_.samples)) break;
+      if (find_cut(law, summed)) {
+        if (args_.samples) this->add_list_to_tiles(law);
+        leave_masses(law, filtered, out);
+        cluster_sync();
+        if (filtered) law.mass = this->told();
+        break;
+      }
+      summed = true;
+      cluster_sync();
+      this->clear_bins();
+      this->marked_from_ = infinity();
     }
     if (rank_ != 0) return;
     if (!weighs && warp_ == 0) {
@@ -100,7 +113,7 @@ class ResidentLaws : ResidentGuess<kType> {
   }
 
   // law_of() of cuda/chain_rows.cuh, in every block; of one that is not drawn from, `top` is left out.
-  __device__ __forceinline__ RowLaw law_of_stats() {
+  __device__ __forceinline__ RowLaw law_of_stats(bool summed) {
     float high = -infinity();
     bool regular = true;
     for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
@@ -117,6 +130,7 @@ class ResidentLaws : ResidentGuess<kType> {
     law.max = high_;
     law.scale = reading_.scale;
     law.cut = reading_.floor_below(high_);
+    if (!summed) return law;
     uint64_t mass = 0;
     for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
       mass += mass_of_stats(stats_[index], law);
@@ -126,8 +140,8 @@ class ResidentLaws : ResidentGuess<kType> {
   }
 
   // Sets law.cut, and for sampling masses_ to what lies above all that is listed. First top-k, then top-p,
-  // then what sampling wants to know.
-  __device__ __forceinline__ void find_cut(RowLaw& law) {
+  // then what sampling wants to know. False: the sums of tiles are wanted, which have not been `summed`.
+  __device__ __forceinline__ bool find_cut(RowLaw& law, bool summed) {
     const float floor = law.cut, nothing = infinity();
     const bool cuts_count = filters_.cuts_count(vocab_);
     float cut = -nothing;
@@ -148,7 +162,7 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
-        if (stage == 1 && cuts_count) {  // fewer elements than top-k asks for have a weight at all
+        if (stage == 1 && cuts_count) {  // top-k has found too few elements
           cluster_sync();
           this->clear_bins();
         }
@@ -172,7 +186,9 @@ class ResidentLaws : ResidentGuess<kType> {
       }
       cut = fmaxf(cut, threshold(whole, in_number, need, guesses && collects, window, found, listed));
       listed = listed && cut >= held.low;
+      if (!summed && !(cut > floor)) return false;
     }
+    return true;
   }
 
   // Where the measure is reached: among what is listed if it is there, in the row otherwise.

@@ -93,13 +93,14 @@ __device__ __forceinline__ TileStats stats_of_logits(const RawTile<kType>& raw, 
 }
 
 template <DType kType>
-__device__ __forceinline__ TileStats stats_of_greedy(const RawTile<kType>& raw) {
+__device__ __forceinline__ TileStats stats_of_greedy(const RawTile<kType>& raw, float& lane_max) {
   LaneTile tile;
   raw.unpack(tile);
   float high = tile.x[0];
 #pragma unroll
   for (int i = 1; i < 32; ++i) high = max_or_nan(high, tile.x[i]);
   if (__any_sync(kAllLanes, high != high)) return {0.0f, kAgain};
+  lane_max = high;
   return {max_of_warp(high), 0.0f};
 }
 
@@ -176,8 +177,8 @@ __device__ __forceinline__ bool read_whole_tiles(const Wave& wave, uint32_t work
     if (reads_whole({row.data, kType, size}, index) && reading.kind != LawKind::probs) {
       RawTile<kType> raw;
       raw.load(row.data, index);
-      stats =
-          reading.kind == LawKind::logits ? stats_of_logits(raw, reading, lane_max) : stats_of_greedy(raw);
+      stats = reading.kind == LawKind::logits ? stats_of_logits(raw, reading, lane_max)
+                                              : stats_of_greedy(raw, lane_max);
     }
     again = again || stats.sum == kAgain;
     if (lane_id() == 0) row.stats[index] = stats;

@@ -69,7 +69,7 @@ template <DType kType>
 __device__ __forceinline__ TileStats stats_of_tile(RawTile<kType>& raw, const RowReading& reading,
                                                    float& lane_max) {
   if (reading.kind == LawKind::point) {
-    const TileStats stats = stats_of_greedy(raw);
+    const TileStats stats = stats_of_greedy(raw, lane_max);
     if (stats.sum != kAgain) return stats;
   }
   float high, low;

@@ -66,7 +66,7 @@ bool takes_chains(const VerifyArgs& args) {
          args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
 }
 
-void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
   ChainArgs chain = chain_args_of(args, scratch);
   chain.target = rows_of(args.target_logits);
   const bool reads_laws =
@@ -74,14 +74,21 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   if (reads_laws) chain.draft = rows_of(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
+  return chain;
+}
+
+void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+  ChainArgs chain = chain_of(args, scratch);
   const DType dtype = args.target_logits.dtype;
   const int64_t requests = args.draft_tokens.shape[0];
+  const bool reads_laws = chain.draft.data != nullptr;
   const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
-  // Filters that come when this has been captured without any are found by the chains' kernel.
-  if (filtered && chain.given == nullptr && keeps_rows(dtype, chain.vocab, device)) {
-    launch_resident(dtype, chain, requests, device, stream);
-    chain.prepared = true;
+  if (!filtered && takes_queue(requests, device)) {
+    return verify_queued(chain, requests, dtype, scratch.queue, device, stream);
   }
+  // Filters that come when this has been captured without any are found by the chains' kernel.
+  chain.prepared =
+      filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
   launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
 }
 
@@ -91,11 +98,12 @@ bool takes_drawn_trees(const VerifyArgs& args) {
   const bool alike = draft && draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
                      draft.shape[1] >= 1 && draft.shape[1] <= nodes && nodes <= kMostTreeNodes;
   const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal;
+  const bool drawn = args.draw == Draw::iid || args.draw == Draw::without_replacement;
   const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
                      !args.bitmask && !args.target_constrained && !args.draft_constrained;
   const bool asked =
       args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
-  return alike && rule && plain && !asked && args.draw == Draw::iid && args.tokens.shape[1] <= kThreads;
+  return alike && rule && plain && !asked && drawn && args.tokens.shape[1] <= kThreads;
 }
 
 void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
@@ -106,6 +114,7 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   tree.aligned = aligned(args.target_logits) && aligned(args.draft_logits);
   tree.law_rows = static_cast<int32_t>(args.draft_logits.shape[1]);
   tree.draft_rows = numbers_of(args.draft_row);
+  tree.without_replacement = args.draw == Draw::without_replacement;
   tree.parents = numbers_of(args.parents);
   tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
   tree.path_rows = numbers_of(args.path_rows);
@@ -137,10 +146,9 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[0] = args.records.strides[0];
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
-  if (chain.sampling.filtered && keeps_rows(args.logits.dtype, chain.vocab, device)) {
-    return launch_resident(args.logits.dtype, chain, args.logits.shape[0], device, stream);
-  }
-  launch_chains(args.logits.dtype, chain, args.logits.shape[0], 1, sizeof(RowScratch), device, stream);
+  const int64_t rows = args.logits.shape[0];
+  if (chain.sampling.filtered && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
+  launch_chains(args.logits.dtype, chain, rows, 1, sizeof(RowScratch), device, stream);
 }
 
 }  // namespace foretoken::cuda

@@ -7,6 +7,8 @@ namespace foretoken::loop {
 
 namespace {
 
+using Shared = std::vector<int32_t>;
+
 constexpr int64_t kMostPageSize = 256;
 constexpr int64_t kMostNumber = INT32_MAX;
 
@@ -163,8 +165,51 @@ void PageTable::resize(const int32_t* counts, int64_t rows) {
   for (const int32_t slot : slots) return_pages(slot);
 }
 
-void PageTable::hold(const int32_t* slots, const int32_t* ends, int64_t rows) {
+int32_t PageTable::checked_page(int32_t page) const {
+  check_size("page", page, 0, config_.pages - 1);
+  return page;
+}
+
+void PageTable::keep(int32_t page) { allocator_.keep(checked_page(page)); }
+
+void PageTable::check_shared(const std::vector<std::vector<int32_t>>& shared, int64_t rows) const {
+  if (shared.empty()) return;
+  if (static_cast<int64_t>(shared.size()) != rows) {
+    throw std::invalid_argument(expected("shared", "pages of " + std::to_string(rows) + " rows",
+                                         static_cast<int64_t>(shared.size())));
+  }
+  for (size_t b = 0; b < shared.size(); ++b) {
+    for (const int32_t page : shared[b]) {
+      check_size("shared", page, -static_cast<int64_t>(b), config_.pages - 1);
+    }
+  }
+}
+
+// Free pages that the round takes although it does not need their space. Each counts once.
+int64_t PageTable::revived(const std::vector<std::vector<int32_t>>& shared) {
+  int64_t count = 0;
+  const auto walk = [&](auto visit) {
+    for (const std::vector<int32_t>& pages : shared) {
+      for (const int32_t page : pages) {
+        if (page >= 0 && allocator_.users(page) == 0) visit(leaving_[static_cast<size_t>(page)]);
+      }
+    }
+  };
+  walk([&](int32_t& seen) { count += seen++ == 0; });
+  walk([](int32_t& seen) { seen = 0; });
+  return count;
+}
+
+void PageTable::add_page(int32_t number, int32_t page) {
+  Slot& slot = slots_[static_cast<size_t>(number)];
+  slot.pages.push_back(page);
+  edit(number, static_cast<int64_t>(slot.pages.size()) - 1, page);
+}
+
+void PageTable::hold(const int32_t* slots, const int32_t* ends, int64_t rows,
+                     const std::vector<std::vector<int32_t>>& shared) {
   if (open_ || !closed_.empty()) throw std::logic_error("hold: a round of reserve() is under way");
+  check_shared(shared, rows);
   ++number_;
   for (int64_t b = 0; b < rows; ++b) {
     at(slots[b]);
@@ -177,15 +222,31 @@ void PageTable::hold(const int32_t* slots, const int32_t* ends, int64_t rows) {
     const int64_t held = static_cast<int64_t>(slot.pages.size()), wanted = columns_for(ends[b]);
     slot.low = slot.high = std::min<int64_t>(ends[b], held * config_.page_size);
     return_pages(slots[b]);
-    needed += std::max<int64_t>(wanted - held, 0);
+    const int64_t lent = shared.empty() ? 0 : static_cast<int64_t>(shared[static_cast<size_t>(b)].size());
+    if (lent > 0) check_size("shared", lent, 0, std::max<int64_t>(wanted - held, 0));
+    needed += std::max<int64_t>(wanted - held - lent, 0);
   }
-  check_free(needed);
+  check_free(needed + revived(shared));
+  // Before any page is taken: what comes back to life must not go to somebody else.
+  for (size_t b = 0; b < shared.size(); ++b) {
+    for (const int32_t page : shared[b]) {
+      if (page < 0) break;
+      allocator_.users(page) == 0 ? allocator_.revive(page) : allocator_.share(page);
+      add_page(slots[b], page);
+    }
+  }
   for (int64_t b = 0; b < rows; ++b) {
     Slot& slot = slots_[static_cast<size_t>(slots[b])];
     slot.low = slot.high = ends[b];
+    for (const int32_t source : shared.empty() ? Shared() : shared[static_cast<size_t>(b)]) {
+      if (source >= 0) continue;
+      const Slot& from = slots_[static_cast<size_t>(slots[-1 - source])];
+      const int32_t page = from.pages.at(slot.pages.size());
+      allocator_.share(page);
+      add_page(slots[b], page);
+    }
     while (static_cast<int64_t>(slot.pages.size()) < columns_for(ends[b])) {
-      slot.pages.push_back(allocator_.take());
-      edit(slots[b], static_cast<int64_t>(slot.pages.size()) - 1, slot.pages.back());
+      add_page(slots[b], allocator_.take());
     }
   }
 }
@@ -286,12 +347,20 @@ void PageTable::fork(int64_t source, int64_t target, int64_t length) {
   slots_[static_cast<size_t>(target)] = std::move(made);
 }
 
+// Of pages that are kept, the first are to go last: without them the others are of no use.
+void PageTable::drop_all(const std::vector<int32_t>& pages) {
+  for (const int32_t page : pages) {
+    if (page != kNoPage && !allocator_.kept(page)) allocator_.drop(page);
+  }
+  for (auto page = pages.rbegin(); page != pages.rend(); ++page) {
+    if (*page != kNoPage && allocator_.kept(*page)) allocator_.drop(*page);
+  }
+}
+
 void PageTable::free(int64_t number) {
   at(number);
   Slot& slot = slots_[static_cast<size_t>(number)];
-  for (const int32_t page : slot.pages) {
-    if (page != kNoPage) allocator_.drop(page);
-  }
+  drop_all(slot.pages);
   Slot empty;
   empty.tenancy = slot.tenancy + 1;
   slot = std::move(empty);

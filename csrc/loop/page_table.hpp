@@ -41,8 +41,14 @@ class PageTable {
   // The open round has so many rows of each slot instead, more or fewer; the first ones are the same.
   void resize(const int32_t* counts, int64_t rows);
   // For an owner that counts rows itself and opens no rounds: so many rows of each slot have pages, and what
-  // is behind them goes back, that also where OutOfPages is thrown.
-  void hold(const int32_t* slots, const int32_t* ends, int64_t rows);
+  // is behind them goes back, that also where OutOfPages is thrown. The first of a row's new columns get the
+  // pages of `shared[b]`, which may have come back since keep(), or where that is negative, -1 - r, the page
+  // of that column of row r in front of it.
+  void hold(const int32_t* slots, const int32_t* ends, int64_t rows,
+            const std::vector<std::vector<int32_t>>& shared = {});
+  // What the page holds may be wanted again when nobody has it any more: until another content() it is there.
+  void keep(int32_t page);
+  int64_t content(int32_t page) const { return allocator_.content(checked_page(page)); }
   void close();
   void cancel();                                   // the open round, as if nothing had been reserved
   void settle(const int32_t* kept, int64_t rows);  // of the oldest closed round; -1 counts as 0
@@ -83,6 +89,11 @@ class PageTable {
   const Slot& at(int64_t slot) const;
   void note_once(int32_t slot);
   void check_free(int64_t needed) const;
+  void check_shared(const std::vector<std::vector<int32_t>>& shared, int64_t rows) const;
+  int64_t revived(const std::vector<std::vector<int32_t>>& shared);
+  int32_t checked_page(int32_t page) const;
+  void add_page(int32_t slot, int32_t page);
+  void drop_all(const std::vector<int32_t>& pages);
   void check_round(const int32_t* slots, const int32_t* counts, int64_t rows);
   int64_t pages_needed(const int32_t* slots, const int32_t* counts, int64_t rows);
   void take_pages(const int32_t* slots, const int32_t* counts, int64_t rows);

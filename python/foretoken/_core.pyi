@@ -226,11 +226,15 @@ class PageTable:
         ...
     def commit(self, kept: typing.Any, blocked: typing.Any, settles: bool) -> None:
         ...
+    def content(self, page: typing.SupportsInt | typing.SupportsIndex) -> int:
+        ...
     def fork(self, source: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, length: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def free(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
-    def hold(self, slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], ends: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+    def hold(self, slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], ends: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], shared: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] = []) -> None:
+        ...
+    def keep(self, page: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def keep_apart(self, first: typing.SupportsInt | typing.SupportsIndex, kept: typing.Any, path: typing.Any, num_accepted: typing.Any, apart: typing.Any, reached: typing.Any, status: typing.Any) -> None:
         ...
@@ -395,6 +399,11 @@ class SamplingTable:
     def constrained(self) -> bool:
         """
         Whether a slot changes its logits: bias, penalties, bans.
+        """
+    @property
+    def filtered(self) -> bool:
+        """
+        Whether any slot has top-k, top-p or min-p.
         """
     @property
     def needs_history(self) -> bool:

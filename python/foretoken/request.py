@@ -90,6 +90,12 @@ class Request:
         return None if slot < 0 else slot
 
     @property
+    def prompt(self) -> list[int]:
+        """Ids of its prompt."""
+        tokens: list[int] = self._native.tokens(self.id, 0)
+        return tokens[: self.prompt_length]
+
+    @property
     def num_generated(self) -> int:
         """Tokens emitted so far."""
         return int(self._native.state(self.id)[4])

@@ -94,6 +94,8 @@ class Step:
     """int64 ``[B]`` on the host, of a step on a device: row b surely ends so many rows before
     ``max_length_after``. None: nobody knows. Good until the next step is planned.
     """
+    known_lengths: Sequence[int] = ()
+    """``lengths`` as the host knows them, of a prefill step that is on a device."""
     provisional: bool = False
     """A later step may begin before this one's ``lengths``: of a draft model, all steps of a proposal but the
     first, as what they feed are drafts. What cannot go back that far has to keep where it stood before.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foretoken import _core, ops
+from foretoken.cache.prefixes import PrefixPages
 from foretoken.ops import CachePlan
 from foretoken.ops._cache import Layout
 from foretoken.step import Step
@@ -34,6 +35,9 @@ class SessionPages:
         ``max_batch`` of the session, and rows of a slot.
     layout
         ``"HND"`` for caches ``[pages, Hk, page_size, D]``.
+    share_prefixes
+        Prompts that begin alike share the full pages of their beginning, also with requests that have ended
+        until somebody needs their pages. Steps then go through :meth:`prepare`.
 
     Raises
     ------
@@ -54,7 +58,13 @@ class SessionPages:
     """
 
     def __init__(
-        self, caches: Sequence[Tensor], *, max_slots: int, max_length: int, layout: Layout = "NHD"
+        self,
+        caches: Sequence[Tensor],
+        *,
+        max_slots: int,
+        max_length: int,
+        layout: Layout = "NHD",
+        share_prefixes: bool = False,
     ) -> None:
         self._plan = CachePlan(caches, layout=layout)
         first = self._plan.caches[0]
@@ -81,6 +91,7 @@ class SessionPages:
             rest = [ints(max_slots, dtype=torch.int64), *(ints(max_slots) for _ in range(4))]
         self._table.bind(self.block_table, *rest)
         self._owners: dict[int, Any] = {}  # request by slot, of those that have pages
+        self._prefixes = PrefixPages(self._table, self.page_size) if share_prefixes else None
 
     def hold(self, step: Step) -> Tensor:
         """Pages for a step's rows.
@@ -103,19 +114,37 @@ class SessionPages:
             nothing is written, and the step stays planned: finish or cancel a request, and plan again.
         ValueError
             Rows beyond ``max_length``.
+        RuntimeError
+            Prefixes are shared, so that not all of a step need be computed.
         """
+        if self._prefixes is not None:
+            raise RuntimeError(
+                "hold: prefixes are shared; expected a call of prepare, and its step to be run"
+            )
         self.prepare(step)
         return self.rows_of(step.slots)
 
-    def prepare(self, step: Step) -> None:
-        """As :meth:`hold`, for a forward that picks its rows' tables itself, as a captured one does."""
+    def prepare(self, step: Step) -> Step | None:
+        """As :meth:`hold`, for a forward that picks its rows' tables itself, as a captured one does.
+
+        Returns
+        -------
+        Step or None
+            What to run in place of `step`: `step` itself, or where prefixes are shared, the rows and columns
+            of a prefill step that are not there already. None: all of them are.
+        """
         slots = self._slots_of(step)
+        ends = self._ends_of(step)
+        shared = None if self._prefixes is None else self._prefixes.plan(step, slots, ends)
         try:
-            self._table.hold(slots, self._ends_of(step))
+            self._table.hold(slots, ends, [] if shared is None else shared.lent)
         finally:  # what has been taken back
             self._table.apply_edits()
         for slot, request in zip(slots, step.requests, strict=False):
             self._owners[slot] = request
+        if self._prefixes is None or shared is None:
+            return step
+        return self._prefixes.settle(shared, slots)
 
     def rows_of(self, slots: Tensor) -> Tensor:
         """int32 ``[B, columns]``: the tables of these slots ``[B]``, on their device."""
@@ -142,14 +171,16 @@ class SessionPages:
     def free(self, slot: int) -> None:
         """Take back the pages of a slot; those of requests that have ended need no call."""
         self._owners.pop(slot, None)
-        self._table.free(slot)
+        self._free(slot)
         self._table.apply_edits()
 
     def reset(self) -> None:
-        """Take back all pages."""
+        """Take back all pages, and forget what they hold."""
         for slot in range(len(self.block_table)):
-            self._table.free(slot)
+            self._free(slot)
         self._owners.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         self._table.apply_edits()
 
     def pages(self, slot: int) -> list[int]:
@@ -158,7 +189,9 @@ class SessionPages:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody has; those of requests that have ended come back with the next step."""
+        """Pages that nobody has, those included that hold the beginning of an earlier prompt until somebody
+        needs them; those of requests that have ended come back with the next step.
+        """
         return self._table.free_pages
 
     @property
@@ -181,8 +214,19 @@ class SessionPages:
             for slot, request in list(self._owners.items()):
                 if slot not in taken and _has_left(request, slot):
                     del self._owners[slot]
-                    self._table.free(slot)
+                    self._free(slot)
+        if self._prefixes is not None:  # who comes new to a slot must not write to pages that others share
+            for row, slot in enumerate(slots):
+                owner = self._owners.get(slot)
+                if owner is not None and (row >= len(step.requests) or step.requests[row] is not owner):
+                    del self._owners[slot]
+                    self._free(slot)
         return slots
+
+    def _free(self, slot: int) -> None:
+        self._table.free(slot)
+        if self._prefixes is not None:
+            self._prefixes.forget(slot)
 
     def _ends_of(self, step: Step) -> list[int]:
         """Rows of each slot behind the step's tokens, the most there may be."""

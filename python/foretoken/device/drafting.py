@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, Protocol
@@ -277,7 +278,8 @@ class DeviceModel:
             tokens = rows.tokens_at(state.text, lengths[:, None] + columns)
             fed = [slot_of[slot] for slot in slots]
             short = torch.tensor([max(counts) - count for count in counts])
-            self._run("prefill", rows, fed, tokens, lengths, used, start + max(counts), short)
+            end, known = start + max(counts), (start,) * len(slots)
+            self._run("prefill", rows, fed, tokens, lengths, used, end, short, known)
             start += chunk
         for slot in lacking:
             del self._fresh[slot]
@@ -310,6 +312,7 @@ class DeviceModel:
         used: Tensor,
         bound: int,
         shortfall: Tensor | None,
+        known_lengths: Sequence[int] = (),
     ) -> Tensor:
         positions = lengths[:, None]
         if tokens.shape[1] > 1:
@@ -329,6 +332,7 @@ class DeviceModel:
             True,
             slot_numbers=rows.slot_numbers,
             shortfall=shortfall,
+            known_lengths=known_lengths,
         )
         return self._forward(step)
 

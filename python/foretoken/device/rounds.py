@@ -262,6 +262,7 @@ class DeviceRounds:
             True,
             slot_numbers=step.slots.tolist(),
             shortfall=step.max_length_after - step.lengths - step.num_tokens,
+            known_lengths=step.lengths.tolist(),
         )
 
     def _decode(self, shape: Shape, most: int, again: bool) -> float:

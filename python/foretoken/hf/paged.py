@@ -117,7 +117,7 @@ class PooledCache(StepCache):
         # Each with memory of its own, as a compiler copies what shares it.
         pool = [zeros(shape, size) for shape in shapes for size in (shape.key_size, shape.value_size)]
         self._keys, self._values = pool[::2], pool[1::2]
-        self.pages = SessionPages(pool, max_slots=max_batch, max_length=max_length)
+        self.pages = SessionPages(pool, max_slots=max_batch, max_length=max_length, share_prefixes=True)
         self._scratch = Scratch()
         with torch.inference_mode(False):
             self._status = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -125,8 +125,9 @@ class PooledCache(StepCache):
         layers = [self._heads_first(layer) for layer in range(len(shapes))]
         Cache.__init__(self, layers=[SlotLayer(self, layer, *pair) for layer, pair in enumerate(layers)])
 
-    def hold(self, step: Step) -> None:
-        """Find pages for what a step writes, on the host and in front of its forward.
+    def hold(self, step: Step) -> Step | None:
+        """Find pages for what a step writes, on the host and in front of its forward; what is left to run of
+        it, see `SessionPages.prepare`.
 
         Raises
         ------
@@ -137,7 +138,7 @@ class PooledCache(StepCache):
         """
         if not step.on_device:
             self.check_room(step.slots.tolist(), step.lengths.tolist(), step.num_tokens.tolist())
-        self.pages.prepare(step)
+        return self.pages.prepare(step)
 
     def plan_on_device(self, step: Step) -> DevicePlan:
         """Point the cache at the rows of the next forward, which is how graphs are captured, too."""

@@ -212,7 +212,10 @@ class ModuleRunner:
         if step.tree is not None:
             self.check_trees()
         if isinstance(self.cache, PooledCache):
-            self.cache.hold(step)
+            rest = self.cache.hold(step)
+            if rest is None:  # of a prompt whose beginning is there; nobody looks at its logits
+                return step.tokens.new_zeros((len(step.slots), 1, 1), dtype=torch.float32)
+            step = rest
         elif self.why_on_host is not None:
             return self._run(self.cache, step, None)
         if step.on_device:
