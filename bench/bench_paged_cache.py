@@ -7,8 +7,8 @@ A round of B slots reserves a root and five drafts each, of which four rows stay
 crosses into another page of 16 rows, and every round gives draft pages back. "commit" is what the verdict
 changes in lengths, tables and pages, "round" the reservation with it, "fork" a slot of 1000 rows shared and
 the page that its first new row falls into copied, in 32 layers. Answers are asserted before any timing.
-"kinds" are rounds of trees over plain, sliding and quantised caches of two layers: writing the nodes of a layer
-and attending to them, and the end of the round with its moves.
+"kinds" are rounds of trees over plain, sliding and quantised caches of two layers: writing the nodes of a
+layer, attending to them, and the end of the round with its moves.
 
 On CUDA a commit is one launch, timed by replays of a graph; `host us` is what the caller's thread spends on a
 whole round, whose records are read one round late.
