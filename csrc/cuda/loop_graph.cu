@@ -1,11 +1,13 @@
 // A graph whose WHILE node repeats a captured round until a kernel behind it says that this was the last.
 #include "cuda/loop_graph.hpp"
 
+#include <cstdlib>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "cuda/errors.hpp"
+#include "cuda/graph_copies.cuh"
 #include "cuda/loop_end.cuh"
 
 namespace foretoken::cuda {
@@ -179,26 +181,26 @@ struct LoopGraph::State {
     throw_if_failed(cudaGraphInstantiate(&executable, graph, 0), "instantiation of the loop");
   }
 
+  static cudaGraphNode_t add_clone(cudaGraph_t body, void* round) {
+    cudaGraph_t copy = nullptr;
+    throw_if_failed(cudaGraphClone(&copy, static_cast<cudaGraph_t>(round)), "clone of the round");
+    const std::unique_ptr<CUgraph_st, decltype(&cudaGraphDestroy)> owner(copy, &cudaGraphDestroy);
+    if (std::getenv("FORETOKEN_LOOP_KERNELS") != nullptr) CopiesAsKernels(copy).run();
+    cudaGraphNode_t clone = nullptr;
+    throw_if_failed(cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, copy), "clone of the round");
+    return clone;
+  }
+
   // A clone of the round; of several, one that the SWITCH node chooses.
   static cudaGraphNode_t add_rounds(cudaGraph_t body, const std::vector<void*>& rounds,
                                     [[maybe_unused]] cudaGraphConditionalHandle tier) {
-    cudaGraphNode_t clone = nullptr;
-    if (rounds.size() == 1) {
-      throw_if_failed(
-          cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, static_cast<cudaGraph_t>(rounds[0])),
-          "clone of the round");
-      return clone;
-    }
+    if (rounds.size() == 1) return add_clone(body, rounds[0]);
 #if CUDART_VERSION >= 12080
     cudaGraph_t* tiers = nullptr;
     const cudaGraphNode_t choice =
         add_conditional(body, nullptr, tier, cudaGraphCondTypeSwitch, static_cast<unsigned>(rounds.size()),
                         "SWITCH node", tiers);
-    for (size_t t = 0; t < rounds.size(); ++t) {
-      throw_if_failed(
-          cudaGraphAddChildGraphNode(&clone, tiers[t], nullptr, 0, static_cast<cudaGraph_t>(rounds[t])),
-          "clone of a round");
-    }
+    for (size_t t = 0; t < rounds.size(); ++t) add_clone(tiers[t], rounds[t]);
     return choice;
 #else
     throw std::invalid_argument("rounds: expected one, as this build is older than CUDA 12.8");
