@@ -107,6 +107,7 @@ bool takes_drawn_trees(const VerifyArgs& args) {
 }
 
 void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
+  static_assert(sizeof(DrawnTree) <= sizeof(RowScratch));  // as much shared memory has been asked for
   ChainArgs tree = chain_args_of(args, scratch);
   tree.target = rows_of(args.target_logits);
   tree.draft = rows_of(args.draft_logits);
