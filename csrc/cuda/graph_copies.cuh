@@ -31,6 +31,17 @@ class CopiesAsKernels {
  public:
   explicit CopiesAsKernels(cudaGraph_t graph) : graph_(graph) {}
 
+  static bool has_next(cudaGraphNode_t node) {
+    size_t count = 0;
+    const cudaError_t state = ask(node, false, nullptr, count);
+    if (state == cudaErrorLossyQuery) {  // of edges with data, which are edges
+      cudaGetLastError();
+      return true;
+    }
+    throw_if_failed(state, kWhat);
+    return count > 0;
+  }
+
   // How many were replaced: copies inside a device and fills, of one line each.
   int64_t run() {
     size_t count = 0;
@@ -122,21 +133,19 @@ class CopiesAsKernels {
   // Those in front of a node, or behind it.
   static std::vector<cudaGraphNode_t> neighbours(cudaGraphNode_t node, bool in_front) {
     size_t count = 0;
-    ask(node, in_front, nullptr, count);
+    throw_if_failed(ask(node, in_front, nullptr, count), kWhat);
     std::vector<cudaGraphNode_t> found(count);
-    if (count > 0) ask(node, in_front, found.data(), count);
+    if (count > 0) throw_if_failed(ask(node, in_front, found.data(), count), kWhat);
     return found;
   }
 
-  static void ask(cudaGraphNode_t node, bool in_front, cudaGraphNode_t* found, size_t& count) {
+  static cudaError_t ask(cudaGraphNode_t node, bool in_front, cudaGraphNode_t* found, size_t& count) {
 #if CUDART_VERSION >= 13000
-    throw_if_failed(in_front ? cudaGraphNodeGetDependencies(node, found, nullptr, &count)
-                             : cudaGraphNodeGetDependentNodes(node, found, nullptr, &count),
-                    kWhat);
+    return in_front ? cudaGraphNodeGetDependencies(node, found, nullptr, &count)
+                    : cudaGraphNodeGetDependentNodes(node, found, nullptr, &count);
 #else
-    throw_if_failed(in_front ? cudaGraphNodeGetDependencies(node, found, &count)
-                             : cudaGraphNodeGetDependentNodes(node, found, &count),
-                    kWhat);
+    return in_front ? cudaGraphNodeGetDependencies(node, found, &count)
+                    : cudaGraphNodeGetDependentNodes(node, found, &count);
 #endif
   }
 
