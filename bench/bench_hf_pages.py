@@ -1,10 +1,12 @@
 """What pages cost a Hugging Face model, and what they save: `cache="slots"` beside `cache="paged"`.
 
     python bench/bench_hf_pages.py [--device cuda] [--hidden 1024] [--layers 12] [--batch 1 8] [--size 16 64]
+                                   [--samples 8]
 
 A Llama of random weights decodes prompts of different lengths greedily, with n-gram drafts. The ids of all
 ways are compared first, in float32; times are of float32 on the CPU and bfloat16 on a CUDA device, medians of
-three calls by the clock, with what the caches of keys and values hold.
+three calls by the clock, with what the caches of keys and values hold. Then samples of the longest prompt: what
+taking it in costs, and the pages that hold them.
 """
 
 from __future__ import annotations
@@ -69,6 +71,23 @@ def measure(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, 
         return out.sequences, sorted(spent[1:])[1] * 1e3, cache_bytes(runner)
 
 
+def measure_samples(model: Any, ids: Tensor, cache: Any, samples: int) -> tuple[float, float]:
+    """Milliseconds that the prompt takes, and MiB that are held in the end."""
+    options = {"max_new_tokens": NEW, "do_sample": True, "pad_token_id": PAD, "num_return_sequences": samples}
+    with ft.hf.attach(model, cache=cache) as attached:
+        spent = []
+        for _ in range(4):
+            out = model.generate(ids, return_dict_in_generate=True, **options)
+            out.sequences.cpu()
+            spent.append(out.foretoken.seconds["prefill"] * 1e3)
+        runner = attached._runners._idle["target"][1]
+        assert runner is not None
+        held = cache_bytes(runner) / 2**20
+        if isinstance(runner.cache, PooledCache):
+            held *= 1 - runner.cache.pages.free_pages / runner.cache.pages.num_pages
+        return sorted(spent[1:])[1], held
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,6 +98,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--size", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--samples", type=int, default=8)
     given = parser.parse_args()
     device = torch.device(given.device)
     model = model_of(given.hidden, given.layers).to(device)
@@ -93,6 +113,13 @@ def main() -> int:
             _, spent, held = measure(model, ids, mask, cache)
             name = cache if isinstance(cache, str) else f"pages of {cache.size}"
             sys.stdout.write(f"B={batch} {name:12} {spent:8.3f} ms a round {held / 2**20:9.1f} MiB\n")
+    ids, _ = prompts(1, given.longest, device)
+    for cache in ("slots", *(Pages(size) for size in given.size)):
+        taken_in, used = measure_samples(model, ids, cache, given.samples)
+        name = cache if isinstance(cache, str) else f"pages of {cache.size}"
+        sys.stdout.write(
+            f"{given.samples} samples {name:12} {taken_in:8.3f} ms a prompt {used:9.1f} MiB used\n"
+        )
     return 0
 
 

@@ -44,7 +44,9 @@ class Drawn:
         filters: str = "none",
         points: float = 0.0,
         noise: float = 0.7,
+        drawn: str = "iid",
     ) -> None:
+        self.drawn = drawn
         pick = random.Random(f"{seed} {shape} {batch} {nodes}")
         torch.manual_seed(seed)
         self.target = (2.0 * torch.randn(batch, nodes, vocab)).to(dtype)
@@ -71,8 +73,13 @@ class Drawn:
         parents = self.parents[:, node - 1]
         requests = torch.arange(len(parents))
         places = self.rows[requests, parents].long()
+        laws = self.laws[requests, places.clamp(min=0)].clone()
+        if self.drawn == "without_replacement":
+            elders = self.parents[:, : node - 1] == parents[:, None]
+            for b, elder in elders.nonzero().tolist():
+                laws[b, self.tokens[b, elder]] = -torch.inf
         self.tokens[:, node - 1] = ft.ops.sample(
-            self.laws[requests, places.clamp(min=0)].contiguous(),
+            laws,
             sampling=self.table,
             base=self.base,
             step=node - 1,
@@ -102,7 +109,7 @@ class Drawn:
     def call(self, **options: Any) -> dict[str, Any]:
         given = {"target_logits": self.target, "draft_tokens": self.tokens, "draft_logits": self.laws}
         given |= {"parents": self.parents, "draft_row": self.rows, "base": self.base}
-        given |= {"sampling": self.table, "draw": "iid", **options}
+        given |= {"sampling": self.table, "draw": self.drawn, **options}
         return given if "out" in given else {**given, "out": self.room(self.depth)}
 
 
@@ -126,13 +133,31 @@ def test_drawn_trees(mirror: Mirror, shape: str, filters: str):
     assert kept > 2 * len(SIZES)
 
 
+@pytest.mark.parametrize("drawn", ["iid", "without_replacement"])
 @pytest.mark.parametrize("noise", [0.0, 0.05, 3.0])
-def test_laws_that_agree_or_do_not(mirror: Mirror, noise: float):
+def test_laws_that_agree_or_do_not(mirror: Mirror, noise: float, drawn: str):
     """Prefixes that stay 1, residuals that are all but empty, and walks that reject nearly everything."""
     for seed, shape in enumerate(SHAPES):
-        trees = Drawn(seed, shape, 6, 24, 3000, torch.bfloat16, noise=noise)
+        trees = Drawn(seed, shape, 6, 24, 3000, torch.bfloat16, noise=noise, drawn=drawn)
         for rule in RULES:
             ft.ops.verify(**trees.call(rule=rule))
+
+
+def test_drawn_without_replacement(mirror: Mirror):
+    """What elder siblings leave of a law is counted anew; a draft that was drawn twice is refused."""
+    for seed, (batch, nodes, vocab) in enumerate(SIZES):
+        dtype = (torch.float32, torch.float16, torch.bfloat16)[seed % 3]
+        points = 0.3 * (seed % 2)
+        trees = Drawn(seed, "wide", batch, nodes, vocab, dtype, "none", points, 0.5, "without_replacement")
+        for rule in RULES:
+            verdict = ft.ops.verify(**trees.call(rule=rule))
+            assert verdict.status.eq(0).all()
+        parent = int(trees.parents[0].mode().values)
+        children = trees.parents[0] == parent
+        trees.tokens[0, children] = trees.tokens[0, children][0]
+        twice = int(children.sum()) > 1 and int(trees.rows[0, parent]) >= 0
+        verdict = ft.ops.verify(**trees.call(rule="traversal"))
+        assert (int(verdict.status[0]) != 0) == twice
 
 
 def test_a_law_row_for_each_node(mirror: Mirror):

@@ -62,21 +62,18 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
       this->make_laws();
     }
     cluster_sync();
-    if (warp_ == 0) tree ? walk_drawn_tree(args_, shared_, this->drawn_tree(), 0) : this->begin();
+    if (warp_ == 0) tree ? this->walk_tree(-1) : this->begin();
     int turn = 0;
     while (true) {
       __syncthreads();
       const ChainStep step = shared_.step;
       if (step.close) return close(step, turn);
-      if (tree && this->drawn_tree().reads) {
-        this->make_law_late(static_cast<uint32_t>(step.node));
-      } else {
-        this->sum_residual(step, ++turn);
-      }
+      if (!tree || this->drawn_tree().sums) this->sum_residual(step, ++turn);
+      if (tree) this->look_closer(step.node);
       cluster_sync();
       if (warp_ != 0) continue;
       if (tree) {
-        walk_drawn_tree(args_, shared_, this->drawn_tree(), turn);
+        this->walk_tree(turn);
       } else {
         this->go_on([&](int32_t which) { return this->summed_mass(turn, which); });
       }

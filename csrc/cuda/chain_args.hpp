@@ -50,6 +50,7 @@ struct ChainArgs {
   // Of trees of drawn drafts alone.
   int32_t law_rows = 0;  // of draft; 0: a chain, or a tree of chosen drafts
   Numbers draft_rows;    // no data: row r for node r
+  bool without_replacement = false;
 
   // Of trees alone.
   Numbers parents;          // no data: a chain

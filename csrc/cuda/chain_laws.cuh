@@ -5,6 +5,7 @@
 
 #include "cuda/chain_rows.cuh"
 #include "cuda/cluster_filter.cuh"
+#include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
@@ -74,6 +75,19 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     laws.template take_turns<false>(first, end);
   }
 
+  // What a walk of a drawn tree asks for beside residuals.
+  __device__ __forceinline__ void look_closer(int32_t node) {
+    const DrawnTree& tree = this->drawn_tree();
+    if (tree.reads) make_law_late(static_cast<uint32_t>(node));
+    if (tree.left_row < 0) return;
+    cluster_sync();  // what was left before has been looked at
+    const uint32_t row = this->law_row(tree.left_row);
+    count_what_is_left(tree, {row_data(row), kType, vocab_}, shared_.records[row].law, left_stats());
+  }
+  __device__ __forceinline__ void walk_tree(int turn) {
+    walk_drawn_tree(args_, shared_, this->drawn_tree(), turn, left_stats());
+  }
+
   // Of one row, whose law was not made with the others' and which no filter changes.
   __device__ __forceinline__ void make_law_late(uint32_t row) {
     const DeviceRow of_row{row_data(row), kType, vocab_};
@@ -98,6 +112,10 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   }
 
  private:
+  __device__ __forceinline__ TileStats* left_stats() const {  // behind those of all rows
+    return stats(static_cast<uint32_t>(2 * args_.most_drafts + 2));
+  }
+
   // By all warps, but at first by all but the one that looks ahead.
   __device__ __forceinline__ void read_rows(uint32_t first, uint32_t count, bool scouts_are_away) {
     const uint32_t away = scouts_are_away ? 1 : 0, worker = warp_ * size_ + rank_;

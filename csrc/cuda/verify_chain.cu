@@ -98,11 +98,12 @@ bool takes_drawn_trees(const VerifyArgs& args) {
   const bool alike = draft && draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
                      draft.shape[1] >= 1 && draft.shape[1] <= nodes && nodes <= kMostTreeNodes;
   const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal;
+  const bool drawn = args.draw == Draw::iid || args.draw == Draw::without_replacement;
   const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
                      !args.bitmask && !args.target_constrained && !args.draft_constrained;
   const bool asked =
       args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
-  return alike && rule && plain && !asked && args.draw == Draw::iid && args.tokens.shape[1] <= kThreads;
+  return alike && rule && plain && !asked && drawn && args.tokens.shape[1] <= kThreads;
 }
 
 void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
@@ -113,6 +114,7 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   tree.aligned = aligned(args.target_logits) && aligned(args.draft_logits);
   tree.law_rows = static_cast<int32_t>(args.draft_logits.shape[1]);
   tree.draft_rows = numbers_of(args.draft_row);
+  tree.without_replacement = args.draw == Draw::without_replacement;
   tree.parents = numbers_of(args.parents);
   tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
   tree.path_rows = numbers_of(args.path_rows);
