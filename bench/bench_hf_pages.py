@@ -5,8 +5,8 @@
 
 A Llama of random weights decodes prompts of different lengths greedily, with n-gram drafts. The ids of all
 ways are compared first, in float32; times are of float32 on the CPU and bfloat16 on a CUDA device, medians of
-three calls by the clock, with what the caches of keys and values hold. Then samples of the longest prompt: what
-taking it in costs, and the pages that hold them.
+three calls by the clock, with what the caches of keys and values hold. Then samples of the longest prompt:
+what taking it in costs, and the pages that hold them.
 """
 
 from __future__ import annotations

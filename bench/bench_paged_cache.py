@@ -7,6 +7,8 @@ A round of B slots reserves a root and five drafts each, of which four rows stay
 crosses into another page of 16 rows, and every round gives draft pages back. "commit" is what the verdict
 changes in lengths, tables and pages, "round" the reservation with it, "fork" a slot of 1000 rows shared and
 the page that its first new row falls into copied, in 32 layers. Answers are asserted before any timing.
+"kinds" are rounds of trees over plain, sliding and quantised caches of two layers: writing the nodes of a
+layer, attending to them, and the end of the round with its moves.
 
 On CUDA a commit is one launch, timed by replays of a graph; `host us` is what the caller's thread spends on a
 whole round, whose records are read one round late.
@@ -25,11 +27,12 @@ from torch import Tensor
 
 from cuda_timing import Captured, host_us, once_us
 from foretoken import ops
-from foretoken.cache import PagedCache
+from foretoken.cache import PagedCache, QuantisedCache
 from foretoken.ops import Verdict
 
 COUNT, KEPT, PROMPT = 6, 4, 500
 PAGE = 16
+SCALES = ("token", "page", "head")
 GOAL_US = {"cpu": 2.0, "cuda": 3.0}  # a row; a launch for 128 rows
 Result = dict[str, Any]
 
@@ -202,6 +205,76 @@ def trees(device: str, lazy: bool, layers: int, batch: int, length: int = 1000) 
     }
 
 
+KINDS = ("plain", "window 256", *(f"{kind} {scales}" for kind in ("float8", "int8") for scales in SCALES))
+
+
+def made(kind: str, device: str, batch: int) -> PagedCache:
+    sizes: dict[str, Any] = {
+        "pages": batch * 45, "page_size": PAGE, "heads": 8, "head_size": 128, "max_slots": batch,
+        "max_length": 640, "dtype": torch.float32 if device == "cpu" else torch.bfloat16, "device": device,
+    }  # fmt: skip
+    name, _, scales = kind.partition(" ")
+    if name not in ("float8", "int8"):
+        return PagedCache.allocate(2, **sizes, window=256 if name == "window" else None)
+    given: dict[str, Any] = {"kind": name, "scales": scales, "max_new": PROMPT}
+    if scales == "head":
+        given |= dict.fromkeys(
+            ("k_scale", "v_scale"), torch.full((2, 8), 4 / (448 if name == "float8" else 127))
+        )
+    return QuantisedCache(2, **sizes, **given)
+
+
+def check_last_rows(cache: PagedCache, expected: Tensor, length: int) -> None:
+    """The last rows of each slot are the nodes that were accepted, up to what eight bits can tell."""
+    batch, few = expected.shape[:2]
+    if isinstance(cache, QuantisedCache):
+        cache.reserve(range(batch), 1)
+        found = cache.read(0)[0][:, length - few : length].float()
+        cache.cancel()
+        assert float((found - expected).abs().max()) <= 0.3
+        return
+    for slot in range(batch):
+        pages = cache.pages(slot)
+        rows = [cache.layer(0)[0][pages[row // PAGE], row % PAGE] for row in range(length - few, length)]
+        assert torch.equal(torch.stack(rows).float(), expected[slot])
+
+
+def of_kind(kind: str, device: str, batch: int) -> Result:
+    """Rounds of trees of eight nodes, of which two drafts are accepted: median microseconds of a layer's
+    append and attention, and of the end of a round.
+    """
+    cache, nodes, rounds = made(kind, device, batch), 8, 24
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    cache.reserve(range(batch), PROMPT)
+    prompt = torch.randn(batch, PROMPT, 8, 128, device=device).to(dtype)
+    for layer in range(2):
+        cache.append(layer, prompt, prompt)
+    cache.commit()
+    words = ops.tree_index(torch.tensor([[0, 0, 1, 2, 2, 3, 5]] * batch, device=device)).ancestors
+    verdict = Verdict.empty(batch, nodes - 1, device=device)
+    verdict.num_emitted.fill_(3)
+    verdict.num_accepted.fill_(2)
+    verdict.path[:, 0], verdict.path[:, 1] = 2, 5
+    q = torch.randn(batch, nodes, 32, 128, device=device).to(dtype)
+    new = torch.randn(batch, nodes, 8, 128, device=device).to(dtype)
+    writing, attending, closing = [], [], []
+    for _ in range(rounds):
+        cache.reserve(range(batch), nodes)
+        writing.append(once_us(lambda: cache.append(0, new, new), device))
+        cache.append(1, new, new)
+        attending.append(once_us(lambda: cache.attend(0, q, ancestors=words), device))
+        closing.append(once_us(lambda: cache.commit(verdict, tree=True), device))
+    length = PROMPT + 3 * rounds
+    assert [cache.length(slot) for slot in range(batch)] == [length] * batch
+    check_last_rows(cache, new[:, [0, 2, 5]].float(), length)
+    return {
+        "row": f"{device} {kind} B={batch}",
+        "append_us": round(median(writing), 1),
+        "attend_us": round(median(attending), 1),
+        "close_us": round(median(closing), 1),
+    }
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def bench_trees(benchmark: Any, device: str, lazy: bool) -> None:
@@ -209,6 +282,15 @@ def bench_trees(benchmark: Any, device: str, lazy: bool) -> None:
         pytest.skip("needs a CUDA device")
     layers = 4 if device == "cpu" else 32
     benchmark.extra_info.update(trees(device, lazy, layers, 4))
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def bench_kinds(benchmark: Any, device: str, kind: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    benchmark.extra_info.update(of_kind(kind, device, 4))
     benchmark.pedantic(lambda: None, rounds=1)
 
 
@@ -256,6 +338,9 @@ def main() -> int:
         for lazy in (False, True):
             result = trees(given.device, lazy, 4 if given.device == "cpu" else 32, batch)
             sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
+    for kind in KINDS:
+        result = of_kind(kind, given.device, 4 if given.device == "cpu" else 32)
+        sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
     call, _ = forking(given.device)
     sys.stdout.write(
         f"fork, copy of a page in 32 layers, free: host {host_us(call, given.device, 200, 20):.1f} us\n"

@@ -78,7 +78,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
     ({"use_cache": False}, "use_cache"),
-    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"cache_implementation": "offloaded_static"}, "cache_implementation"),
     ({"cache_implementation": "quantized"}, "cache_implementation"),
     ({"cache_implementation": "paged"}, "cache_implementation"),
     ({"negative_prompt_ids": torch.ones(1, 2)}, "negative_prompt_ids"),
@@ -133,7 +133,7 @@ def test_refused_by_name_before_any_forward(arguments: dict[str, Any], name: str
 @pytest.mark.parametrize("where", ["call", "model"])
 def test_options_are_refused_wherever_they_come_from(name: str, where: str) -> None:
     model = llama()
-    value = {"num_beams": 3, "cache_implementation": "static", "stop_strings": ["a"]}[name]
+    value = {"num_beams": 3, "cache_implementation": "quantized", "stop_strings": ["a"]}[name]
     config: Any = GenerationConfig(**{name: value}, max_new_tokens=3)
     if where == "model":
         model.generation_config, config = config, None

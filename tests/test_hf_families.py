@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import foretoken as ft
 from foretoken.hf import ModuleRunner
 from hf_models import FAMILIES, greedy, one_thread, plain_logits, random_prompts, speculate, tiny_model
 
@@ -69,6 +70,24 @@ def test_batch_one_decodes_as_generate(name):
         assert int(logits.argmax()) == text[position + 1]
 
     speculate(runner, [text], [len(prompt)], check)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "cache"),
+    [
+        ("llama", "static", "paged"),
+        ("gemma2_window_softcap", "hybrid", "slots"),
+        ("mistral_window", "sliding_window", "paged"),
+    ],
+)
+def test_batches_over_static_and_sliding_caches_are_the_same_text(name, implementation, cache):
+    """As transformers decodes over its own caches of these kinds; windows are full and draft rows go back."""
+    model = tiny_model(name)
+    ids = torch.tensor(random_prompts(*[14] * 3))
+    options = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": implementation}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), disable_compile=True, **options)
+    found = ft.generate(model, ids, drafter=tiny_model("llama"), cache=cache, **options)
+    assert torch.equal(found, expected)
 
 
 def test_left_padded_batch_of_generate_is_the_same_text():

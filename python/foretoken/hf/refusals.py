@@ -48,8 +48,8 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_hidden_states": (_true, "hidden states are not recorded; leave it out"),
     "compile_config": (_set, "foretoken does not compile the forward; leave it out"),
 }
-# "hybrid" in old checkpoints means the default: transformers drops it, too.
-_CACHES = (None, "dynamic", "hybrid")
+# Other arrangements of the same rows: texts are the same, and foretoken's cache is allocated once anyway.
+_CACHES = (None, "dynamic", "static", "sliding_window", "hybrid", "hybrid_chunked")
 
 _ARGUMENTS: dict[str, str] = {
     "inputs_embeds": "drafting and the caches work on token ids; pass input_ids",
