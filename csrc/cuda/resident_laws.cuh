@@ -23,7 +23,6 @@ class ResidentLaws : ResidentGuess<kType> {
     if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
       shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
     }
-    this->clear_bins();
     cluster_wait();  // nobody's memory is written before everybody runs
     TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
     // Of what top-k leaves everything is counted anew.
@@ -48,7 +47,6 @@ class ResidentLaws : ResidentGuess<kType> {
       }
       summed = true;
       cluster_sync();
-      this->clear_bins();
       this->marked_from_ = infinity();
     }
     if (rank_ != 0) return;
@@ -132,7 +130,7 @@ class ResidentLaws : ResidentGuess<kType> {
     law.cut = reading_.floor_below(high_);
     if (!summed) return law;
     uint64_t mass = 0;
-    for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
+    for (uint32_t index = threadIdx.x; index < tiles_; index += kRowThreads) {
       mass += mass_of_stats(stats_[index], law);
     }
     law.mass = sum_up_to_thread(mass).total;
@@ -162,10 +160,7 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
-        if (stage == 1 && cuts_count) {  // top-k has found too few elements
-          cluster_sync();
-          this->clear_bins();
-        }
+        if (stage == 1 && cuts_count) cluster_sync();  // the bins may still be read
         if (!in_number) need = needed_mass(filters_.top_p, total);
         window = this->guess(whole, in_number, need);
       }
@@ -177,10 +172,7 @@ class ResidentLaws : ResidentGuess<kType> {
         held = found.whole ? window : Window{nothing, -nothing};
       }
       if (last) break;
-      if (guesses) {
-        if (!collects) cluster_sync();
-        this->clear_bins();
-      } else {
+      if (!guesses) {
         total = listed ? this->mass_of_list(whole, whole.cut) : found.mass;
         need = needed_mass(filters_.top_p, total);
       }
@@ -314,47 +306,29 @@ class ResidentLaws : ResidentGuess<kType> {
     if (lane_id() == kWarpSize - 1) shared_.warp_words[warp_] = up_to;
     __syncthreads();
     const uint32_t lane = static_cast<uint32_t>(lane_id());
-    const uint64_t word = lane < kWarps ? shared_.warp_words[lane] : 0;
+    const uint64_t word = lane < kRowWarps ? shared_.warp_words[lane] : 0;
     const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
     return {of_warps + up_to - mine, sum_of_masses(word)};
   }
 
-  // The token in whose interval the number falls, counted in exact masses from token 0: two tiles a thread,
-  // then two elements.
+  // The token in whose interval the number falls, counted in exact masses from token 0: a tile a thread, then
+  // an element.
   __device__ __forceinline__ int64_t draw(const RowLaw& law, uint64_t bits) {
-    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
-    uint64_t mass[2];
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t index = 2 * threadIdx.x + i;
-      mass[i] = index < tiles_ ? masses_[index] : 0;
-    }
-    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
+    static_assert(kRowThreads == kTile && kRowThreads >= kMaxTiles);
+    uint64_t mass = threadIdx.x < tiles_ ? masses_[threadIdx.x] : 0;
+    const Running of_tiles = sum_up_to_thread(mass);
     const uint64_t left = multiply_high(bits, of_tiles.total);
-    uint64_t begin = of_tiles.before;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      if (left >= begin && left - begin < mass[i]) {
-        shared_.tile = static_cast<int32_t>(2 * threadIdx.x + i);
-        shared_.left = left - begin;
-      }
-      begin += mass[i];
+    if (left >= of_tiles.before && left - of_tiles.before < mass) {
+      shared_.tile = static_cast<int32_t>(threadIdx.x);
+      shared_.left = left - of_tiles.before;
     }
     __syncthreads();
-    const uint32_t first = static_cast<uint32_t>(shared_.tile) * kTile + 2 * threadIdx.x;
+    const uint32_t at = static_cast<uint32_t>(shared_.tile) * kTile + threadIdx.x;
     const uint64_t in_tile = shared_.left;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      mass[i] = 0;
-      if (first + i >= vocab_) continue;
-      mass[i] = mass_of(weight_of_logit(element_at(row_, first + i), law.max, law.scale, law.cut));
-    }
-    begin = sum_up_to_thread(mass[0] + mass[1]).before;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      if (in_tile >= begin && in_tile - begin < mass[i]) shared_.drawn = static_cast<int32_t>(first + i);
-      begin += mass[i];
-    }
+    mass = 0;
+    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(row_, at), law.max, law.scale, law.cut));
+    const uint64_t begin = sum_up_to_thread(mass).before;
+    if (in_tile >= begin && in_tile - begin < mass) shared_.drawn = static_cast<int32_t>(at);
     __syncthreads();
     return shared_.drawn;
   }
