@@ -171,17 +171,32 @@ class ChainRows {
     if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
   }
 
-  // `raw`: the first of them.
+  // `raw`: the first of them. While one is summed the next is on its way to registers, and what follows to
+  // the second-level cache: registers alone would hold too few bytes on their way.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
+    constexpr int kAhead = 3;
+    RowTiles ahead = tiles;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead.move_on();
 #pragma unroll 1
     while (tiles.any()) {
       const uint32_t row = row_of(tiles), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
       if (tiles.any()) load(row_of(tiles), tiles.index(), next);
+      if (ahead.any()) fetch(row_of(ahead), ahead.index());
+      ahead.move_on();
       if (is_wanted(row)) leave_stats(row, index, raw);
       raw = next;
     }
+  }
+
+  // A tile into the second-level cache, a line a lane.
+  __device__ __forceinline__ void fetch(uint32_t row, uint32_t index) const {
+    constexpr uint32_t kLine = 128 / RawTile<kType>::kBytes;
+    const uint32_t at = index * kTile + static_cast<uint32_t>(lane_id()) * kLine;
+    if (static_cast<uint32_t>(lane_id()) * kLine >= kTile || at >= vocab_) return;
+    fetch_line(static_cast<const char*>(row_data(row)) + static_cast<uint64_t>(at) * RawTile<kType>::kBytes);
   }
 
   // Statistics of the target's rows from whoever computed them. By all threads of all clusters.
