@@ -15,11 +15,16 @@ class ResidentLaws : ResidentGuess<kType> {
 
   __device__ __forceinline__ void run() {
     cluster_arrive();
+    find_row();
+    // Before it is known whether anybody asks for the row, where nearly always somebody does.
+    const bool ahead = args_.num_drafts.data == nullptr;
+    if (ahead) this->begin_loading(row_.data);
     if (!take_row()) {
+      wait_for_groups<0>();
       cluster_wait();
       return;
     }
-    this->begin_loading(row_.data);
+    if (!ahead) this->begin_loading(row_.data);
     if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
       shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
     }
@@ -75,14 +80,22 @@ class ResidentLaws : ResidentGuess<kType> {
   using typename Guess::Collected;
   using typename Guess::Window;
 
-  // Which row it is, and how it is read. False: nobody asks for it. The same in the whole cluster.
-  __device__ __forceinline__ bool take_row() {
+  __device__ __forceinline__ void find_row() {
     const uint32_t most = static_cast<uint32_t>(args_.most_drafts);
     const uint32_t rows = args_.draft.data != nullptr ? 2 * most + 1 : most + 1;
     const uint32_t cluster = blockIdx.x / size_;
     b_ = cluster / rows;
     const uint32_t row = cluster % rows;
     number_ = b_ * (2 * args_.most_drafts + 3) + row;
+    of_target_ = row <= most;
+    node_ = of_target_ ? row : row - most - 1;
+    const ChainRowsView& view = of_target_ ? args_.target : args_.draft;
+    const int64_t at = b_ * view.strides[0] + node_ * view.strides[1];
+    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
+  }
+
+  // How the row is read. False: nobody asks for it. The same in the whole cluster.
+  __device__ __forceinline__ bool take_row() {
     const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
     if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
       if (args_.samples && rank_ == 0 && threadIdx.x == 0) {
@@ -93,20 +106,16 @@ class ResidentLaws : ResidentGuess<kType> {
       return false;
     }
     seed_ = args_.sampling.seed + slot;
-    const bool of_target = row <= most;
-    const uint32_t node = of_target ? row : row - most - 1;
+    const int64_t most = args_.most_drafts;
     int64_t drafts = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : most;
     if (drafts == -1) return false;
-    if (drafts < 0 || drafts > static_cast<int64_t>(most)) drafts = 0;
+    if (drafts < 0 || drafts > most) drafts = 0;
     const bool greedy = args_.sampling.temperature[slot] == 0.0f;
-    if (of_target ? node > drafts : greedy || node >= drafts) return false;
-    const SamplingView& sampling = of_target ? args_.sampling : args_.draft_sampling;
+    if (of_target_ ? node_ > drafts : greedy || node_ >= drafts) return false;
+    const SamplingView& sampling = of_target_ ? args_.sampling : args_.draft_sampling;
     filters_ = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
     reading_ = RowReading::of_logits(filters_.temperature);
-    const ChainRowsView& view = of_target ? args_.target : args_.draft;
-    const int64_t at = b_ * view.strides[0] + node * view.strides[1];
-    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
-    if (!args_.samples && node < drafts) token_ = read_number(args_.draft_tokens, b_, node);
+    if (!args_.samples && node_ < drafts) token_ = read_number(args_.draft_tokens, b_, node_);
     return true;
   }
 
@@ -337,6 +346,8 @@ class ResidentLaws : ResidentGuess<kType> {
   static constexpr int kFolded = 3;
 
   int64_t b_ = 0, number_ = 0, token_ = -1;
+  uint32_t node_ = 0;
+  bool of_target_ = true;
   const uint64_t* seed_ = nullptr;
   DeviceRow row_;
   Filters filters_;
