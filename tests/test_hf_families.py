@@ -72,10 +72,13 @@ def test_batch_one_decodes_as_generate(name):
     speculate(runner, [text], [len(prompt)], check)
 
 
-@pytest.mark.parametrize("cache", ["slots", "paged"])
 @pytest.mark.parametrize(
-    ("name", "implementation"),
-    [("llama", "static"), ("gemma2_window_softcap", "hybrid"), ("mistral_window", "sliding_window")],
+    ("name", "implementation", "cache"),
+    [
+        ("llama", "static", "paged"),
+        ("gemma2_window_softcap", "hybrid", "slots"),
+        ("mistral_window", "sliding_window", "paged"),
+    ],
 )
 def test_batches_over_static_and_sliding_caches_are_the_same_text(name, implementation, cache):
     """As transformers decodes over its own caches of these kinds; windows are full and draft rows go back."""

@@ -256,7 +256,7 @@ def test_a_call_that_breaks_off_leaves_no_pages_taken(target: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS[:2], indirect=True)
-@pytest.mark.parametrize(("size", "chunk"), [(4, None), (5, 7), (16, 9)])
+@pytest.mark.parametrize(("size", "chunk"), [(4, None), (5, 7), pytest.param(16, 9, marks=pytest.mark.long)])
 def test_samples_of_a_prompt_compute_and_keep_it_once(
     way: str, target: Any, draft: Any, size: int, chunk: int | None
 ) -> None:
@@ -282,6 +282,28 @@ def test_samples_of_a_prompt_compute_and_keep_it_once(
     shared = (42 - 2) // size
     assert max(most) <= samples * (alone + 1 - shared) + shared
     assert 2 * 40 <= sum(fed) <= 2 * (41 + (samples - 1) * (41 - shared * size))
+
+
+@pytest.mark.cuda
+def test_samples_share_pages_on_a_device() -> None:
+    """Rounds are issued ahead and captured; target and draft model find their pages."""
+    target = hf_toys.llama().to("cuda")
+    draft = hf_toys.disturbed(hf_toys.llama(), 0.05).to("cuda")
+    ids = hf_toys.prompts(1, 42).to("cuda")
+    options = {"max_new_tokens": 12, "pad_token_id": PAD, "drafter": draft, "num_return_sequences": 4} | DRAWN
+    expected = ft.generate(target, ids, **options)
+    with ft.hf.attach(target, drafter=draft, cache=Pages(4)) as attached:
+        options.pop("drafter")
+        options.pop("sampling")
+        alike = target.generate(ids.repeat(3, 1), max_new_tokens=12, pad_token_id=PAD, do_sample=False)
+        pages = pages_of(attached._runners._idle["target"][1])
+        assert pages.num_pages - pages.free_pages <= 10 + 3 * 6
+    assert torch.equal(alike[0], alike[1])
+    assert torch.equal(
+        alike[:1], ft.generate(target, ids, max_new_tokens=12, pad_token_id=PAD, do_sample=False)
+    )
+    found = ft.generate(target, ids, cache=Pages(4), drafter=draft, **options, **DRAWN)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("way", WAYS[:2], indirect=True)

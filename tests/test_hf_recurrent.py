@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import transformers as tf
 
 import foretoken as ft
-from foretoken.hf import ModuleRunner, UnsupportedModelError, carrier
+from foretoken.hf import ModuleRunner, UnsupportedModelError, carrier, gates
 from hf_models import (
     RECURRENT,
     VOCAB,
@@ -30,6 +30,9 @@ from hf_models import (
 __all__ = ["one_thread"]
 
 NEW_TOKENS = (22, 7, 22)
+REST = ("bamba", "falcon_h1", "olmo_hybrid", "qwen3_5")
+# Their steps are never shorter than `time_step_min`: no column can be kept out of their states.
+IN_GROUPS = ("nemotron_h", "zamba2")
 ASKED = ("mamba2", "qwen3_next", "lfm2", "bamba", "falcon_h1")
 
 
@@ -41,6 +44,7 @@ def test_family_decodes_as_generate(name):
     plain = [plain_logits(model, text) for text in texts]
     runner = ModuleRunner(model, max_batch=3, max_length=40)
     assert runner.mode == RECURRENT[name].mode
+    assert runner.cache.states.ragged == (name not in IN_GROUPS) or carrier.SHUT != gates.SHUT
 
     def check(row, position, logits):
         torch.testing.assert_close(logits, plain[row][position], rtol=1e-3, atol=3e-4)
@@ -250,22 +254,9 @@ def test_models_that_cannot_go_on_from_a_state_take_one_token_after_the_other():
     assert not ModuleRunner(tiny_model("mamba2"), max_batch=1, max_length=20).cache.states.stepwise
 
 
-# Steps of the other two are never shorter than `time_step_min`: no column can be kept out of their states.
-LEAVE_OUT = sorted(set(RECURRENT) - {"nemotron_h", "zamba2"})
-
-
-def test_which_modules_can_leave_columns_out():
-    assert (
-        sorted(
-            name
-            for name in RECURRENT
-            if ModuleRunner(tiny_model(name), max_batch=1, max_length=20).cache.states.ragged
-        )
-        == LEAVE_OUT
-    )
-
-
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "bamba", "falcon_h1", "olmo_hybrid", "qwen3_5"])
+@pytest.mark.parametrize(
+    "name", ["mamba2", "qwen3_next", *(pytest.param(name, marks=pytest.mark.long) for name in REST)]
+)
 def test_rows_that_keep_different_counts_share_every_run(name):
     """A round is one call of each module, and in a few rounds a second one; never one for each count."""
     model, rows, rounds = tiny_model(name), 4, 9
@@ -300,7 +291,7 @@ def test_rows_that_keep_different_counts_share_every_run(name):
     assert len(calls) <= rounds + rounds // 3
 
 
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mamba2", pytest.param("qwen3_next", marks=pytest.mark.long)])
 def test_gates_that_do_not_close_are_found_out(name, monkeypatch):
     """Rows are then run in groups of equal counts, and their texts are the same."""
     monkeypatch.setattr(carrier, "SHUT", -3.0)

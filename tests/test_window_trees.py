@@ -31,8 +31,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hn,nhd->hd", weights, v)
 
 
-@pytest.mark.parametrize("window", [1, 4, 7])
-@pytest.mark.parametrize("page_size", [1, 3, 4])
+@pytest.mark.parametrize(("page_size", "window"), [(1, 4), (3, 1), (3, 7), (4, 4)])
 @pytest.mark.parametrize("way", ["moved", "lazily", "float8"])
 def test_nodes_see_their_window_across_page_edges(
     device: torch.device, way: str, page_size: int, window: int
@@ -52,7 +51,7 @@ def test_nodes_see_their_window_across_page_edges(
         cache.reserve([slot], text.shape[1])
         cache.append(0, text[0][None], text[1][None])
         cache.commit()
-    for turn in range(9):
+    for turn in range(6):
         parents = TREES[turn % len(TREES)]
         nodes = len(parents) + 1
         if way != "lazily" or turn % 3 == 0:  # which moves rows together

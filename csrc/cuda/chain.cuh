@@ -8,12 +8,11 @@
 #pragma once
 
 #include "cuda/chain_draw.cuh"
-#include "cuda/chain_walk.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
+class ChainVerifier : ChainDraw<kType, false> {
  public:
   __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
@@ -55,14 +54,14 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (tree && rank_ != 0) copy_nodes();
-    if (warp_ == 0 && !tree) this->node_ = *of_block(&shared_.nodes[lane_id()], 0);
+    if (warp_ == 0 && !tree) node_ = *of_block(&shared_.nodes[lane_id()], 0);
     if (args_.prepared || (filtered && args_.clusters > 1)) {
       this->take_laws();
     } else if (!filtered) {
       this->make_laws();
     }
     cluster_sync();
-    if (warp_ == 0) tree ? this->walk_tree(-1) : this->begin();
+    if (warp_ == 0) tree ? this->walk_tree(-1) : begin();
     int turn = 0;
     while (true) {
       __syncthreads();
@@ -71,17 +70,12 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
       if (!tree || this->drawn_tree().sums) this->sum_residual(step, ++turn);
       if (tree) this->look_closer(step.node);
       cluster_sync();
-      if (warp_ != 0) continue;
-      if (tree) {
-        this->walk_tree(turn);
-      } else {
-        this->go_on([&](int32_t which) { return this->summed_mass(turn, which); });
-      }
+      if (warp_ == 0) tree ? this->walk_tree(turn) : go_on(turn);
     }
   }
 
  private:
-  using Base = ChainWalk<ChainDraw<kType, false>>;
+  using Base = ChainDraw<kType, false>;
   using Base::args_;
   using Base::b_;
   using Base::dense_;
@@ -101,12 +95,167 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
   using Base::warp_;
   using typename Base::Rows;
 
+  __device__ __forceinline__ bool walks_up() const {
+    return !greedy_ && drafts_ > 0 &&
+           (args_.rule == Rule::traversal || (args_.rule == Rule::automatic && dense_));
+  }
+
   // Of the first block.
   __device__ __forceinline__ void copy_nodes() {
     static_assert(sizeof(DrawnNodes) % sizeof(uint4) == 0);
     uint4* const nodes = reinterpret_cast<uint4*>(&this->drawn_tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
+  }
+
+  // The first step. By the first warp of each block, whose lanes know their nodes from here on.
+  __device__ __forceinline__ void begin() {
+    const int32_t node = lane_id();
+    const bool drafted = node >= 1 && node <= drafts_;
+    bool sound = true;
+    target_prob_ = 0.0;
+    draft_prob_ = 1.0;
+    if (drafted) {
+      sound = node_.token >= 0;
+      target_prob_ = shared_.records[node - 1].prob;
+      if (dense_) {
+        const ChainRecord& record = shared_.records[draft_row(node - 1)];
+        draft_prob_ = record.prob;
+        sound = sound && record.law.usable && draft_prob_ > 0.0 && draft_prob_ < 1.001;
+      }
+    }
+    // Judged before any coin, so that dropping the proposal changes no law.
+    sound = __all_sync(kAllLanes, sound) != 0 && usable_;
+    if (!sound) status_ |= kBadDraft;
+    length_ = sound ? drafts_ : 0;
+    const unsigned lawless =
+        __ballot_sync(kAllLanes, node <= length_ && !shared_.records[node <= length_ ? node : 0].law.usable);
+    end_ = lawless != 0 ? __ffs(static_cast<int>(lawless)) - 1 : length_;
+    if (walks_up()) return walk_up();
+    const bool accepted = drafted && node <= length_ && accepts_token(node_.coin, target_prob_, draft_prob_);
+    const unsigned kept = __ballot_sync(kAllLanes, accepted) >> 1;
+    const int32_t run = __ffs(static_cast<int>(~kept)) - 1;
+    close_at(run < end_ ? run : end_, 1.0, false);
+  }
+
+  // Block verification, "Block verification accelerates speculative decoding" (Sun et al. 2024, algorithm 2):
+  // walk_traversal() of math/tree_walk.hpp on a chain.
+  __device__ __forceinline__ void walk_up() {
+    const int32_t node = lane_id();
+    double prefix = 1.0;
+    prefix_ = 1.0;
+#pragma unroll 1
+    for (int32_t i = 1; i <= end_; ++i) {
+      prefix = extend_prefix(prefix, __shfl_sync(kAllLanes, target_prob_, i),
+                             __shfl_sync(kAllLanes, draft_prob_, i));
+      if (node == i) prefix_ = prefix;
+    }
+    // The coin already decides for most: no fraction is larger than the prefix, but for rounding.
+    const double bound = node == end_ || prefix_ == 1.0 ? prefix_ : 1.001 * prefix_;
+    candidates_ = __ballot_sync(kAllLanes, node >= 1 && node <= end_ && accepts_fraction(node_.coin, bound));
+    next_candidate();
+  }
+
+  // Whether what a rejected draft leaves of a row takes two rows to tell.
+  __device__ __forceinline__ bool has_residuals() const {
+    return dense_ && shared_.records[draft_row(0)].law.kind == LawKind::logits;
+  }
+
+  __device__ __forceinline__ void next_candidate() {
+#pragma unroll 1
+    while (candidates_ != 0) {
+      const int32_t at = last_candidate(candidates_);
+      const double prefix = __shfl_sync(kAllLanes, prefix_, at);
+      if (at == end_ || prefix == 1.0) break;
+      if (has_residuals()) {
+        ChainStep step{false, false, at, status_, 1.0 / prefix, -1, 0, -1, 0};
+        const unsigned others = candidates_ & ~(1u << at);
+        const int32_t other = last_candidate(others);
+        const double of_other = __shfl_sync(kAllLanes, prefix_, others != 0 ? other : 0);
+        // As long as it takes hardly longer to read two nodes' rows than one's.
+        if (others != 0 && of_other != 1.0 && tiles_ <= 2 * size_ * kWarps) {
+          step.other = other;
+          step.other_gain = 1.0 / of_other;
+        }
+        return then(step);
+      }
+      if (passes(at, left_of_point(at))) break;
+      candidates_ &= ~(1u << at);
+    }
+    close_at_candidate(false);
+  }
+
+  __device__ static __forceinline__ int32_t last_candidate(unsigned candidates) {
+    return 31 - __clz(static_cast<int>(candidates));
+  }
+
+  __device__ __forceinline__ void close_at_candidate(bool summed, int32_t which = 0) {
+    const int32_t at = candidates_ != 0 ? last_candidate(candidates_) : 0;
+    const double prefix = __shfl_sync(kAllLanes, prefix_, at);
+    close_at(at, prefix > 0.0 ? 1.0 / prefix : 0.0, summed, which);
+  }
+
+  // What is left of a node's row without the token that follows, where it was not drawn from a law.
+  __device__ __forceinline__ double left_of_point(int32_t node) const {
+    if (!dense_) {
+      const double left = 1.0 - shared_.records[node].prob;
+      return left > 0.0 ? left : 0.0;
+    }
+    const uint64_t whole = shared_.records[node].law.mass, removed = removed_mass(node);
+    return removed < whole ? static_cast<double>(whole - removed) / static_cast<double>(whole) : 0.0;
+  }
+
+  // Of the token that follows a node, in the node's row. By the first warp.
+  __device__ __forceinline__ uint64_t removed_mass(int32_t node) const {
+    return mass_of(weight_in(shared_.records[node].law, __shfl_sync(kAllLanes, node_.of_target, node + 1)));
+  }
+
+  __device__ __forceinline__ bool passes(int32_t node, double left) const {
+    const double prefix = __shfl_sync(kAllLanes, prefix_, node);
+    return accepts_fraction(__shfl_sync(kAllLanes, node_.coin, node), block_fraction(prefix, prefix * left));
+  }
+
+  // The masses of the residuals that were asked for are there. By the first warp.
+  __device__ __forceinline__ void go_on(int turn) {
+    const int32_t count = shared_.step.other >= 0 ? 2 : 1;
+#pragma unroll 1
+    for (int32_t which = 0; which < count; ++which) {
+      const int32_t at = last_candidate(candidates_);
+      uint64_t mass = 0;
+      for (uint32_t i = lane_id(); i < size_ * kWarps; i += kWarpSize) {
+        mass += shared_.draw.sums[turn % 2][which][i];
+      }
+      mass = sum_of_masses(mass);
+      if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
+        return close_at_candidate(true, which);
+      }
+      candidates_ &= ~(1u << at);
+    }
+    next_candidate();
+  }
+
+  __device__ __forceinline__ void then(const ChainStep& step) {
+    __syncwarp();
+    if (lane_id() == 0) shared_.step = step;
+  }
+
+  // `last` is the last draft that is kept.
+  __device__ __forceinline__ void close_at(int32_t last, double gain, bool summed, int32_t which = 0) {
+    const RowLaw& law = shared_.records[last].law;
+    const bool rejected = last < length_;
+    ChainStep step{
+        true, summed, last, status_, -1.0, -1, 0, -1, __shfl_sync(kAllLanes, node_.closing_bits, last)};
+    step.which = which;
+    if (!law.usable) step.status |= kLawLost;
+    if (!law.usable || greedy_) {
+      step.closing = law.top;
+    } else if (rejected && has_residuals()) {
+      step.gain = gain;
+    } else if (rejected) {
+      step.removed = __shfl_sync(kAllLanes, node_.token, last + 1);
+      step.removed_mass = removed_mass(last);
+    }
+    then(step);
   }
 
   __device__ __forceinline__ void close(const ChainStep& step, int turn) {
@@ -125,16 +274,47 @@ class ChainVerifier : ChainWalk<ChainDraw<kType, false>> {
   // output.
   __device__ __forceinline__ void write(int32_t last, int64_t closing, int32_t status,
                                         int32_t emitted) const {
-    if (args_.samples) {
-      if (lane_id() == 0) this->write_sample(warp_, closing, status);
-    } else if (this->is_drawn_tree()) {
-      write_drawn_tree(args_, this->drawn_tree(), b_, closing, status, emitted > 0);
-    } else if (warp_ == 0) {
-      this->write_tokens(last, closing, emitted);
-    } else if (lane_id() == 0) {
-      this->write_output(warp_, last, closing, status, emitted);
+    if (args_.samples) return write_sample(closing, status);
+    if (this->is_drawn_tree())
+      return write_drawn_tree(args_, this->drawn_tree(), b_, closing, status, emitted > 0);
+    const int32_t i = lane_id();
+    if (warp_ == 0) {
+      const int32_t next = __shfl_down_sync(kAllLanes, node_.token, 1);
+      if (i > args_.most_drafts) return;
+      const int64_t token = emitted == 0 || i > last ? -1 : i < last ? next : closing;
+      write_number(args_.tokens, token, b_, i);
+      if (args_.path.data && i > 0) write_number(args_.path, emitted > 0 && i <= last ? i : -1, b_, i - 1);
     }
+    if (i != 0) return;
+    if (warp_ == 1) write_number(args_.num_emitted, emitted, b_);
+    if (warp_ == 2) write_number(args_.num_accepted, last, b_);
+    if (warp_ == 3) write_number(args_.next_token, closing, b_);
+    if (warp_ == 4) write_number(args_.status, status, b_);
+    if (warp_ != 5) return;
+    // Unsigned, where any base of a damaged row has a result.
+    const uint64_t base = static_cast<uint64_t>(read_number(args_.base, b_));
+    write_number(args_.next_lengths, static_cast<int64_t>(base - 1 + static_cast<uint64_t>(emitted)), b_);
   }
+
+  __device__ __forceinline__ void write_sample(int64_t token, int32_t status) const {
+    if (lane_id() != 0) return;
+    RowLaw law;
+    law.usable = false;
+    if ((status & kBadRow) == 0) law = shared_.records[0].law;
+    if (warp_ == 0) write_number(args_.tokens, token, b_);
+    if (warp_ == 1 && args_.status.data) write_number(args_.status, status, b_);
+    if (warp_ == 2 && args_.records != nullptr)
+      write_record(law, args_.records + b_ * args_.record_strides[0], args_.record_strides[1]);
+    if (warp_ != 3 || args_.logprobs == nullptr) return;
+    args_.logprobs[b_ * args_.logprob_stride] =
+        law.usable ? log_probability(law, token, element(0, static_cast<uint32_t>(token))) : -infinity();
+  }
+
+  // Of this lane's node, in the first warp of a block.
+  ChainNode node_{0, -1, 0, 0.0f, 0.0f};
+  double target_prob_ = 0.0, draft_prob_ = 1.0, prefix_ = 1.0;
+  int32_t length_ = 0, end_ = 0;  // drafts that count; where the descent ends
+  unsigned candidates_ = 0;
 };
 
 }  // namespace foretoken::cuda

@@ -5,7 +5,20 @@
 
 namespace foretoken::cuda {
 
-// Several distinct tokens that are taken away from a row before one is drawn.
+// What is taken away from a row before a token is drawn: one token, or several distinct ones. Of an estimate
+// a tile may have less than that.
+struct OneRemoved {
+  int64_t token;  // -1: none
+  uint64_t of_token;
+
+  __device__ __forceinline__ uint64_t left_of_tile(uint32_t index, uint64_t mass) const {
+    if (token < 0 || token / kTile != index) return mass;
+    return mass - (mass < of_token ? mass : of_token);
+  }
+  __device__ __forceinline__ bool holds(uint32_t at) const { return at == token; }
+  __device__ __forceinline__ void clear() { token = -1; }
+};
+
 struct SeveralRemoved {
   const RemovedToken* tokens;
   int32_t count;
@@ -84,12 +97,17 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
     return token;
   }
 
+  __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
+    return gain_in_weights(gain, shared_.records[node].law.mass,
+                           shared_.records[this->law_row(node)].law.mass);
+  }
+
   // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
   // target. Of one node, or of two.
   __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
     const bool with_draft = !kTree && step.gain >= 0.0, two = !kTree && step.other >= 0;
-    const float first_gain = with_draft ? this->gain_of(step.gain, step.node) : 0.0f;
-    const float other_gain = two ? this->gain_of(step.other_gain, step.other) : 0.0f;
+    const float first_gain = with_draft ? gain_of(step.gain, step.node) : 0.0f;
+    const float other_gain = two ? gain_of(step.other_gain, step.other) : 0.0f;
     uint64_t of_warp = 0, of_other = 0;
 #pragma unroll 1
     for (uint32_t item = warp_ * size_ + rank_; item < (two ? 2 : 1) * tiles_; item += size_ * kWarps) {
@@ -98,9 +116,39 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
       const int32_t node = second ? step.other : step.node;
       const uint32_t target_row = static_cast<uint32_t>(node),
                      other_row = with_draft ? this->law_row(node) : target_row;
+      RawTile<kType> target_tile, draft_tile;
+      TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
+      if constexpr (!kTree)
+        TileOfRow<kType>::load(draft_tile, row_data(other_row), vocab_, index, args_.aligned);
       const float gain = second ? other_gain : first_gain;
-      const auto [mass, sum] = this->residual_of_tile(target_row, other_row, gain, index);
-      const uint64_t of_sum = mass_of_tile(sum, 1.0f);
+      const RowLaw& target = shared_.records[target_row].law;
+      const RowLaw& draft = shared_.records[other_row].law;
+      const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
+      const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
+      PinnedSum sum;
+      LaneMass lane_mass;
+#pragma unroll 2
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        Eight weights = next_quarter(target_tile);
+        if constexpr (kTree) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            weights.x[j] = weight_of_logit(weights.x[j], target_max, target_scale, target_cut);
+        } else {
+          const Eight other = next_quarter(draft_tile);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            weights.x[j] =
+                residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
+                                weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
+        sum.add(quarter, weights);
+      }
+      const uint64_t mass = sum_of_masses(lane_mass.total());
+      const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
       if (static_cast<uint32_t>(lane_id()) < size_) {
         DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
         there->masses[turn % 2][second ? 1 : 0][index] = mass;
@@ -111,15 +159,6 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
     DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
     there->sums[turn % 2][0][warp_ * size_ + rank_] = of_warp;
     there->sums[turn % 2][1][warp_ * size_ + rank_] = of_other;
-  }
-
-  // Of what sum_residual() left of one of its two residuals. By a warp.
-  __device__ __forceinline__ uint64_t summed_mass(int turn, int32_t which) const {
-    uint64_t mass = 0;
-    for (uint32_t i = lane_id(); i < size_ * kWarps; i += kWarpSize) {
-      mass += shared_.draw.sums[turn % 2][which][i];
-    }
-    return sum_of_masses(mass);
   }
 
   struct Running {
@@ -207,7 +246,7 @@ class ChainDraw : protected ChainLaws<kType, kTree> {
         const RowLaw& draft = shared_.records[this->law_row(step.node)].law;
         weight = residual_weight(
             weight, weight_of_logit(element(this->law_row(step.node), at), draft.max, draft.scale, draft.cut),
-            this->gain_of(step.gain, step.node));
+            gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);
     }

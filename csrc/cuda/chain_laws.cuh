@@ -9,6 +9,13 @@
 
 namespace foretoken::cuda {
 
+// A block alone has nobody to share its windows with.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kSharesWindows = false;
+#else
+constexpr bool kSharesWindows = true;
+#endif
+
 template <DType kType, bool kTree>
 class ChainLaws : protected ChainRows<kType, kTree> {
  protected:
@@ -148,21 +155,26 @@ class ChainLaws : protected ChainRows<kType, kTree> {
       start(args_, shared_, drafts_, dense_, first + rank_, end, turn);
       cluster_sync();
       look_around(turn);
-      if (const unsigned rows = those(Threshold::in_window)) {
-        look_through(rows, turn);
-        cluster_sync();
-        settle(turn);
-        cluster_sync();
-        look_around(turn);
-        count_anew(those(Threshold::known));
-        cluster_sync();
-        finish(turn);
-      }
+      if constexpr (kSharesWindows) share_windows(turn);
 #pragma unroll 1
       for (unsigned rows = those(Threshold::anywhere); rows != 0; rows &= rows - 1) {
         solve_together(static_cast<uint32_t>(__ffs(static_cast<int>(rows)) - 1));
       }
     }
+  }
+
+  // What lies in the windows of any of the rows is looked for by all blocks.
+  __device__ __forceinline__ void share_windows(int turn) {
+    const unsigned rows = those(Threshold::in_window);
+    if (rows == 0) return;
+    look_through(rows, turn);
+    cluster_sync();
+    settle(turn);
+    cluster_sync();
+    look_around(turn);
+    count_anew(those(Threshold::known));
+    cluster_sync();
+    finish(turn);
   }
 
   static __device__ __noinline__ void start(const ChainArgs& args, ChainShared& shared, int32_t drafts,
@@ -179,7 +191,8 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     if (row < end && is_wanted(row)) {
       law = this->law_of(row);
       if (law.usable && law.kind == LawKind::logits && filters_of(row).any(vocab_))
-        threshold = begin_search(task_of(row), shared_.filter, filters_of(row), law, window, args_.aligned);
+        threshold = begin_search(task_of(row), shared_.filter, filters_of(row), law, window,
+                                 kSharesWindows && args_.aligned);
       if (threshold == Threshold::settled && warp_ == 0) hand_over(row, law);
     }
     __syncthreads();
@@ -205,16 +218,11 @@ class ChainLaws : protected ChainRows<kType, kTree> {
                                                         const Filters& filters, RowLaw& law,
                                                         WindowFilter::Window& window, bool shares) {
     BlockFilter filter(task, scratch);
-    WindowFilter search(task, scratch);
     const bool takes_window = filter.takes_window(filters);
     const bool flat = takes_window && shares && is_flat(task, filters, law);
-    if (flat) {
-      window = search.guess(filters, law);
-      if (window.low < window.high) return Threshold::in_window;
-      __syncthreads();
-    }
-    if (!filter.list(filters, law)) {
-      if (!takes_window || flat) return Threshold::anywhere;
+    if (flat || !filter.list(filters, law)) {
+      if (!takes_window) return Threshold::anywhere;
+      WindowFilter search(task, scratch);
       if (shares) {
         window = search.guess(filters, law);
         return window.low < window.high ? Threshold::in_window : Threshold::anywhere;

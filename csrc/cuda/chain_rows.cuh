@@ -6,42 +6,10 @@
 
 namespace foretoken::cuda {
 
-// What is known of a chain before anything of its rows is.
-struct ChainHeader {
-  int64_t slot = 0;
-  int32_t status = 0, drafts = 0;
-  bool admitted = false;  // else nothing is emitted
-  bool usable = false;    // the number of drafts
-  bool greedy = false, dense = false;
-};
-
-__device__ __forceinline__ ChainHeader header_of(const ChainArgs& args, int64_t b) {
-  ChainHeader header;
-  const int64_t requested = args.num_drafts.data ? read_number(args.num_drafts, b) : args.most_drafts;
-  header.slot = args.slots.data ? read_number(args.slots, b) : b;
-  if (requested == -1) return header;
-  if (header.slot < 0 || header.slot >= args.sampling.size || header.slot >= args.draft_sampling.size) {
-    header.status = kBadRow;
-    return header;
-  }
-  header.admitted = true;
-  header.usable = requested >= 0 && requested <= args.most_drafts;
-  header.drafts = header.usable ? static_cast<int32_t>(requested) : 0;
-  header.greedy = args.sampling.temperature[header.slot] == 0.0f;
-  header.dense = args.draft.data != nullptr && !header.greedy && header.drafts > 0;
-  return header;
-}
-
-__device__ __forceinline__ Filters filters_in(const SamplingView& sampling, int64_t slot) {
-  return {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
-}
-
-// `Shared`: of a block, or where it works for itself of a warp.
-template <DType kType, bool kTree, class Shared = ChainShared>
+template <DType kType, bool kTree>
 class ChainRows {
  protected:
-  // Of a block that belongs to a request's clusters.
-  __device__ __forceinline__ ChainRows(const ChainArgs& args, Shared& shared)
+  __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
       : args_(args),
         shared_(shared),
         rank_(cluster_rank()),
@@ -58,23 +26,6 @@ class ChainRows {
       row_scratch_ = of_block(reinterpret_cast<RowScratch*>(&shared + 1), 0);
     }
     stats_ = in_global() ? args.stats + b_ * (2 * args.most_drafts + 3) * tiles_ : row_scratch_->stats;
-  }
-
-  // Of a warp that works for any request.
-  __device__ __forceinline__ ChainRows(const ChainArgs& args, Shared& shared, int64_t b)
-      : args_(args), shared_(shared), rank_(0), size_(1), warp_(0), b_(b), part_(0) {
-    vocab_ = static_cast<uint32_t>(args.vocab);
-    tiles_ = static_cast<uint32_t>(tiles_of(args.vocab));
-    stats_ = args.stats + b_ * (2 * args.most_drafts + 3) * tiles_;
-  }
-
-  __device__ __forceinline__ void take_header(const ChainHeader& header) {
-    seed_ = args_.sampling.seed + header.slot;
-    drafts_ = header.drafts;
-    status_ = header.status;
-    usable_ = header.usable;
-    greedy_ = header.greedy;
-    dense_ = header.dense;
   }
 
   __device__ __forceinline__ bool in_global() const { return kTree || args_.stats != nullptr; }
@@ -139,9 +90,7 @@ class ChainRows {
   __device__ __forceinline__ uint32_t law_row(int32_t node) const {
     return draft_row(is_drawn_tree() ? drawn_tree().nodes.law_row[node] : node);
   }
-  __device__ __forceinline__ bool is_drawn_tree() const {
-    return !kTree && std::is_same_v<Shared, ChainShared> && args_.law_rows > 0;
-  }
+  __device__ __forceinline__ bool is_drawn_tree() const { return !kTree && args_.law_rows > 0; }
   __device__ __forceinline__ DrawnTree& drawn_tree() const {
     return *reinterpret_cast<DrawnTree*>(&shared_ + 1);
   }
@@ -175,22 +124,29 @@ class ChainRows {
 
   // False: nothing is emitted, with status_. The same in all threads of a request.
   __device__ __forceinline__ bool read_header() {
-    ChainHeader header = header_of(args_, b_);
+    const int64_t requested = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : args_.most_drafts;
+    const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
+    if (requested == -1) return false;
+    if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
+      status_ = kBadRow;
+      return false;
+    }
+    usable_ = requested >= 0 && requested <= args_.most_drafts;
     if constexpr (kTree) {
-      header.dense = false;
-      if (header.admitted && header.drafts >= num_rows_) {
-        header.usable = false;
-        header.drafts = 0;
-      }
-      if (header.admitted && num_rows_ < 1) {
-        header.admitted = false;
-        header.status = kBadRow;
+      usable_ = usable_ && requested < num_rows_;
+      if (num_rows_ < 1) {
+        status_ = kBadRow;
+        return false;
       }
     }
-    take_header(header);
-    if (!header.admitted) return false;
+    drafts_ = usable_ ? static_cast<int32_t>(requested) : 0;
+    seed_ = args_.sampling.seed + slot;
+    greedy_ = args_.sampling.temperature[slot] == 0.0f;
+    dense_ = !kTree && args_.draft.data != nullptr && !greedy_ && drafts_ > 0;
     if (warp_ < 2 && lane_id() == 0) {
-      shared_.filters[warp_] = filters_in(warp_ == 0 ? args_.sampling : args_.draft_sampling, header.slot);
+      const SamplingView& sampling = warp_ == 0 ? args_.sampling : args_.draft_sampling;
+      shared_.filters[warp_] = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
+                                sampling.min_p[slot]};
       shared_.reading[warp_] = RowReading::of_logits(shared_.filters[warp_].temperature);
     }
     __syncthreads();
@@ -370,60 +326,12 @@ class ChainRows {
     return record;
   }
 
-  // Whether it takes hardly longer to read two nodes' rows than one's.
-  __device__ __forceinline__ bool sums_two() const { return tiles_ <= 2 * size_ * kWarps; }
-
-  __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
-    return gain_in_weights(gain, shared_.records[node].law.mass, shared_.records[law_row(node)].law.mass);
-  }
-
-  struct TileMass {
-    uint64_t mass;  // to the last unit
-    float sum;      // of the weights
-  };
-
-  // What is left of a tile of a target's row without `gain` times the draft's; of a tree's, all of it.
-  __device__ __forceinline__ TileMass residual_of_tile(uint32_t target_row, uint32_t other_row, float gain,
-                                                       uint32_t index) const {
-    RawTile<kType> target_tile, draft_tile;
-    TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
-    if constexpr (!kTree)
-      TileOfRow<kType>::load(draft_tile, row_data(other_row), vocab_, index, args_.aligned);
-    const RowLaw& target = shared_.records[target_row].law;
-    const RowLaw& draft = shared_.records[other_row].law;
-    const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
-    const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
-    PinnedSum sum;
-    LaneMass lane_mass;
-#pragma unroll 2
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      Eight weights = next_quarter(target_tile);
-      if constexpr (kTree) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          weights.x[j] = weight_of_logit(weights.x[j], target_max, target_scale, target_cut);
-      } else {
-        const Eight other = next_quarter(draft_tile);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          weights.x[j] =
-              residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
-                              weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
-      sum.add(quarter, weights);
-    }
-    return {sum_of_masses(lane_mass.total()), sum.total()};
-  }
-
   __device__ __forceinline__ RowTask task_of(uint32_t row) const {
     return {{row_data(row), kType, vocab_}, shared_.reading[of_target(row) ? 0 : 1], stats(row), lanes(row)};
   }
 
   const ChainArgs& args_;
-  Shared& shared_;
+  ChainShared& shared_;
   const uint32_t rank_, size_, warp_;
   int64_t b_;
   uint32_t part_, vocab_, tiles_;

@@ -40,20 +40,6 @@ struct ChainStep {
   int32_t which = 0;  // of those two that was summed
 };
 
-// What is taken away from a row before a token is drawn: one token. Of an estimate a tile may
-// have less than that.
-struct OneRemoved {
-  int64_t token;  // -1: none
-  uint64_t of_token;
-
-  __device__ __forceinline__ uint64_t left_of_tile(uint32_t index, uint64_t mass) const {
-    if (token < 0 || token / kTile != index) return mass;
-    return mass - (mass < of_token ? mass : of_token);
-  }
-  __device__ __forceinline__ bool holds(uint32_t at) const { return at == token; }
-  __device__ __forceinline__ void clear() { token = -1; }
-};
-
 // Of a row that a token is drawn from.
 struct RemovedToken {
   uint64_t mass;

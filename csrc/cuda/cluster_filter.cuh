@@ -25,8 +25,7 @@ class ClusterFilter {
     const float floor = task_.reading.floor_below(law.max);
     float cut = -infinity();
     if (filters.cuts_count(task_.row.size)) {
-      cut = reaching(-infinity(), law.max, static_cast<uint64_t>(filters.top_k),
-                     [](float) { return uint64_t{1}; });
+      cut = reaching(-infinity(), law.max, static_cast<uint64_t>(filters.top_k), Measure::ones());
     }
     law.cut = floor;
     if (filters.top_p < 1.0f) cut = fmaxf(cut, top_p_cut(law, filters.top_p, cut, floor));
@@ -39,6 +38,19 @@ class ClusterFilter {
   }
 
  private:
+  // What an element adds to a sum: one, or its mass. By value, and not a type for each: every copy of what
+  // follows is compiled for each kernel and device.
+  struct Measure {
+    bool counts;
+    float max, scale, cut;
+
+    static __device__ Measure ones() { return {true, 0.0f, 0.0f, 0.0f}; }
+    static __device__ Measure masses(const RowLaw& law) { return {false, law.max, law.scale, law.cut}; }
+    __device__ __forceinline__ uint64_t of(float x) const {
+      return counts ? 1 : mass_of(weight_of_logit(x, max, scale, cut));
+    }
+  };
+
   // body(key, element) for the elements of this block in a range.
   template <class Body>
   __device__ void for_elements(const KeyRange& range, Body body) {
@@ -57,12 +69,23 @@ class ClusterFilter {
     TileReader<kWhole> tile(task_.row, index, false);
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const Eight x = tile.next();
-      const int64_t first = index * kTile + quarter * 256 + lane_id() * 8;
+      Eight x = tile.next();
+      if constexpr (kWhole) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t key = key_of(x.x[j]);
-        if (range.holds(key) && (kWhole || first + j < task_.row.size)) body(key, x.x[j]);
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t key = key_of(x.x[j]);
+          if (range.holds(key)) body(key, x.x[j]);
+        }
+      } else {
+        const int64_t left = task_.row.size - (index * kTile + quarter * 256 + lane_id() * 8);
+#pragma unroll 1
+        for (int j = 0; j < 8 && j < left; ++j) {
+          const float at = x.x[0];
+#pragma unroll
+          for (int i = 0; i < 7; ++i) x.x[i] = x.x[i + 1];
+          const uint32_t key = key_of(at);
+          if (range.holds(key)) body(key, at);
+        }
       }
     }
   }
@@ -101,21 +124,17 @@ class ClusterFilter {
       bound = fminf(bound, law.max);
     } else {
       uint64_t mine = 0;
-      for_elements({key_of(bound), key_of(law.max)}, [&](uint32_t, float x) { mine += mass_in(whole, x); });
+      const Measure masses = Measure::masses(whole);
+      for_elements({key_of(bound), key_of(law.max)}, [&](uint32_t, float x) { mine += masses.of(x); });
       mass = total(mine);
     }
-    return reaching(bound, law.max, needed_mass(top_p, mass), [&](float x) { return mass_in(whole, x); });
-  }
-
-  static __device__ uint64_t mass_in(const RowLaw& law, float x) {
-    return mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
+    return reaching(bound, law.max, needed_mass(top_p, mass), Measure::masses(whole));
   }
 
   // Largest threshold t >= low such that the elements >= t together have `need`; -infinity if all do not. The
   // elements in question are spread over bins; those of the bin that holds the answer are listed in block 0,
   // which finishes alone, or spread anew where they are too many.
-  template <class Measure>
-  __device__ float reaching(float low, float high, uint64_t need, Measure measure) {
+  __device__ __noinline__ float reaching(float low, float high, uint64_t need, Measure measure) {
     KeyRange range{key_of(low), key_of(high)};
     while (true) {
       const int shift = range.shift();
@@ -139,10 +158,9 @@ class ClusterFilter {
 
   // Bins of block 0: what all elements in the range measure. Bins are empty before, everywhere; behind it
   // they are so again in all blocks but the first.
-  template <class Measure>
-  __device__ void count_elements(const KeyRange& range, int shift, Measure measure) {
+  __device__ void count_elements(const KeyRange& range, int shift, const Measure& measure) {
     for_elements(range, [&](uint32_t key, float x) {
-      const uint64_t amount = measure(x);
+      const uint64_t amount = measure.of(x);
       if (amount > 0) add_to_bin(scratch_, (range.top - key) >> shift, amount);
     });
     if (rank_ != 0) {
@@ -167,14 +185,13 @@ class ClusterFilter {
   }
 
   // The key of the threshold among the listed ones, by block 0; that of -infinity if there is none.
-  template <class Measure>
-  __device__ uint64_t finish(KeyRange range, uint64_t need, Measure measure) {
+  __device__ uint64_t finish(KeyRange range, uint64_t need, const Measure& measure) {
     const int32_t listed = scratch_.listed;
     while (true) {
       const int shift = range.shift();
       for (int i = threadIdx.x; i < listed; i += kThreads) {
         const uint32_t key = scratch_.keys[i];
-        if (range.holds(key)) add_to_bin(scratch_, (range.top - key) >> shift, measure(value_of(key)));
+        if (range.holds(key)) add_to_bin(scratch_, (range.top - key) >> shift, measure.of(value_of(key)));
       }
       block_sync();
       uint64_t before = 0;

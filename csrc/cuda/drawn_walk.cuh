@@ -113,6 +113,9 @@ class DrawnWalk {
     return false;
   }
 
+  // A division takes a thread as long as everything else at a node; most are by 1.
+  __device__ __forceinline__ static double over(double a, double b) { return b == 1.0 ? a : a / b; }
+
   // left_of_target() and left_of_draft() of math/tree_walk.hpp.
   __device__ __forceinline__ double left_of_target(int32_t row, int32_t child) const {
     const NodeState& state = tree_.states[row];
@@ -122,10 +125,10 @@ class DrawnWalk {
     } else if (is_repeated(row, child)) {
       return 0.0;
     }
-    return left > 0.0 && state.rest > 0.0 ? left / state.rest : 0.0;
+    return left > 0.0 && state.rest > 0.0 ? over(left, state.rest) : 0.0;
   }
   __device__ __forceinline__ double left_of_draft(int32_t row, int32_t child) const {
-    return drawn(row) ? tree_.draft_prob[child] / tree_.states[row].left : 1.0;
+    return drawn(row) ? over(tree_.draft_prob[child], tree_.states[row].left) : 1.0;
   }
 
   __device__ __forceinline__ void go_to(int32_t node) {
@@ -183,7 +186,7 @@ class DrawnWalk {
   }
 
   __device__ __forceinline__ static double next_gain(const NodeState& state, double weight) {
-    return state.gain + state.rest / (weight * state.left);
+    return state.gain + over(state.rest, weight * state.left);
   }
 
   __device__ __forceinline__ void reject(int32_t row, int32_t child, double weight, bool wanted, bool fails) {
@@ -233,7 +236,7 @@ class DrawnWalk {
       if (rejection.fails) state.prefix = 0.0;
       if (rejection.wanted && row != tree_.top) {
         const double residual =
-            rejection.before > 0.0 ? rejection.weight * state.rest / rejection.before : 0.0;
+            rejection.before > 0.0 ? over(rejection.weight * state.rest, rejection.before) : 0.0;
         state.prefix = block_fraction(state.prefix, residual);
       }
       tree_.node = row;

@@ -6,7 +6,6 @@
 #include "cuda/filter.cuh"
 #include "cuda/race.cuh"
 #include "cuda/tree_index.cuh"
-#include "cuda/verify_queue.hpp"
 #include "cuda/views.cuh"
 #include "math/path_interval.hpp"
 #include "math/tree_walk.hpp"
@@ -23,7 +22,6 @@ struct Workspace {
   MassEdit* edits = nullptr;     // [B, max_edits]
   NodeState* states = nullptr;   // [B, 32, T] of the walk: every lane of the leading warp has its own
   uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
-  QueueScratch queue;            // of the kernel for many chains
   int32_t max_edits = 0;
   // Of gbv; null where no request can ask for it.
   uint64_t* rank_keys = nullptr;  // [B, 2, V] tokens being sorted, before a pass and behind it ...

@@ -11,7 +11,7 @@ namespace foretoken::cuda {
 namespace {
 
 template <DType kType>
-__global__ void __launch_bounds__(kThreads, 2) resident_kernel(const __grid_constant__ ChainArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 1) resident_kernel(const __grid_constant__ ChainArgs args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   take_turn();
   extern __shared__ __align__(16) unsigned char memory[];
@@ -43,14 +43,15 @@ ResidentRoom find_resident_room(int64_t tiles, int64_t element_bytes, Device dev
     if (shared > most_shared) continue;
     if (cluster == 1) {
       int blocks = 0;
-      throw_if_failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads,
+      throw_if_failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kRowThreads,
                                                                     static_cast<size_t>(shared)),
                       "launch");
       room.clusters[1] = blocks * limits.multiprocessors;
       continue;
     }
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configure(1, cluster, static_cast<size_t>(shared), attribute);
+    cudaLaunchConfig_t config = configure(1, cluster, static_cast<size_t>(shared), attribute);
+    config.blockDim = dim3(kRowThreads);
     if (cudaOccupancyMaxActiveClusters(&room.clusters[cluster], kKernel, &config) != cudaSuccess) {
       cudaGetLastError();
       room.clusters[cluster] = 0;
@@ -107,8 +108,12 @@ bool launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Devic
     const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);
     if (cluster == 0) return false;
     const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), bytes);
-    launch_clusters(kKernel, rows, cluster, static_cast<size_t>(shared), stream, args,
-                    overlaps<kKernel>(device));
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = configure(rows, cluster, static_cast<size_t>(shared), attributes[0]);
+    config.blockDim = dim3(kRowThreads);
+    if (overlaps<kKernel>(device)) attributes[config.numAttrs++] = overlap_attribute();
+    config.stream = static_cast<cudaStream_t>(stream.handle);
+    throw_if_failed(cudaLaunchKernelEx(&config, kKernel, args), "launch");
     return true;
   };
   switch (dtype) {

@@ -1,6 +1,6 @@
-// About where a threshold is: from the largest elements of the lanes (32 apart), of which the row has at
-// least as many and as much, and from a sample of the row. What they suggest is checked in whole numbers, so
-// it decides how long a search takes, never how it ends.
+// About where a threshold is, from what the first block of a cluster holds of the row: every so-manyth tile
+// of it. What that suggests is checked in whole numbers, so it decides how long a search takes, never how it
+// ends.
 #pragma once
 
 #include "cuda/resident_search.cuh"
@@ -27,62 +27,59 @@ class ResidentGuess : protected ResidentSearch<kType> {
       : Search(args, memory) {}
 
   // Elements worth a list; nothing is known if it is empty. `need`: so many elements, or so much mass of
-  // `law.mass`. The bins are empty before, and are not behind it.
+  // `law.mass`.
   __device__ __forceinline__ Window guess(const RowLaw& law, bool in_number, uint64_t need) {
     const float nothing = infinity();
     if (tiles_ <= kFewTiles && tiles_ <= 2 * size_) {
       return {in_number ? -3.4028235e38f : law.cut, nothing};
     }
-    const float fine = in_number ? bins_of_spread(law) : law.scale * kHighBinsPerBit;
-    count(law, fine, !in_number);
+    if (rank_ == 0) {
+      this->clear_bins();
+      if (threadIdx.x == 0) {
+        shared_.window[0] = shared_.window[1] = nothing;
+        shared_.doubt = kMostDoubt;
+        shared_.left = kUnknown;
+      }
+      if (in_number) {
+        guess_number(law, static_cast<float>(need));
+      } else {
+        guess_mass(law, static_cast<float>(static_cast<double>(law.mass - need) / kMassUnit));
+      }
+      __syncthreads();
+      const float low = shared_.window[0], high = shared_.window[1];
+      if (threadIdx.x < size_ && threadIdx.x != 0) {
+        float* const there = of_block(shared_.window, threadIdx.x);
+        there[0] = low;
+        there[1] = high;
+      }
+    }
     cluster_sync();
-    const Running running = add_up(law, in_number);
-    const float wanted =
-        in_number ? 0.0f : static_cast<float>(static_cast<double>(law.mass - need) / kMassUnit);
-    const float least =
-        in_number ? static_cast<float>(need) : static_cast<float>(static_cast<double>(need) / kMassUnit);
-    if (threadIdx.x == 0) {
-      shared_.window[0] = shared_.window[1] = shared_.list_low = nothing;
-      shared_.doubt = kMostDoubt;
-      shared_.listed = ~0u;
-    }
-    __syncthreads();
-    if (running.high < least && running.high + running.of_high >= least && threadIdx.x + 1 < kResidentBins) {
-      shared_.list_low = law.max - static_cast<float>(threadIdx.x + 1) / fine;
-      shared_.listed = running.highs;
-    }
-    if (running.below < wanted && running.below + running.own >= wanted) {
-      shared_.doubt = kDoubt * sqrtf(running.squares) / wanted;
-    }
-    __syncthreads();
-    const uint32_t highs = shared_.listed;
-    const Window list{shared_.list_low, nothing};
-    if (in_number) return highs <= kMostHighs ? list : Window{nothing, nothing};
-    if (highs <= kFewHighs) return list;
-    const float doubt = fminf(fmaxf(shared_.doubt, kLeastDoubt), kMostDoubt);
-    find_edge(law, running, wanted * (1.0f - doubt), shared_.window[0]);
-    find_edge(law, running, wanted * (1.0f + doubt), shared_.window[1]);
-    __syncthreads();
-    const Window window{fmaxf(shared_.window[0], law.cut), shared_.window[1]};
-    if (window.low < window.high && window.high < nothing) return window;
-    return highs <= kMostHighs ? list : Window{nothing, nothing};
+    return {in_number ? shared_.window[0] : fmaxf(shared_.window[0], law.cut), shared_.window[1]};
   }
 
  private:
   static constexpr uint32_t kFewTiles = 4;
-  static constexpr uint32_t kFewHighs = 768, kMostHighs = 2048;
-  static constexpr float kHighBinsPerBit = 8.0f, kSampleBinsPerBit = 32.0f;
-  static constexpr float kDoubt = 2.5f, kLeastDoubt = 0.01f, kMostDoubt = 0.3f;
-  static constexpr int kSamples = 4;  // of a lane's 32 elements
+  static constexpr float kBinsPerBit = 32.0f;
+  static constexpr float kHeavy = 0.25f, kAllBut = 0.999f;
+  static constexpr uint64_t kUnknown = ~uint64_t{0};
+  static constexpr float kDoubt = 2.5f, kLeastDoubt = 0.01f, kMostDoubt = 0.9f, kWideDoubt = 0.3f;
 
-  // Sums over bins from one end on: what lies before this thread's, and what those hold.
-  struct Running {
-    float below, own;     // of the sample, from the lightest on: estimated weight
-    float squares;        // behind this thread's bins
-    float first;          // of own: of the lighter one of two bins
-    float high, of_high;  // of the lanes' largest, from the heaviest on: weight at least, or number
-    uint32_t highs;       // up to and with this thread's bin
-  };
+  // From the largest elements of the lanes (32 apart), of which the block has about its share.
+  __device__ __forceinline__ void guess_number(const RowLaw& law, float need) {
+    const float share = need / static_cast<float>(size_), wanted = share + 3.0f * sqrtf(share) + 4.0f;
+    uint32_t* const bins = &shared_.bins[0][0][0];
+    const float fine = bins_of_spread(law);
+    for_own([&](uint32_t local, uint32_t) {
+      const float high = lane_highs_[local * kWarpSize + lane_id()];
+      atomicAdd(bins + static_cast<int>(fminf((law.max - high) * fine, kSampleBins - 1.0f)), 1u);
+    });
+    __syncthreads();
+    const float own = static_cast<float>(bins[threadIdx.x]);
+    const float before = run_up(own, 0);
+    if (before < wanted && before + own >= wanted && threadIdx.x + 1 < kSampleBins) {
+      shared_.window[0] = law.max - static_cast<float>(threadIdx.x + 1) / fine;
+    }
+  }
 
   // Twice as far as the least of the tiles' largest elements.
   __device__ __forceinline__ float bins_of_spread(const RowLaw& law) const {
@@ -91,96 +88,67 @@ class ResidentGuess : protected ResidentSearch<kType> {
       least = fminf(least, fmaxf(stats_[index].max, law.cut));
     }
     const float spread = law.max - -max_of_warp(-least);
-    return spread > 0.0f ? static_cast<float>(kResidentBins) / (2.0f * spread) : 0.0f;
+    return spread > 0.0f ? static_cast<float>(kSampleBins) / (2.0f * spread) : 0.0f;
   }
 
-  __device__ __forceinline__ void count(const RowLaw& law, float fine, bool samples) const {
-    uint32_t* const of_samples = &shared_.bins[0][0][0];
-    uint32_t* const of_highs = &shared_.bins[1][0][0];
-    const float sample_fine = law.scale * kSampleBinsPerBit;
+  // Below the threshold `rest` lies, in weights of the row. A sample is counted in bins of a thirty-second of
+  // a bit, the lightest first; the last has all that weigh next to nothing. The window is as wide as the
+  // sample is uncertain of what lies below, by the squares of the weights; where that is much, all from there
+  // on are listed. An element that is heavy by itself says nothing of those beside it: then all are listed
+  // that weigh more than the others of the sample.
+  __device__ __forceinline__ void guess_mass(const RowLaw& law, float rest) {
+    uint32_t* const bins = &shared_.bins[0][0][0];
+    const uint32_t step = size_ <= 2 ? 8 : size_ <= 4 ? 4 : size_ <= 8 ? 2 : 1;
+    const float fine = law.scale * kBinsPerBit;
+    uint32_t own_tiles = (tiles_ + size_ - 1) / size_;
     for_own([&](uint32_t local, uint32_t index) {
-      const float high = lane_highs_[local * kWarpSize + lane_id()];
-      atomicAdd(of_highs + static_cast<int>(fminf((law.max - high) * fine, kResidentBins - 1.0f)), 1u);
-      if (!samples) return;
-      const uint32_t shift = (index * 5 + static_cast<uint32_t>(lane_id()) * 3) % 8;
-#pragma unroll
-      for (int i = 0; i < kSamples; ++i) {
-        if (index * kTile + i * 256 + lane_id() * 8 + shift >= vocab_) continue;
-        const float x = element_of_lane(local, i, static_cast<int>(shift));
-        atomicAdd(of_samples + static_cast<int>(fminf((law.max - x) * sample_fine, kSampleBins - 1.0f)), 1u);
+      const uint32_t shift = (index * 5 + static_cast<uint32_t>(lane_id()) * 3) % step;
+#pragma unroll 2
+      for (uint32_t i = shift; i < 32; i += step) {
+        const uint32_t at = i % 4 * 256 + static_cast<uint32_t>(lane_id()) * 8 + i / 4;
+        if (index * kTile + at >= vocab_) continue;
+        const float x = element_of_lane(local, static_cast<int>(i % 4), static_cast<int>(i / 4));
+        atomicAdd(bins + static_cast<int>(fminf((law.max - x) * fine, kSampleBins - 1.0f)), 1u);
       }
     });
-  }
-
-  __device__ __forceinline__ Running add_up(const RowLaw& law, bool in_number) {
-    uint32_t lighter = 0, heavier = 0, highs = 0;
-#pragma unroll 1
-    for (uint32_t rank = 0; rank < size_; ++rank) {
-      const uint32_t* const bins = of_block(&shared_.bins[0][0][0], rank);
-      if (!in_number) {
-        lighter += bins[kSampleBins - 1 - 2 * threadIdx.x];
-        heavier += bins[kSampleBins - 2 - 2 * threadIdx.x];
-      }
-      highs += bins[kParts * kResidentBins + threadIdx.x];
-    }
-    const float share = 32.0f / kSamples;
-    const float middle = (static_cast<float>(kSampleBins - 1 - 2 * static_cast<int>(threadIdx.x)) + 0.5f);
-    const float of_lighter = share * exp2f(-middle / kSampleBinsPerBit);
-    const float of_heavier = share * exp2f((1.0f - middle) / kSampleBinsPerBit);
-    Running running{};
-    running.first = static_cast<float>(lighter) * of_lighter;
-    running.own = running.first + static_cast<float>(heavier) * of_heavier;
-    running.of_high = static_cast<float>(highs);
-    if (!in_number) running.of_high *= exp2f(-(static_cast<float>(threadIdx.x) + 1.0f) / kHighBinsPerBit);
-    const float squares = running.first * of_lighter + static_cast<float>(heavier) * of_heavier * of_heavier;
-    const float values[3] = {running.own, squares, running.of_high};
-    float before[3];
-    run_up(values, before, highs);
-    running.below = before[0];
-    running.squares = before[1] + squares;
-    running.high = before[2];
-    running.highs = highs;
-    return running;
-  }
-
-  // What lies before each thread, where each begins with the very number that the one before it ends with;
-  // of the last with its own.
-  __device__ __forceinline__ void run_up(const float (&values)[3], float (&before)[3], uint32_t& number) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      float up_to = values[i];
-#pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const float other = __shfl_up_sync(kAllLanes, up_to, step);
-        if (lane_id() >= step) up_to += other;
-      }
-      if (lane_id() == kWarpSize - 1) shared_.warp_floats[i][warp_] = up_to;
-      before[i] = __shfl_up_sync(kAllLanes, up_to, 1);
-      if (lane_id() == 0) before[i] = 0.0f;
-    }
-    number = sum_up_to_lane(number);
-    if (lane_id() == kWarpSize - 1) shared_.warp_counts[warp_] = number;
     __syncthreads();
-    float warps[3] = {0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (uint32_t warp = 0; warp < warp_; ++warp) {
-#pragma unroll
-      for (int i = 0; i < 3; ++i) warps[i] += shared_.warp_floats[i][warp];
-      number += shared_.warp_counts[warp];
+    const uint32_t bin = kSampleBins - 1 - threadIdx.x;
+    const float share = static_cast<float>(step) * static_cast<float>(tiles_) / static_cast<float>(own_tiles);
+    const float one = share * exp2f(-(static_cast<float>(bin) + 0.5f) / kBinsPerBit);
+    const float own = static_cast<float>(bins[bin]) * one;
+    const float below = run_up(own, 0), squares = run_up(own * one, 1);
+    if (below < rest && below + own >= rest) {
+      shared_.doubt = kDoubt * sqrtf(squares + own * one) / rest;
+      shared_.left = own > kHeavy * rest ? __float_as_uint(kAllBut * below) : kUnknown;
     }
-#pragma unroll
-    for (int i = 0; i < 3; ++i) before[i] += warps[i];
+    __syncthreads();
+    const float doubt = fminf(fmaxf(shared_.doubt, kLeastDoubt), kMostDoubt);
+    float wanted = rest * (1.0f - doubt);
+    if (shared_.left != kUnknown) wanted = __uint_as_float(static_cast<uint32_t>(shared_.left));
+    if (sum_of_warps(0) < rest) wanted = kAllBut * sum_of_warps(0);
+    find_edge(law, bin, below, own, wanted, shared_.window[0]);
+    if (doubt <= kWideDoubt) find_edge(law, bin, below, own, rest * (1.0f + doubt), shared_.window[1]);
   }
 
-  // The number below which about `wanted` lies, from whichever thread's bins it falls into.
-  __device__ __forceinline__ void find_edge(const RowLaw& law, const Running& running, float wanted,
-                                            float& edge) const {
-    if (!(running.below < wanted && running.below + running.own >= wanted)) return;
-    const float inside = wanted - running.below, second = running.own - running.first;
-    const int lighter = kSampleBins - 1 - 2 * static_cast<int>(threadIdx.x);
-    const float part =
-        inside <= running.first ? inside / running.first : 1.0f + (inside - running.first) / second;
-    edge = law.max - (static_cast<float>(lighter + 1) - part) / (law.scale * kSampleBinsPerBit);
+  // The number below which about `wanted` lies, from the thread into whose bin it falls.
+  __device__ __forceinline__ void find_edge(const RowLaw& law, uint32_t bin, float below, float own,
+                                            float wanted, float& edge) const {
+    if (!(below < wanted && below + own >= wanted)) return;
+    const float part = (wanted - below) / own;
+    edge = law.max - (static_cast<float>(bin + 1) - part) / (law.scale * kBinsPerBit);
+  }
+
+  // What the threads before this one have.
+  __device__ __forceinline__ float run_up(float own, int which) {
+    const float up_to = sum_up_to_lane(own);
+    if (lane_id() == kWarpSize - 1) shared_.warp_floats[which][warp_] = up_to;
+    __syncthreads();
+    const float of_warp = shared_.warp_floats[which][lane_id()];
+    const float warps = __shfl_sync(kAllLanes, sum_up_to_lane(of_warp) - of_warp, static_cast<int>(warp_));
+    return warps + up_to - own;
+  }
+  __device__ __forceinline__ float sum_of_warps(int which) const {
+    return sum_of_warp(shared_.warp_floats[which][lane_id()]);
   }
 };
 

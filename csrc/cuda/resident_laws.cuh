@@ -15,15 +15,19 @@ class ResidentLaws : ResidentGuess<kType> {
 
   __device__ __forceinline__ void run() {
     cluster_arrive();
+    find_row();
+    // Before it is known whether anybody asks for the row, where nearly always somebody does.
+    const bool ahead = args_.num_drafts.data == nullptr;
+    if (ahead) this->begin_loading(row_.data);
     if (!take_row()) {
+      wait_for_groups<0>();
       cluster_wait();
       return;
     }
-    this->begin_loading(row_.data);
+    if (!ahead) this->begin_loading(row_.data);
     if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
       shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
     }
-    this->clear_bins();
     cluster_wait();  // nobody's memory is written before everybody runs
     TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
     // Of what top-k leaves everything is counted anew.
@@ -48,7 +52,6 @@ class ResidentLaws : ResidentGuess<kType> {
       }
       summed = true;
       cluster_sync();
-      this->clear_bins();
       this->marked_from_ = infinity();
     }
     if (rank_ != 0) return;
@@ -77,14 +80,22 @@ class ResidentLaws : ResidentGuess<kType> {
   using typename Guess::Collected;
   using typename Guess::Window;
 
-  // Which row it is, and how it is read. False: nobody asks for it. The same in the whole cluster.
-  __device__ __forceinline__ bool take_row() {
+  __device__ __forceinline__ void find_row() {
     const uint32_t most = static_cast<uint32_t>(args_.most_drafts);
     const uint32_t rows = args_.draft.data != nullptr ? 2 * most + 1 : most + 1;
     const uint32_t cluster = blockIdx.x / size_;
     b_ = cluster / rows;
     const uint32_t row = cluster % rows;
     number_ = b_ * (2 * args_.most_drafts + 3) + row;
+    of_target_ = row <= most;
+    node_ = of_target_ ? row : row - most - 1;
+    const ChainRowsView& view = of_target_ ? args_.target : args_.draft;
+    const int64_t at = b_ * view.strides[0] + node_ * view.strides[1];
+    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
+  }
+
+  // How the row is read. False: nobody asks for it. The same in the whole cluster.
+  __device__ __forceinline__ bool take_row() {
     const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
     if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
       if (args_.samples && rank_ == 0 && threadIdx.x == 0) {
@@ -95,20 +106,16 @@ class ResidentLaws : ResidentGuess<kType> {
       return false;
     }
     seed_ = args_.sampling.seed + slot;
-    const bool of_target = row <= most;
-    const uint32_t node = of_target ? row : row - most - 1;
+    const int64_t most = args_.most_drafts;
     int64_t drafts = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : most;
     if (drafts == -1) return false;
-    if (drafts < 0 || drafts > static_cast<int64_t>(most)) drafts = 0;
+    if (drafts < 0 || drafts > most) drafts = 0;
     const bool greedy = args_.sampling.temperature[slot] == 0.0f;
-    if (of_target ? node > drafts : greedy || node >= drafts) return false;
-    const SamplingView& sampling = of_target ? args_.sampling : args_.draft_sampling;
+    if (of_target_ ? node_ > drafts : greedy || node_ >= drafts) return false;
+    const SamplingView& sampling = of_target_ ? args_.sampling : args_.draft_sampling;
     filters_ = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
     reading_ = RowReading::of_logits(filters_.temperature);
-    const ChainRowsView& view = of_target ? args_.target : args_.draft;
-    const int64_t at = b_ * view.strides[0] + node * view.strides[1];
-    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
-    if (!args_.samples && node < drafts) token_ = read_number(args_.draft_tokens, b_, node);
+    if (!args_.samples && node_ < drafts) token_ = read_number(args_.draft_tokens, b_, node_);
     return true;
   }
 
@@ -132,7 +139,7 @@ class ResidentLaws : ResidentGuess<kType> {
     law.cut = reading_.floor_below(high_);
     if (!summed) return law;
     uint64_t mass = 0;
-    for (uint32_t index = threadIdx.x; index < tiles_; index += kThreads) {
+    for (uint32_t index = threadIdx.x; index < tiles_; index += kRowThreads) {
       mass += mass_of_stats(stats_[index], law);
     }
     law.mass = sum_up_to_thread(mass).total;
@@ -162,10 +169,7 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
-        if (stage == 1 && cuts_count) {  // top-k has found too few elements
-          cluster_sync();
-          this->clear_bins();
-        }
+        if (stage == 1 && cuts_count) cluster_sync();  // the bins may still be read
         if (!in_number) need = needed_mass(filters_.top_p, total);
         window = this->guess(whole, in_number, need);
       }
@@ -177,10 +181,7 @@ class ResidentLaws : ResidentGuess<kType> {
         held = found.whole ? window : Window{nothing, -nothing};
       }
       if (last) break;
-      if (guesses) {
-        if (!collects) cluster_sync();
-        this->clear_bins();
-      } else {
+      if (!guesses) {
         total = listed ? this->mass_of_list(whole, whole.cut) : found.mass;
         need = needed_mass(filters_.top_p, total);
       }
@@ -314,47 +315,29 @@ class ResidentLaws : ResidentGuess<kType> {
     if (lane_id() == kWarpSize - 1) shared_.warp_words[warp_] = up_to;
     __syncthreads();
     const uint32_t lane = static_cast<uint32_t>(lane_id());
-    const uint64_t word = lane < kWarps ? shared_.warp_words[lane] : 0;
+    const uint64_t word = lane < kRowWarps ? shared_.warp_words[lane] : 0;
     const uint64_t of_warps = sum_of_masses(lane < warp_ ? word : 0);
     return {of_warps + up_to - mine, sum_of_masses(word)};
   }
 
-  // The token in whose interval the number falls, counted in exact masses from token 0: two tiles a thread,
-  // then two elements.
+  // The token in whose interval the number falls, counted in exact masses from token 0: a tile a thread, then
+  // an element.
   __device__ __forceinline__ int64_t draw(const RowLaw& law, uint64_t bits) {
-    static_assert(2 * kThreads == kTile && 2 * kThreads >= kMaxTiles);
-    uint64_t mass[2];
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t index = 2 * threadIdx.x + i;
-      mass[i] = index < tiles_ ? masses_[index] : 0;
-    }
-    const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
+    static_assert(kRowThreads == kTile && kRowThreads >= kMaxTiles);
+    uint64_t mass = threadIdx.x < tiles_ ? masses_[threadIdx.x] : 0;
+    const Running of_tiles = sum_up_to_thread(mass);
     const uint64_t left = multiply_high(bits, of_tiles.total);
-    uint64_t begin = of_tiles.before;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      if (left >= begin && left - begin < mass[i]) {
-        shared_.tile = static_cast<int32_t>(2 * threadIdx.x + i);
-        shared_.left = left - begin;
-      }
-      begin += mass[i];
+    if (left >= of_tiles.before && left - of_tiles.before < mass) {
+      shared_.tile = static_cast<int32_t>(threadIdx.x);
+      shared_.left = left - of_tiles.before;
     }
     __syncthreads();
-    const uint32_t first = static_cast<uint32_t>(shared_.tile) * kTile + 2 * threadIdx.x;
+    const uint32_t at = static_cast<uint32_t>(shared_.tile) * kTile + threadIdx.x;
     const uint64_t in_tile = shared_.left;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      mass[i] = 0;
-      if (first + i >= vocab_) continue;
-      mass[i] = mass_of(weight_of_logit(element_at(row_, first + i), law.max, law.scale, law.cut));
-    }
-    begin = sum_up_to_thread(mass[0] + mass[1]).before;
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      if (in_tile >= begin && in_tile - begin < mass[i]) shared_.drawn = static_cast<int32_t>(first + i);
-      begin += mass[i];
-    }
+    mass = 0;
+    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(row_, at), law.max, law.scale, law.cut));
+    const uint64_t begin = sum_up_to_thread(mass).before;
+    if (in_tile >= begin && in_tile - begin < mass) shared_.drawn = static_cast<int32_t>(at);
     __syncthreads();
     return shared_.drawn;
   }
@@ -363,6 +346,8 @@ class ResidentLaws : ResidentGuess<kType> {
   static constexpr int kFolded = 3;
 
   int64_t b_ = 0, number_ = 0, token_ = -1;
+  uint32_t node_ = 0;
+  bool of_target_ = true;
   const uint64_t* seed_ = nullptr;
   DeviceRow row_;
   Filters filters_;

@@ -11,25 +11,26 @@
 
 namespace foretoken::cuda {
 
-constexpr int kResidentBins = kThreads;  // a thread for each
-constexpr int kSampleBins = 2 * kThreads;
+constexpr int kRowThreads = 1024, kRowWarps = kRowThreads / kWarpSize;  // of a block that holds a row
+constexpr int kResidentBins = 512;
+constexpr int kSampleBins = 1024;  // a thread for each
+static_assert(kSampleBins <= 2 * kParts * kResidentBins);
 constexpr int kOwnList = 2048;  // elements near a threshold that a block may list
 
 // Fixed part of a block's shared memory.
 struct ResidentShared {
-  uint32_t bins[2][kParts][kResidentBins];    // one is read by the cluster while the other is filled
-  uint64_t partial[2][kMaxCluster * kWarps];  // masses that each warp of the cluster has found
+  uint32_t bins[2][kParts][kResidentBins];       // one is read by the cluster while the other is filled
+  uint64_t partial[2][kMaxCluster * kRowWarps];  // masses that each warp of the cluster has found
   uint32_t keys[kOwnList];
   uint16_t places[kOwnList];  // tiles of the block that they lie in
-  uint64_t warp_words[kWarps];
-  float warp_floats[3][kWarps];
-  uint32_t warp_counts[kWarps];
+  uint64_t warp_words[kRowWarps];
+  float warp_floats[2][kRowWarps];
   uint64_t found[2];
   uint32_t listed;
-  float window[2];   // of the sample
-  float list_low;    // of the largest elements of the lanes
-  float least_kept;  // how far below the largest min-p ends
+  float window[2];
+  float reached;
   float doubt;
+  float least_kept;  // how far below the largest min-p ends
   int32_t tile;
   int32_t drawn;
   uint64_t left;
@@ -71,7 +72,7 @@ class ResidentRow {
   template <class Body>
   __device__ __forceinline__ void for_own(const Body& body) const {
 #pragma unroll 1
-    for (uint32_t local = warp_; local * size_ + rank_ < tiles_; local += kWarps) {
+    for (uint32_t local = warp_; local * size_ + rank_ < tiles_; local += kRowWarps) {
       body(local, local * size_ + rank_);
     }
   }
@@ -112,7 +113,7 @@ class ResidentRow {
 
   // Until this lane's copies of a tile are there, in the order they were asked for.
   __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
-    const uint32_t own = (tiles_ - rank_ + size_ - 1) / size_, behind = (own - 1 - local) / kWarps;
+    const uint32_t own = (tiles_ - rank_ + size_ - 1) / size_, behind = (own - 1 - local) / kRowWarps;
     if (behind == 0) {
       wait_for_groups<0>();
     } else if (behind == 1) {

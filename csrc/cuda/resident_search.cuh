@@ -65,37 +65,30 @@ class ResidentSearch : protected ResidentRow<kType> {
     if (static_cast<uint32_t>(lane_id()) < size_)
       listed = *of_block(&shared_.listed, static_cast<uint32_t>(lane_id()));
     found.listed = __reduce_add_sync(kAllLanes, listed);
-    found.whole = __reduce_max_sync(kAllLanes, listed) <= kOwnList;
+    found.whole = __reduce_max_sync(kAllLanes, listed) <= kOwnList && found.listed <= kHeld * kRowThreads;
     return found;
   }
 
   // Largest element t of a range such that the elements of the range at t and above measure at least `need`:
-  // in number, or in mass. -infinity: all of them do not. Of those listed, or of the row.
+  // in number, or in mass. -infinity: all of them do not. Of those listed, by the first block, or of the row.
   __device__ __forceinline__ float reaching(bool of_list, KeyRange range, uint64_t need, const RowLaw& law,
                                             bool in_number) {
-    const RowLaw weighed = law;
-    while (true) {
-      const uint32_t span = range.top - range.bottom;
-      const int shift = span < kResidentBins ? 0 : 23 - __clz(static_cast<int>(span));
-      if (of_list) {
-        count_list(range, shift, weighed, in_number);
-      } else {
-        count_row(range, shift, weighed, in_number);
-      }
-      cluster_sync();
-      uint64_t before = 0;
-      const int bin = bin_reaching(need, in_number, before);
-      if (bin < 0) return -infinity();
-      need -= before;
-      range.narrow(shift, static_cast<uint32_t>(bin));
-      if (shift == 0) return value_of(range.top);
+    if (!of_list) cluster_sync();  // the bins may still be read
+    if (!of_list || rank_ == 0) {
+      clear_bins();
+      turn_ = 0;
+      const float reached = search(of_list, range, need, law, in_number);
+      if (!of_list) return reached;
+      if (threadIdx.x < size_) *of_block(&shared_.reached, threadIdx.x) = reached;
     }
+    cluster_sync();
+    return shared_.reached;
   }
 
   // What the listed elements at `low` or above weigh together.
   __device__ __forceinline__ uint64_t mass_of_list(const RowLaw& law, float low) {
     uint64_t mass = 0;
-    for (uint32_t i = threadIdx.x; i < shared_.listed; i += kThreads) {
+    for (uint32_t i = threadIdx.x; i < shared_.listed; i += kRowThreads) {
       const float x = value_of(shared_.keys[i]);
       if (x >= low) mass += mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
     }
@@ -106,7 +99,7 @@ class ResidentSearch : protected ResidentRow<kType> {
 
   // The listed elements that stay, into the masses of this block's tiles.
   __device__ __forceinline__ void add_list_to_tiles(const RowLaw& law) {
-    for (uint32_t i = threadIdx.x; i < shared_.listed; i += kThreads) {
+    for (uint32_t i = threadIdx.x; i < shared_.listed; i += kRowThreads) {
       const float x = value_of(shared_.keys[i]);
       if (!(x >= law.cut)) continue;
       const uint64_t mass = mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
@@ -122,12 +115,12 @@ class ResidentSearch : protected ResidentRow<kType> {
     told_ ^= 1;
     if (static_cast<uint32_t>(lane_id()) < size_) {
       uint64_t* const there = of_block(shared_.partial[told_], static_cast<uint32_t>(lane_id()));
-      there[rank_ * kWarps + warp_] = of_warp;
+      there[rank_ * kRowWarps + warp_] = of_warp;
     }
   }
   __device__ __forceinline__ uint64_t told() const {
     uint64_t sum = 0;
-    for (uint32_t i = lane_id(); i < size_ * kWarps; i += kWarpSize) sum += shared_.partial[told_][i];
+    for (uint32_t i = lane_id(); i < size_ * kRowWarps; i += kWarpSize) sum += shared_.partial[told_][i];
     return sum_of_masses(sum);
   }
 
@@ -138,15 +131,63 @@ class ResidentSearch : protected ResidentRow<kType> {
 
   float marked_from_ = infinity();
 
-  // Both, before they are first searched in. They may have held other numbers, which all have read.
   __device__ __forceinline__ void clear_bins() {
     uint32_t* const bins = &shared_.bins[0][0][0];
-    for (int i = threadIdx.x; i < 2 * kParts * kResidentBins; i += kThreads) bins[i] = 0;
+    for (int i = threadIdx.x; i < 2 * kParts * kResidentBins; i += kRowThreads) bins[i] = 0;
     __syncthreads();
   }
 
  private:
   static constexpr int kFew = 10;  // of a lane, that are looked at one by one
+  static constexpr int kHeld = 4;  // of a thread, of all that is listed
+
+  __device__ __forceinline__ float search(bool of_list, KeyRange range, uint64_t need, const RowLaw& law,
+                                          bool in_number) {
+    const RowLaw weighed = law;
+    uint32_t keys[kHeld];
+    const uint32_t listed = of_list ? take_lists(keys) : 0;
+    while (true) {
+      const uint32_t span = range.top - range.bottom;
+      const int shift = span < kResidentBins ? 0 : 23 - __clz(static_cast<int>(span));
+      if (of_list) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          if (i * kRowThreads + warp_ * kWarpSize >= listed) continue;
+          const bool there = i * kRowThreads + threadIdx.x < listed;
+          count(there, value_of(keys[i]), range, shift, weighed, in_number);
+        }
+        __syncthreads();
+      } else {
+        count_row(range, shift, weighed, in_number);
+        cluster_sync();
+      }
+      uint64_t before = 0;
+      const int bin = bin_reaching(of_list, need, in_number, before);
+      if (bin < 0) return -infinity();
+      need -= before;
+      range.narrow(shift, static_cast<uint32_t>(bin));
+      if (shift == 0) return value_of(range.top);
+    }
+  }
+
+  // What all blocks have listed, dealt out to the threads of this one; how many there are.
+  __device__ __forceinline__ uint32_t take_lists(uint32_t (&keys)[kHeld]) const {
+    uint32_t listed = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) keys[i] = key_of(-infinity());
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < size_; ++rank) {
+      const uint32_t of_rank = *of_block(&shared_.listed, rank);
+      const uint32_t* const from = of_block(shared_.keys, rank);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const uint32_t at = i * kRowThreads + threadIdx.x - listed;  // far beyond for those before
+        if (at < of_rank) keys[i] = from[at];
+      }
+      listed += of_rank;
+    }
+    return listed;
+  }
 
   // By a warp: the masses that this lane has found.
   __device__ __forceinline__ uint64_t collect_tile(uint32_t local, float max, float scale,
@@ -226,16 +267,6 @@ class ResidentSearch : protected ResidentRow<kType> {
     }
   }
 
-  __device__ __forceinline__ void count_list(const KeyRange& range, int shift, const RowLaw& law,
-                                             bool in_number) {
-    const uint32_t listed = shared_.listed;
-#pragma unroll 1
-    for (uint32_t first = warp_ * kWarpSize; first < listed; first += kThreads) {
-      const uint32_t i = first + static_cast<uint32_t>(lane_id());
-      count(i < listed, value_of(shared_.keys[i < listed ? i : first]), range, shift, law, in_number);
-    }
-  }
-
   __device__ __forceinline__ void count_row(const KeyRange& range, int shift, const RowLaw& law,
                                             bool in_number) {
     const float low = value_of(range.bottom), high = value_of(range.top);
@@ -247,32 +278,38 @@ class ResidentSearch : protected ResidentRow<kType> {
     });
   }
 
-  // First bin of all blocks' at which the running sum reaches `need`, and the sum before it; -1 if none does.
-  // Behind a barrier of the cluster. The other bins, which all have read before that, are empty then.
-  __device__ __forceinline__ int bin_reaching(uint64_t need, bool in_number, uint64_t& before) {
+  // First bin at which the running sum reaches `need`, and the sum before it; -1 if none does. Of this
+  // block's bins, or behind a barrier of the cluster of all blocks'. The other bins, which all have read
+  // before that, are empty then.
+  __device__ __forceinline__ int bin_reaching(bool alone, uint64_t need, bool in_number, uint64_t& before) {
+    const uint32_t bin = threadIdx.x;
     uint64_t own = 0;
+    if (bin < kResidentBins) {
 #pragma unroll 1
-    for (uint32_t rank = 0; rank < size_; ++rank) {
-      const uint32_t* const bins = of_block(&shared_.bins[turn_][0][0], rank) + threadIdx.x;
-      own += bins[0];
-      if (in_number) continue;
+      for (uint32_t rank = alone ? rank_ : 0; rank < (alone ? rank_ + 1 : size_); ++rank) {
+        const uint32_t* const bins = of_block(&shared_.bins[turn_][0][0], rank) + bin;
+        own += bins[0];
+        if (in_number) continue;
 #pragma unroll
-      for (int part = 1; part < kParts; ++part) {
-        own += static_cast<uint64_t>(bins[part * kResidentBins]) << (kPartBits * part);
+        for (int part = 1; part < kParts; ++part) {
+          own += static_cast<uint64_t>(bins[part * kResidentBins]) << (kPartBits * part);
+        }
       }
     }
     turn_ ^= 1;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) shared_.bins[turn_][part][threadIdx.x] = 0;
+    for (int part = 0; part < kParts; ++part) {
+      if (bin < kResidentBins) shared_.bins[turn_][part][bin] = 0;
+    }
     const uint64_t up_to_lane = sum_up_to_lane(own);
     if (lane_id() == kWarpSize - 1) shared_.warp_words[warp_] = up_to_lane;
     __syncthreads();
     const uint32_t lane = static_cast<uint32_t>(lane_id());
-    const uint64_t word = lane < kWarps ? shared_.warp_words[lane] : 0;
+    const uint64_t word = lane < kRowWarps ? shared_.warp_words[lane] : 0;
     const uint64_t up_to = sum_of_masses(lane < warp_ ? word : 0) + up_to_lane;
     if (sum_of_masses(word) < need) return -1;
     if (up_to - own < need && need <= up_to) {
-      shared_.found[0] = threadIdx.x;
+      shared_.found[0] = bin;
       shared_.found[1] = up_to - own;
     }
     __syncthreads();

@@ -262,19 +262,10 @@ char* lay_out(const VerifyArgs& args, char* memory, Workspace& workspace) {
     memory += (count * static_cast<int64_t>(sizeof(*pointer)) + 15) / 16 * 16;
   };
   take(workspace.arrivals, batch);
-  const auto take_bytes = [&](void*& place, int64_t bytes) {
-    char* bytes_there = nullptr;
-    take(bytes_there, bytes);
-    place = bytes_there;
-  };
-  take_bytes(workspace.queue.counters, queue_counter_bytes(batch));
   take(workspace.edits, batch * plan.lists);
   take(workspace.states, batch * kWarpSize * plan.nodes);
   take(workspace.stats, rows * plan.stats_tiles);
   take(workspace.laws, rows);
-  take_bytes(workspace.queue.tasks, queue_task_bytes(batch));
-  take(workspace.queue.masses, batch * plan.stats_tiles);
-  take(workspace.queue.sums, batch * plan.stats_tiles);
   workspace.max_edits = static_cast<int32_t>(plan.lists);
   const int64_t lanes = rows * plan.stats_tiles * kWarpSize;
   if (lanes * 4 <= kMostForLanes) take(workspace.lanes, lanes);
@@ -318,7 +309,7 @@ void verify(const VerifyArgs& args, void* memory, Device device, Stream stream) 
   if (batch == 0) return;
   Workspace scratch;
   const int64_t room = room_before_preparation(args, scratch, memory);
-  const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.laws, scratch.arrivals, scratch.queue};
+  const ChainScratch of_chains{scratch.stats, scratch.lanes, scratch.laws, scratch.arrivals};
   if (takes_chains(args)) return verify_chains(args, of_chains, device, stream);
   if (takes_drawn_trees(args)) return verify_drawn_trees(args, of_chains, device, stream);
   if (takes_trees(args)) return verify_trees(args, of_chains, device, stream);

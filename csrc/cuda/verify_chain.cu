@@ -66,7 +66,7 @@ bool takes_chains(const VerifyArgs& args) {
          args.tokens.shape[1] == args.draft_tokens.shape[1] + 1;
 }
 
-ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
+void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
   ChainArgs chain = chain_args_of(args, scratch);
   chain.target = rows_of(args.target_logits);
   const bool reads_laws =
@@ -74,18 +74,9 @@ ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch) {
   if (reads_laws) chain.draft = rows_of(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
-  return chain;
-}
-
-void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
-  ChainArgs chain = chain_of(args, scratch);
   const DType dtype = args.target_logits.dtype;
   const int64_t requests = args.draft_tokens.shape[0];
-  const bool reads_laws = chain.draft.data != nullptr;
   const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
-  if (!filtered && takes_queue(requests, device)) {
-    return verify_queued(chain, requests, dtype, scratch.queue, device, stream);
-  }
   // Filters that come when this has been captured without any are found by the chains' kernel.
   chain.prepared =
       filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cuda/chain_args.hpp"
-#include "cuda/verify_queue.hpp"
 
 namespace foretoken::cuda {
 
@@ -17,11 +16,7 @@ struct ChainScratch {
   float* lanes;
   ChainRecord* laws;
   uint32_t* arrivals;
-  QueueScratch queue;
 };
-
-// What the kernels of chains are told of a call.
-ChainArgs chain_of(const VerifyArgs& args, const ChainScratch& scratch);
 
 void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream);
 

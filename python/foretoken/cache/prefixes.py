@@ -103,9 +103,9 @@ class PrefixPages:
             page = entry.page = self._table.pages(slots[entry.row])[entry.column]
             entry.content = self._table.content(page)
             self._table.keep(page)
-            before = self._keys.get(page)
-            if before is not None:
-                self._entries.pop(before, None)
+            before = self._entries.get(self._keys.get(page, (0, b"")))
+            if before is not None and before.page == page:
+                del self._entries[self._keys[page]]
             self._entries[key], self._keys[page] = entry, key
         for prompt, entries in zip(shared.prompts, shared.entries, strict=True):
             if prompt is not None:
@@ -114,8 +114,10 @@ class PrefixPages:
 
     def _prompt_of(self, slot: int, request: Any, length: int) -> _Prompt | None:
         prompt = self._prompts.get(slot)
+        if prompt is not None or length > 0 or self._table.pages(slot):
+            return prompt
         ids = getattr(request, "prompt", None)
-        if prompt is None and length == 0 and ids is not None and not self._table.pages(slot):
+        if ids is not None:
             full = max(len(ids) - _FED_LATER, 0) // self._size
             whole = [array("q", ids[i * self._size : (i + 1) * self._size]).tobytes() for i in range(full)]
             prompt = self._prompts[slot] = _Prompt(tuple(whole))
