@@ -72,10 +72,11 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   const DType dtype = args.target_logits.dtype;
   const int64_t requests = args.draft_tokens.shape[0];
-  const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
-  // Filters that come when this has been captured without any are found by the chains' kernel.
+  const bool weighs = chain.sampling.weighs_rows || (reads_laws && chain.draft_sampling.weighs_rows);
+  // Lists of few elements, which is what other filters take, are made faster in the chains' kernel. It also
+  // finds thresholds that come when this has been captured without any.
   chain.prepared =
-      filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
+      weighs && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
   launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
 }
 
@@ -102,7 +103,7 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
   const int64_t rows = args.logits.shape[0];
-  if (chain.sampling.filtered && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
+  if (chain.sampling.weighs_rows && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
   launch_chains(args.logits.dtype, chain, rows, 1, sizeof(RowScratch), device, stream);
 }
 
