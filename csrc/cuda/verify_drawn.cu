@@ -24,7 +24,7 @@ bool takes_drawn_trees(const VerifyArgs& args) {
   const bool drawn = args.draw == Draw::iid || args.draw == Draw::without_replacement;
   const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
                      !args.bitmask && !args.target_constrained && !args.draft_constrained &&
-                     !args.sampling.filtered && !args.draft_sampling.filtered;
+                     !args.sampling.weighs_rows && !args.draft_sampling.weighs_rows;
   const bool asked =
       args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
   return alike && rule && plain && !asked && drawn && args.tokens.shape[1] <= kThreads;
