@@ -6,7 +6,7 @@
 
 namespace foretoken::cuda {
 
-template <DType kType, bool kTree>
+template <DType kType, bool kTree, bool kDrawn = false>
 class ChainRows {
  protected:
   __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
@@ -79,7 +79,7 @@ class ChainRows {
   }
   // Of trees of drawn drafts the tiles are those of rows in a list.
   __device__ __forceinline__ uint32_t row_of(const RowTiles& tiles) const {
-    return is_drawn_tree() ? drawn_tree().rows[tiles.row()] : tiles.row();
+    return kDrawn ? drawn_tree().rows[tiles.row()] : tiles.row();
   }
 
   // Number of a draft's row among all.
@@ -88,20 +88,19 @@ class ChainRows {
   }
   // The same of the law that a node's children were drawn from.
   __device__ __forceinline__ uint32_t law_row(int32_t node) const {
-    return draft_row(is_drawn_tree() ? drawn_tree().nodes.law_row[node] : node);
+    return draft_row(kDrawn ? drawn_tree().nodes.law_row[node] : node);
   }
-  __device__ __forceinline__ bool is_drawn_tree() const { return !kTree && args_.law_rows > 0; }
   __device__ __forceinline__ DrawnTree& drawn_tree() const {
     return *reinterpret_cast<DrawnTree*>(&shared_ + 1);
   }
   __device__ __forceinline__ uint32_t end_of_drafts() const {
-    return draft_row(is_drawn_tree() ? args_.law_rows : drafts_);
+    return draft_row(kDrawn ? args_.law_rows : drafts_);
   }
   __device__ __forceinline__ bool of_target(uint32_t row) const {
     return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
-    if (is_drawn_tree())
+    if constexpr (kDrawn)
       return drawn_tree().wanted[of_target(row) ? row : row - draft_row(0) + kMostTreeNodes];
     return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
   }
@@ -288,7 +287,7 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && !is_drawn_tree() && node <= static_cast<uint32_t>(drafts_))
+    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_))
       return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;
