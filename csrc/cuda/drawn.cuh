@@ -96,24 +96,44 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
   }
 
-  // Filters that came when this had been captured without any: rows one by one, by all blocks. Calls whose
-  // tables have some are the general kernel's.
+  // With filters, behind the reading: each block takes a row at a time, as far as few of its elements matter;
+  // the rest are left to all of them. Top-p alone comes here only if it came when this had been captured.
   __device__ __forceinline__ void make_filtered_laws() {
 #pragma unroll 1
+    for (uint32_t row = rank_; row < this->rows(); row += size_) {
+      if (this->is_wanted(row)) list_row(this->task_of(row), filters_of(row), shared_, tree(), row);
+    }
+    cluster_sync();
+#pragma unroll 1
     for (uint32_t row = 0; row < this->rows(); ++row) {
-      if (!this->is_wanted(row)) continue;
-      const Filters& filters = shared_.filters[this->of_target(row) ? 0 : 1];
-      make_filtered_law(this->task_of(row), filters, shared_, row);
+      if (this->is_wanted(row) && tree().unsolved[row])
+        solve_together(this->task_of(row), filters_of(row), shared_, row);
     }
   }
-  static __device__ __noinline__ void make_filtered_law(const RowTask& task, const Filters& filters,
-                                                        ChainShared& shared, uint32_t row) {
+  __device__ __forceinline__ const Filters& filters_of(uint32_t row) const {
+    return shared_.filters[this->of_target(row) ? 0 : 1];
+  }
+
+  static __device__ __noinline__ void list_row(const RowTask& task, const Filters& filters,
+                                               ChainShared& shared, DrawnTree& tree, uint32_t row) {
     RowLaw law = law_of_stats(task);
+    bool solved = true;
+    __syncthreads();
     if (law.usable && law.kind == LawKind::logits && filters.any(task.row.size)) {
-      cluster_sync();  // the statistics have been looked at
-      ClusterFilter(task, shared.filter).run(filters, law);
-      law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
+      solved = BlockFilter(task, shared.filter).list(filters, law);
+      if (solved) law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
     }
+    __syncthreads();
+    if (threadIdx.x >= cluster_size()) return;
+    of_block(&shared.records[row], threadIdx.x)->law = law;
+    *of_block(&tree.unsolved[row], threadIdx.x) = !solved;
+  }
+  static __device__ __noinline__ void solve_together(const RowTask& task, const Filters& filters,
+                                                     ChainShared& shared, uint32_t row) {
+    RowLaw law = law_of_stats(task);
+    cluster_sync();  // the statistics have been looked at
+    ClusterFilter(task, shared.filter).run(filters, law);
+    law.mass = mass_of_row(task.stats, tiles_of(task.row.size), law);
     if (threadIdx.x == 0) shared.records[row].law = law;
   }
 

@@ -56,10 +56,11 @@ struct alignas(16) DrawnTree {
   int32_t turn;  // of the last sums; in the end of those that the token is drawn from
   int32_t status;
   bool climbs, closes;
-  bool sums;         // the step's residuals are wanted
-  bool reads;        // the law of the step's node is, whose row was left out at first
-  int32_t left_row;  // what rejected children leave of the law of this node is; none: kNoNode
-  double left;       // that share
+  bool sums;                      // the step's residuals are wanted
+  bool reads;                     // the law of the step's node is, whose row was left out at first
+  int32_t left_row;               // what rejected children leave of the law of this node is; none: kNoNode
+  double left;                    // that share
+  bool unsolved[kMostChainRows];  // filtered rows that are left to all blocks
   int32_t num_rows;
   int16_t rows[2 * kMostTreeNodes];  // that are read at first
   bool wanted[2 * kMostTreeNodes];   // rows of the target by node, and of laws, that are looked at
