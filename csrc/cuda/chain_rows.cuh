@@ -192,15 +192,18 @@ class ChainRows {
 
   // `raw`: the first of them.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
-    if constexpr (RawTile<kType>::kBytes == 2) return stream_pairs(raw, tiles);
+    if constexpr (RawTile<kType>::kBytes == 2) {
+      stream_pairs(raw, tiles);
+    } else {
 #pragma unroll 1
-    while (tiles.any()) {
-      const uint32_t row = row_of(tiles), index = tiles.index();
-      tiles.move_on();
-      RawTile<kType> next;
-      if (tiles.any()) load(row_of(tiles), tiles.index(), next);
-      if (is_wanted(row)) leave_stats(row, index, raw);
-      raw = next;
+      while (tiles.any()) {
+        const uint32_t row = row_of(tiles), index = tiles.index();
+        tiles.move_on();
+        RawTile<kType> next;
+        if (tiles.any()) load(row_of(tiles), tiles.index(), next);
+        if (is_wanted(row)) leave_stats(row, index, raw);
+        raw = next;
+      }
     }
   }
 
