@@ -219,7 +219,7 @@ def made(kind: str, device: str, batch: int) -> PagedCache:
     given: dict[str, Any] = {"kind": name, "scales": scales, "max_new": PROMPT}
     if scales == "head":
         given |= dict.fromkeys(
-            ("k_scale", "v_scale"), torch.full((2, 8), 4 / (448 if name == "float8" else 127))
+            ("k_scale", "v_scale"), torch.full((2, 8), 6 / (448 if name == "float8" else 127))
         )
     return QuantisedCache(2, **sizes, **given)
 

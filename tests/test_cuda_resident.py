@@ -50,13 +50,29 @@ def rows_of_every_kind(vocab: int) -> Tensor:
     return noise + 0.0  # the sign of a row's largest element is anybody's if that is a zero
 
 
+def table_of(size: int, law: ft.Sampling) -> Any:
+    """A table with a slot more, whose top-p has every call take the way of rows that have to be weighed."""
+    table, given = ft.Sampling(seed=1, top_p=0.9).prepare(size + 1), law.prepare(size)
+    for slot in range(size):
+        table.copy(slot, given, slot)
+    return table
+
+
 def drawn(logits: Tensor, table: Any, device: str, **more: Any) -> list[Tensor]:
     size = len(logits)
     status = torch.full((size,), -7, dtype=torch.int32, device=device)
     records = torch.full((size, 4), -7, dtype=torch.int64, device=device)
     base = (1 + 7 * torch.arange(size)).to(device)
+    slots = torch.arange(size, dtype=torch.int32, device=device)
     tokens, logprobs = ft.ops.sample(
-        logits.to(device), sampling=table, base=base, logprobs=True, status=status, records=records, **more
+        logits.to(device),
+        sampling=table,
+        base=base,
+        slots=slots,
+        logprobs=True,
+        status=status,
+        records=records,
+        **more,
     )
     return [part.cpu() for part in (tokens, logprobs, status, records)]
 
@@ -80,7 +96,7 @@ def test_rows_of_every_kind(filters: str, dtype: torch.dtype, vocab: int):
     temperatures = [(1.0, 0.7, 2.0, 0.0)[row % 4] for row in range(len(logits))]
     for temperature in (1.0, temperatures):
         assert_rows_equal(
-            logits, ft.Sampling(seed=5, temperature=temperature, **FILTERS[filters]).prepare(14)
+            logits, table_of(14, ft.Sampling(seed=5, temperature=temperature, **FILTERS[filters]))
         )
 
 
@@ -93,37 +109,26 @@ def test_every_size_of_clusters(size: int):
         name: [kinds[row % len(kinds)].get(name, off) for row in range(size)]
         for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
     }
-    assert_rows_equal(logits, ft.Sampling(seed=5, **columns).prepare(size))  # type: ignore[arg-type]
+    assert_rows_equal(logits, table_of(size, ft.Sampling(seed=5, **columns)))  # type: ignore[arg-type]
 
 
 def test_rows_that_do_not_fit():
     torch.manual_seed(1)
     logits = torch.randn(2, 1_000_000)
     for filters in ("top_p", "all"):
-        assert_rows_equal(logits, ft.Sampling(seed=5, **FILTERS[filters]).prepare(2))
+        assert_rows_equal(logits, table_of(2, ft.Sampling(seed=5, **FILTERS[filters])))
 
 
 def assert_chains_equal(target: Tensor, draft: Tensor | None, table: Any, **more: Any) -> None:
     size, drafts = len(target), target.shape[1] - 1
-    base = 1 + 7 * torch.arange(size)
+    more |= {"base": 1 + 7 * torch.arange(size), "slots": torch.arange(size, dtype=torch.int32)}
     source = target if draft is None else draft
-    tokens = torch.stack(
-        [
-            ft.ops.sample(source[:, i], sampling=table, base=base, step=i, purpose="draft")
-            for i in range(drafts)
-        ],
-        1,
-    )
-    wanted = ft.ops.verify(target, tokens, draft_logits=draft, sampling=table, base=base, **more)
+    rows = {"sampling": table, "base": more["base"], "slots": more["slots"], "purpose": "draft"}
+    tokens = torch.stack([ft.ops.sample(source[:, i], step=i, **rows) for i in range(drafts)], 1)
+    wanted = ft.ops.verify(target, tokens, draft_logits=draft, sampling=table, **more)
     more = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in more.items()}
-    got = ft.ops.verify(
-        target.cuda(),
-        tokens.cuda(),
-        draft_logits=None if draft is None else draft.cuda(),
-        sampling=table,
-        base=base.cuda(),
-        **more,
-    )
+    laws = None if draft is None else draft.cuda()
+    got = ft.ops.verify(target.cuda(), tokens.cuda(), draft_logits=laws, sampling=table, **more)
     for name in VERDICT:
         assert torch.equal(getattr(wanted, name), getattr(got, name).cpu()), name
 
@@ -136,7 +141,7 @@ def test_chains(filters: str, rule: str, dtype: torch.dtype):
     rows = rows_of_every_kind(9_000)
     target = torch.stack([rows, rows.roll(1, 0), 3 * torch.randn_like(rows), rows.roll(5, 0)], 1)
     draft = (target[:, :3] + 0.5 * torch.randn(14, 3, 9_000)).to(dtype)
-    table = ft.Sampling(seed=3, temperature=[1.0, 0.8] * 6 + [0.0] * 2, **FILTERS[filters]).prepare(14)
+    table = table_of(14, ft.Sampling(seed=3, temperature=[1.0, 0.8] * 6 + [0.0] * 2, **FILTERS[filters]))
     counts = torch.tensor([3, 3, 2, 0, 1, -1, 3, 3, 3, 7, 3, 3, 2, 3], dtype=torch.int32)
     assert_chains_equal(target.to(dtype), draft, table, rule=rule, num_drafts=counts)
     assert_chains_equal(target.to(dtype), None, table, rule=rule)
@@ -146,7 +151,7 @@ def test_rows_without_a_filter_beside_filtered_ones():
     torch.manual_seed(4)
     target = 3 * torch.randn(9, 5, 40_001)
     draft = target[:, :4] + 0.5 * torch.randn(9, 4, 40_001)
-    table = ft.Sampling(seed=3, top_p=[1.0, 0.9, 1.0] * 3, temperature=[1.0, 1.0, 0.0] * 3).prepare(9)
+    table = table_of(9, ft.Sampling(seed=3, top_p=[1.0, 0.9, 1.0] * 3, temperature=[1.0, 1.0, 0.0] * 3))
     assert_chains_equal(target, draft, table, rule="block")
 
 

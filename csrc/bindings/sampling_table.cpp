@@ -118,25 +118,25 @@ void SamplingTable::set(int64_t slot, double temperature, int64_t top_k, double 
   if (top_k < 0 || top_k > INT32_MAX) refuse("top_k", "0 (off) or a positive count", top_k);
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p", "a number in (0, 1]", top_p);
   if (!(min_p >= 0.0 && min_p < 1.0)) refuse("min_p", "a number in [0, 1)", min_p);
-  filtered_ -= is_filtered(index) ? 1 : 0;
+  count(index, -1);
   temperature_[index] = static_cast<float>(temperature);
   top_k_[index] = static_cast<int32_t>(top_k);
   top_p_[index] = static_cast<float>(top_p);
   min_p_[index] = static_cast<float>(min_p);
   seed_[index] = seed;
-  filtered_ += is_filtered(index) ? 1 : 0;
+  count(index, 1);
   replace(index, {}, {});
 }
 
 void SamplingTable::copy(int64_t slot, const SamplingTable& source, int64_t from) {
   const size_t to = index_of(slot), at = source.index_of(from);
-  filtered_ -= is_filtered(to) ? 1 : 0;
+  count(to, -1);
   temperature_[to] = source.temperature_[at];
   top_k_[to] = source.top_k_[at];
   top_p_[to] = source.top_p_[at];
   min_p_[to] = source.min_p_[at];
   seed_[to] = source.seed_[at];
-  filtered_ += is_filtered(to) ? 1 : 0;
+  count(to, 1);
   replace(to, source.lists_[at], source.constraints_[at]);
 }
 

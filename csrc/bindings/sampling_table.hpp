@@ -50,7 +50,7 @@ class SamplingTable {
             seed_.data(),
             size(),
             constrained_ > 0 ? constraints_.data() : nullptr,
-            filtered_ > 0};
+            weighing_ > 0};
   }
 
  private:
@@ -60,6 +60,14 @@ class SamplingTable {
   };
 
   size_t index_of(int64_t slot) const;
+  // Adds a slot to the counts of slots, or takes it off.
+  void count(size_t index, int64_t sign) {
+    filtered_ += is_filtered(index) ? sign : 0;
+    weighing_ += weighs_row(index) ? sign : 0;
+  }
+  bool weighs_row(size_t index) const {
+    return temperature_[index] != 0.0f && top_p_[index] < 1.0f && top_k_[index] == 0;
+  }
   bool is_filtered(size_t index) const {
     const bool any = top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f;
     return any && temperature_[index] != 0.0f;
@@ -73,6 +81,7 @@ class SamplingTable {
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
   int64_t filtered_ = 0;                     // slots that have a filter
+  int64_t weighing_ = 0;                     // slots with top-p and without top-k
   uint64_t version_ = 0;                     // counts changes
   mutable dispatch::SamplingMirrors mirrors_;
 };

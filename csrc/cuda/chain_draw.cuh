@@ -41,11 +41,11 @@ struct SeveralRemoved {
   __device__ __forceinline__ void clear() { count = 0; }
 };
 
-template <DType kType, bool kTree>
-class ChainDraw : protected ChainLaws<kType, kTree> {
+template <DType kType, bool kTree, bool kDrawn = false>
+class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
  protected:
-  using Laws = ChainLaws<kType, kTree>;
-  using Rows = ChainRows<kType, kTree>;
+  using Laws = ChainLaws<kType, kTree, kDrawn>;
+  using Rows = ChainRows<kType, kTree, kDrawn>;
   using Rows::args_;
   using Rows::b_;
   using Rows::dense_;

@@ -23,6 +23,10 @@ inline bool aligned(const TensorView& logits) {
   return whole;
 }
 
+inline ChainRowsView rows_of(const TensorView& view) {
+  return {view.data, {view.strides[0], view.strides[1]}};
+}
+
 // All but where the rows lie, and what only one of them asks for.
 inline ChainArgs chain_args_of(const VerifyArgs& args, const ChainScratch& scratch) {
   ChainArgs chain;

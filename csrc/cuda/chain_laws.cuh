@@ -5,7 +5,6 @@
 
 #include "cuda/chain_rows.cuh"
 #include "cuda/cluster_filter.cuh"
-#include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
@@ -16,10 +15,10 @@ constexpr bool kSharesWindows = false;
 constexpr bool kSharesWindows = true;
 #endif
 
-template <DType kType, bool kTree>
-class ChainLaws : protected ChainRows<kType, kTree> {
+template <DType kType, bool kTree, bool kDrawn = false>
+class ChainLaws : protected ChainRows<kType, kTree, kDrawn> {
  protected:
-  using Rows = ChainRows<kType, kTree>;
+  using Rows = ChainRows<kType, kTree, kDrawn>;
   using Rows::args_;
   using Rows::b_;
   using Rows::dense_;
@@ -75,32 +74,6 @@ class ChainLaws : protected ChainRows<kType, kTree> {
     laws.template take_turns<false>(first, end);
   }
 
-  // What a walk of a drawn tree asks for beside residuals.
-  __device__ __forceinline__ void look_closer(int32_t node) {
-    const DrawnTree& tree = this->drawn_tree();
-    if (tree.reads) make_law_late(static_cast<uint32_t>(node));
-    if (tree.left_row < 0) return;
-    cluster_sync();  // what was left before has been looked at
-    const uint32_t row = this->law_row(tree.left_row);
-    count_what_is_left(tree, {row_data(row), kType, vocab_}, shared_.records[row].law, left_stats());
-  }
-  __device__ __forceinline__ void walk_tree(int turn) {
-    walk_drawn_tree(args_, shared_, this->drawn_tree(), turn, left_stats());
-  }
-
-  // Of one row, whose law was not made with the others' and which no filter changes.
-  __device__ __forceinline__ void make_law_late(uint32_t row) {
-    const DeviceRow of_row{row_data(row), kType, vocab_};
-#pragma unroll 1
-    for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
-      float lane_max;
-      const TileStats found = stats_slowly(of_row, shared_.reading[0], index, lane_max);
-      if (lane_id() == 0) *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
-    }
-    cluster_sync();
-    start(args_, shared_, drafts_, dense_, rank_ == 0 ? row : row + 1, row + 1, 0);
-  }
-
   // What the clusters have found; every block takes it for itself.
   __device__ __forceinline__ void take_laws() {
     constexpr uint32_t kWords = sizeof(ChainRecord) / sizeof(uint4);
@@ -112,10 +85,6 @@ class ChainLaws : protected ChainRows<kType, kTree> {
   }
 
  private:
-  __device__ __forceinline__ TileStats* left_stats() const {  // behind those of all rows
-    return stats(static_cast<uint32_t>(2 * args_.most_drafts + 2));
-  }
-
   // By all warps, but at first by all but the one that looks ahead.
   __device__ __forceinline__ void read_rows(uint32_t first, uint32_t count, bool scouts_are_away) {
     const uint32_t away = scouts_are_away ? 1 : 0, worker = warp_ * size_ + rank_;

@@ -6,7 +6,7 @@
 
 namespace foretoken::cuda {
 
-template <DType kType, bool kTree>
+template <DType kType, bool kTree, bool kDrawn = false>
 class ChainRows {
  protected:
   __device__ __forceinline__ ChainRows(const ChainArgs& args, ChainShared& shared)
@@ -79,7 +79,7 @@ class ChainRows {
   }
   // Of trees of drawn drafts the tiles are those of rows in a list.
   __device__ __forceinline__ uint32_t row_of(const RowTiles& tiles) const {
-    return is_drawn_tree() ? drawn_tree().rows[tiles.row()] : tiles.row();
+    return kDrawn ? drawn_tree().rows[tiles.row()] : tiles.row();
   }
 
   // Number of a draft's row among all.
@@ -88,20 +88,19 @@ class ChainRows {
   }
   // The same of the law that a node's children were drawn from.
   __device__ __forceinline__ uint32_t law_row(int32_t node) const {
-    return draft_row(is_drawn_tree() ? drawn_tree().nodes.law_row[node] : node);
+    return draft_row(kDrawn ? drawn_tree().nodes.law_row[node] : node);
   }
-  __device__ __forceinline__ bool is_drawn_tree() const { return !kTree && args_.law_rows > 0; }
   __device__ __forceinline__ DrawnTree& drawn_tree() const {
     return *reinterpret_cast<DrawnTree*>(&shared_ + 1);
   }
   __device__ __forceinline__ uint32_t end_of_drafts() const {
-    return draft_row(is_drawn_tree() ? args_.law_rows : drafts_);
+    return draft_row(kDrawn ? args_.law_rows : drafts_);
   }
   __device__ __forceinline__ bool of_target(uint32_t row) const {
     return kTree || row <= static_cast<uint32_t>(args_.most_drafts);
   }
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
-    if (is_drawn_tree())
+    if constexpr (kDrawn)
       return drawn_tree().wanted[of_target(row) ? row : row - draft_row(0) + kMostTreeNodes];
     return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
   }
@@ -171,32 +170,17 @@ class ChainRows {
     if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
   }
 
-  // `raw`: the first of them. While one is summed the next is on its way to registers, and what follows to
-  // the second-level cache: registers alone would hold too few bytes on their way.
+  // `raw`: the first of them.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
-    constexpr int kAhead = 3;
-    RowTiles ahead = tiles;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead.move_on();
 #pragma unroll 1
     while (tiles.any()) {
       const uint32_t row = row_of(tiles), index = tiles.index();
       tiles.move_on();
       RawTile<kType> next;
       if (tiles.any()) load(row_of(tiles), tiles.index(), next);
-      if (ahead.any()) fetch(row_of(ahead), ahead.index());
-      ahead.move_on();
       if (is_wanted(row)) leave_stats(row, index, raw);
       raw = next;
     }
-  }
-
-  // A tile into the second-level cache, a line a lane.
-  __device__ __forceinline__ void fetch(uint32_t row, uint32_t index) const {
-    constexpr uint32_t kLine = 128 / RawTile<kType>::kBytes;
-    const uint32_t at = index * kTile + static_cast<uint32_t>(lane_id()) * kLine;
-    if (static_cast<uint32_t>(lane_id()) * kLine >= kTile || at >= vocab_) return;
-    fetch_line(static_cast<const char*>(row_data(row)) + static_cast<uint64_t>(at) * RawTile<kType>::kBytes);
   }
 
   // Statistics of the target's rows from whoever computed them. By all threads of all clusters.
@@ -250,7 +234,7 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && !is_drawn_tree() && node <= static_cast<uint32_t>(drafts_))
+    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_))
       return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;

@@ -40,12 +40,6 @@ struct ChainStep {
   int32_t which = 0;  // of those two that was summed
 };
 
-// Of a row that a token is drawn from.
-struct RemovedToken {
-  uint64_t mass;
-  int32_t token;
-};
-
 // Two buffers in turns: whoever is late may still read the one before.
 struct DrawScratch {
   uint64_t masses[2][2][kMaxTiles];           // of a residual's tiles, to the last unit; of another's
@@ -84,7 +78,6 @@ struct ChainShared {
   RowReading reading[2];       // of the target, and of the drafts
   Filters filters[2];
   ChainStep step;
-  RemovedToken removed;  // of a chain
   int64_t drawn;
   uint64_t left;  // of a draw: what is left of its number in the tile that it fell into
   int32_t tile;
@@ -99,6 +92,11 @@ struct alignas(16) TreeNode {
   int32_t parent;   // -1: no smaller node
   uint32_t coin;    //
   float of_target;  // the element of its token in its parent's row
+};
+
+struct RemovedToken {
+  uint64_t mass;
+  int32_t token;
 };
 
 // Of trees; each block has all of it for itself. What all threads know lies here rather than in registers,

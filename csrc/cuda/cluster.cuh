@@ -42,7 +42,7 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The same for warps that come to it from different places of a program: the other form asks all threads of a
-// warp for one instruction, and compute-sanitizer all warps of a block.
+// warp for one instruction.
 __device__ inline void cluster_sync_apart() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }

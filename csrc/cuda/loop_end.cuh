@@ -1,7 +1,6 @@
 // What runs in front of the first round of a launch, and behind every round: one block each.
 #pragma once
 
-#include "cuda/overlap.cuh"
 #include "cuda/views.cuh"
 #include "math/draft_tiers.hpp"
 #include "ops/commit.hpp"
@@ -111,7 +110,6 @@ __device__ inline int64_t live_rows(const LoopGraphArgs& args) {
 // Behind each round: keeps its record, tells whether there is another, and of which tier.
 __global__ void __launch_bounds__(kEndThreads)
     loop_end_kernel(const __grid_constant__ LoopGraphArgs args, MappedWords mapped, LoopHandles handles) {
-  take_turn();
   // Words of the host are far away: others fetch them while the first warps work.
   __shared__ bool asked;
   __shared__ uint32_t taken;

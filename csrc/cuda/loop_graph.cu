@@ -1,15 +1,12 @@
 // A graph whose WHILE node repeats a captured round until a kernel behind it says that this was the last.
 #include "cuda/loop_graph.hpp"
 
-#include <cstdlib>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "cuda/errors.hpp"
-#include "cuda/graph_copies.cuh"
 #include "cuda/loop_end.cuh"
-#include "cuda/overlap.cuh"
 
 namespace foretoken::cuda {
 
@@ -176,85 +173,32 @@ struct LoopGraph::State {
     cudaGraph_t* bodies = nullptr;
     add_conditional(graph, begin, handles.again, cudaGraphCondTypeWhile, 1, "WHILE node", bodies);
     const cudaGraph_t body = bodies[0];
+    const cudaGraphNode_t work = add_rounds(body, rounds, handles.tier);
     void* end_params[] = {&args, &mapped, &handles};
-    if (rounds.size() > 1 || !add_round_with_end(body, rounds[0], end_params)) {
-      const cudaGraphNode_t work = add_rounds(body, rounds, handles.tier);
-      add_kernel(body, work, reinterpret_cast<const void*>(loop_end_kernel), end_params);
-    }
+    add_kernel(body, work, reinterpret_cast<const void*>(loop_end_kernel), end_params);
     throw_if_failed(cudaGraphInstantiate(&executable, graph, 0), "instantiation of the loop");
-  }
-
-  using OwnedGraph = std::unique_ptr<CUgraph_st, decltype(&cudaGraphDestroy)>;
-
-  static OwnedGraph clone_of(void* round) {
-    cudaGraph_t copy = nullptr;
-    throw_if_failed(cudaGraphClone(&copy, static_cast<cudaGraph_t>(round)), "clone of the round");
-    OwnedGraph owner(copy, &cudaGraphDestroy);
-    if (std::getenv("FORETOKEN_LOOP_KERNELS") != nullptr) CopiesAsKernels(copy).run();
-    return owner;
-  }
-
-  static cudaGraphNode_t add_clone(cudaGraph_t body, cudaGraph_t copy) {
-    cudaGraphNode_t clone = nullptr;
-    throw_if_failed(cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, copy), "clone of the round");
-    return clone;
-  }
-
-  // The kernel that a round ends with; null: it ends with something else, or with several nodes.
-  static cudaGraphNode_t last_kernel(cudaGraph_t round) {
-    size_t count = 0;
-    throw_if_failed(cudaGraphGetNodes(round, nullptr, &count), "nodes of the round");
-    std::vector<cudaGraphNode_t> nodes(count);
-    throw_if_failed(cudaGraphGetNodes(round, nodes.data(), &count), "nodes of the round");
-    cudaGraphNode_t last = nullptr;
-    for (const cudaGraphNode_t node : nodes) {
-      if (CopiesAsKernels::has_next(node)) continue;
-      if (last != nullptr) return nullptr;
-      last = node;
-    }
-    cudaGraphNodeType type{};
-    throw_if_failed(cudaGraphNodeGetType(last, &type), "nodes of the round");
-    return type == cudaGraphNodeTypeKernel ? last : nullptr;
-  }
-
-  // The kernel behind the rounds is part of the clone, and comes up while the round's last kernel ends.
-  // False: it has to be put behind the clone.
-  bool add_round_with_end([[maybe_unused]] cudaGraph_t body, [[maybe_unused]] void* round,
-                          [[maybe_unused]] void** end_params) const {
-#if CUDART_VERSION >= 13000
-    const void* const function = reinterpret_cast<const void*>(loop_end_kernel);
-    if (!may_overlap() || !waits_by_itself(function, device)) return false;
-    const OwnedGraph copy = clone_of(round);
-    const cudaGraphNode_t last = last_kernel(copy.get());
-    if (last == nullptr) return false;
-    cudaGraphNodeParams params{};
-    params.type = cudaGraphNodeTypeKernel;
-    params.kernel.func = const_cast<void*>(function);
-    params.kernel.gridDim = dim3(1);
-    params.kernel.blockDim = dim3(kEndThreads);
-    params.kernel.kernelParams = end_params;
-    cudaGraphEdgeData edge{};
-    edge.from_port = cudaGraphKernelNodePortProgrammatic;
-    edge.type = cudaGraphDependencyTypeProgrammatic;
-    cudaGraphNode_t end = nullptr;
-    throw_if_failed(cudaGraphAddNode(&end, copy.get(), &last, &edge, 1, &params), "kernel behind the rounds");
-    add_clone(body, copy.get());
-    return true;
-#else
-    return false;
-#endif
   }
 
   // A clone of the round; of several, one that the SWITCH node chooses.
   static cudaGraphNode_t add_rounds(cudaGraph_t body, const std::vector<void*>& rounds,
                                     [[maybe_unused]] cudaGraphConditionalHandle tier) {
-    if (rounds.size() == 1) return add_clone(body, clone_of(rounds[0]).get());
+    cudaGraphNode_t clone = nullptr;
+    if (rounds.size() == 1) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, static_cast<cudaGraph_t>(rounds[0])),
+          "clone of the round");
+      return clone;
+    }
 #if CUDART_VERSION >= 12080
     cudaGraph_t* tiers = nullptr;
     const cudaGraphNode_t choice =
         add_conditional(body, nullptr, tier, cudaGraphCondTypeSwitch, static_cast<unsigned>(rounds.size()),
                         "SWITCH node", tiers);
-    for (size_t t = 0; t < rounds.size(); ++t) add_clone(tiers[t], clone_of(rounds[t]).get());
+    for (size_t t = 0; t < rounds.size(); ++t) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, tiers[t], nullptr, 0, static_cast<cudaGraph_t>(rounds[t])),
+          "clone of a round");
+    }
     return choice;
 #else
     throw std::invalid_argument("rounds: expected one, as this build is older than CUDA 12.8");

@@ -6,10 +6,6 @@
 
 namespace foretoken::cuda {
 
-__device__ __forceinline__ void fetch_line(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 template <DType kType>
 struct TileOfRow {
   static constexpr int kBytes = RawTile<kType>::kBytes;

@@ -17,8 +17,6 @@ __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_
   ChainVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
-ChainRowsView rows_of(const TensorView& view) { return {view.data, {view.strides[0], view.strides[1]}}; }
-
 int64_t rows_in(const VerifyArgs& args) {
   const int64_t drafts = args.draft_tokens.shape[1];
   return drafts + 1 + (args.draft_logits ? drafts : 0);
@@ -33,10 +31,8 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
     const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
     const int64_t tiles = (args.vocab + kTile - 1) / kTile;
     const bool may_share = args.arrivals != nullptr && !args.prepared;
-    const Shape shape = args.law_rows > 0
-                            ? kept_shape<find_chain_shape<5>>(room, requests, rows, tiles, may_share)
-                        : walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
-                                   : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
+    const Shape shape = walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
+                                 : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args, overlaps<kKernel>(device));
@@ -76,44 +72,12 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   const DType dtype = args.target_logits.dtype;
   const int64_t requests = args.draft_tokens.shape[0];
-  const bool filtered = chain.sampling.filtered || (reads_laws && chain.draft_sampling.filtered);
-  // Filters that come when this has been captured without any are found by the chains' kernel.
+  const bool weighs = chain.sampling.weighs_rows || (reads_laws && chain.draft_sampling.weighs_rows);
+  // Lists of few elements, which is what other filters take, are made faster in the chains' kernel. It also
+  // finds thresholds that come when this has been captured without any.
   chain.prepared =
-      filtered && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
+      weighs && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
   launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
-}
-
-bool takes_drawn_trees(const VerifyArgs& args) {
-  const TensorView &target = args.target_logits, &draft = args.draft_logits;
-  const int64_t nodes = args.draft_tokens.shape[1] + 1;
-  const bool alike = draft && draft.dtype == target.dtype && draft.shape[2] == target.shape[2] &&
-                     draft.shape[1] >= 1 && draft.shape[1] <= nodes && nodes <= kMostTreeNodes;
-  const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal;
-  const bool drawn = args.draw == Draw::iid || args.draw == Draw::without_replacement;
-  const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
-                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
-  const bool asked =
-      args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
-  return alike && rule && plain && !asked && drawn && args.tokens.shape[1] <= kThreads;
-}
-
-void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
-  static_assert(sizeof(DrawnTree) <= sizeof(RowScratch));  // as much shared memory has been asked for
-  ChainArgs tree = chain_args_of(args, scratch);
-  tree.target = rows_of(args.target_logits);
-  tree.draft = rows_of(args.draft_logits);
-  tree.given = static_cast<const TileStats*>(args.target_stats.data);
-  tree.aligned = aligned(args.target_logits) && aligned(args.draft_logits);
-  tree.law_rows = static_cast<int32_t>(args.draft_logits.shape[1]);
-  tree.draft_rows = numbers_of(args.draft_row);
-  tree.without_replacement = args.draw == Draw::without_replacement;
-  tree.parents = numbers_of(args.parents);
-  tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
-  tree.path_rows = numbers_of(args.path_rows);
-  // A law for each inner node, most likely, and no row of a leaf.
-  const int64_t rows = std::min<int64_t>(args.draft_tokens.shape[1] + 1, tree.law_rows) + tree.law_rows;
-  launch_chains(args.target_logits.dtype, tree, args.draft_tokens.shape[0], rows, sizeof(DrawnTree), device,
-                stream);
 }
 
 bool takes_rows(const SampleArgs& args) {
@@ -139,7 +103,7 @@ void sample_rows(const SampleArgs& args, Device device, Stream stream) {
   chain.record_strides[1] = args.records.strides[1];
   chain.aligned = aligned(args.logits);
   const int64_t rows = args.logits.shape[0];
-  if (chain.sampling.filtered && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
+  if (chain.sampling.weighs_rows && launch_resident(args.logits.dtype, chain, rows, device, stream)) return;
   launch_chains(args.logits.dtype, chain, rows, 1, sizeof(RowScratch), device, stream);
 }
 

@@ -35,7 +35,9 @@ struct SamplingView {
   const uint64_t* seed = nullptr;      // [S]
   int64_t size = 0;
   const Constraints* constraints = nullptr;  // [S]; null: none of the slots has any
-  bool filtered = true;  // false: no slot had a filter when this was handed out, if it may have one since
+  // False: no slot had top-p without top-k when this was handed out, if one may have since. To find its
+  // threshold the whole row has to be weighed.
+  bool weighs_rows = true;
 };
 
 // What has been committed, by slot; row b's base says how much of it counts.
