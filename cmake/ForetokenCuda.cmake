@@ -88,10 +88,9 @@ function(_foretoken_code_flags hopper result)
   set(${result} "${flags}" PARENT_SCOPE)
 endfunction()
 
-# Adds CUDA sources to a target, of them some that ask what 90a alone has.
-function(foretoken_add_cuda_sources target)
-  cmake_parse_arguments(PARSE_ARGV 1 add "" "" "PORTABLE;HOPPER")
-  target_sources(${target} PRIVATE ${add_PORTABLE} ${add_HOPPER})
+# For the CUDA sources of a target, of which some ask what 90a alone has.
+function(foretoken_share_translations target)
+  cmake_parse_arguments(PARSE_ARGV 1 these "" "" "PORTABLE;HOPPER")
   foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
     if(NOT architecture MATCHES "^[0-9]+[af]?(-real|-virtual)?$")  # all, native: CMake knows what they are
       return()
@@ -99,9 +98,9 @@ function(foretoken_add_cuda_sources target)
   endforeach()
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF)
   _foretoken_code_flags(FALSE flags)
-  set_property(SOURCE ${add_PORTABLE} APPEND PROPERTY COMPILE_OPTIONS ${flags})
+  set_property(SOURCE ${these_PORTABLE} APPEND PROPERTY COMPILE_OPTIONS ${flags})
   _foretoken_code_flags(TRUE flags)
-  set_property(SOURCE ${add_HOPPER} APPEND PROPERTY COMPILE_OPTIONS ${flags})
+  set_property(SOURCE ${these_HOPPER} APPEND PROPERTY COMPILE_OPTIONS ${flags})
 endfunction()
 
 # A macro: enable_language and the variables above have to reach the directory scope.
