@@ -170,72 +170,16 @@ class ChainRows {
     if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
   }
 
-  // False: nothing has been left, as they have to be looked at one by one.
-  __device__ __forceinline__ bool leave_stats_of_two(uint32_t row, uint32_t index, const RawTile<kType>& raw,
-                                                     uint32_t other_row, uint32_t other_index,
-                                                     const RawTile<kType>& other) {
-    if (!is_wanted(row) || !is_wanted(other_row)) return false;
-    const RowReading& reading = shared_.reading[of_target(row) ? 0 : 1];
-    const RowReading& other_reading = shared_.reading[of_target(other_row) ? 0 : 1];
-    float lane_max[2];
-    TileStats found[2];
-    if (!stats_of_two(raw, reading, other, other_reading, found, lane_max)) return false;
-    if (lane_id() < 2) {
-      const TileStats& mine = lane_id() == 0 ? found[0] : found[1];
-      TileStats* const there = lane_id() == 0 ? stats(row) + index : stats(other_row) + other_index;
-      *reinterpret_cast<float2*>(there) = make_float2(mine.max, mine.sum);
-    }
-    if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max[0];
-    if (float* out = lanes(other_row)) out[other_index * kWarpSize + lane_id()] = lane_max[1];
-    return true;
-  }
-
   // `raw`: the first of them.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
-    if constexpr (RawTile<kType>::kBytes == 2) {
-      stream_pairs(raw, tiles);
-    } else {
-#pragma unroll 1
-      while (tiles.any()) {
-        const uint32_t row = row_of(tiles), index = tiles.index();
-        tiles.move_on();
-        RawTile<kType> next;
-        if (tiles.any()) load(row_of(tiles), tiles.index(), next);
-        if (is_wanted(row)) leave_stats(row, index, raw);
-        raw = next;
-      }
-    }
-  }
-
-  // Two tiles at a time, where there are registers for two more on their way.
-  __device__ __forceinline__ void stream_pairs(RawTile<kType>& raw, RowTiles& tiles) {
-    RowTiles others = tiles;
-    others.move_on();
-    RawTile<kType> second;
-    if (others.any()) load(row_of(others), others.index(), second);
 #pragma unroll 1
     while (tiles.any()) {
-      const bool two = others.any();
       const uint32_t row = row_of(tiles), index = tiles.index();
-      const uint32_t other_row = two ? row_of(others) : row, other_index = others.index();
-      tiles = others;
       tiles.move_on();
-      others = tiles;
-      others.move_on();
-      RawTile<kType> next, next_second;
-      if (two && tiles.any()) load(row_of(tiles), tiles.index(), next);
-      if (two && others.any()) load(row_of(others), others.index(), next_second);
-      if (!two || !leave_stats_of_two(row, index, raw, other_row, other_index, second)) {
-#pragma unroll 1
-        for (int i = 0; i < (two ? 2 : 1); ++i) {
-          const uint32_t this_row = i == 0 ? row : other_row;
-          if (is_wanted(this_row)) leave_stats(this_row, i == 0 ? index : other_index, raw);
-          raw = second;
-        }
-      }
-      if (!two) return;
+      RawTile<kType> next;
+      if (tiles.any()) load(row_of(tiles), tiles.index(), next);
+      if (is_wanted(row)) leave_stats(row, index, raw);
       raw = next;
-      second = next_second;
     }
   }
 

@@ -273,19 +273,14 @@ class PinnedSum {
   Eight held_{}, half_{};
 };
 
-// Quarters, then neighbours three times: this lane's part of the pinned sum. `weight(i)`
+// Quarters, then neighbours three times, then halves five times. The same value in every lane. `weight(x, i)`
 template <class Weight>
-__device__ inline float sum_of_lane(Weight weight) {
+__device__ inline float sum_of_tile(Weight weight) {
   float v[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = (weight(j) + weight(8 + j)) + (weight(16 + j) + weight(24 + j));
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-}
-
-// ..., then halves five times. The same value in every lane.
-template <class Weight>
-__device__ inline float sum_of_tile(Weight weight) {
-  return sum_of_warp(sum_of_lane(weight));
+  const float sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  return sum_of_warp(sum);
 }
 
 }  // namespace foretoken::cuda

@@ -97,41 +97,4 @@ __device__ __forceinline__ TileStats stats_of_tile(RawTile<kType>& raw, const Ro
   return {max, sum.total()};
 }
 
-// Two tiles of logits at once, so that neither waits for its own sums alone. False: one of them has to be
-// looked at more closely, or only its largest element is wanted.
-template <DType kType>
-__device__ __forceinline__ bool stats_of_two(const RawTile<kType>& raw, const RowReading& reading,
-                                             const RawTile<kType>& other, const RowReading& other_reading,
-                                             TileStats* found, float* lane_max) {
-  if (reading.kind == LawKind::point || other_reading.kind == LawKind::point) return false;
-  float low[2];
-  raw.extremes(lane_max[0], low[0]);
-  other.extremes(lane_max[1], low[1]);
-  float max[2], anchor[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    lane_max[i] = lane_max[i] == lane_max[i] ? lane_max[i] : -infinity();
-    max[i] = max_of_warp(lane_max[i]);
-    anchor[i] = max[i] > -infinity() ? max[i] : 0.0f;
-  }
-  const bool deep = low[0] < anchor[0] - reading.surely || low[1] < anchor[1] - other_reading.surely;
-  if (__any_sync(kAllLanes, deep)) return false;
-  float sum[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    LaneTile tile;
-    (i == 0 ? raw : other).unpack(tile);
-    const float scale = i == 0 ? reading.scale : other_reading.scale;
-    sum[i] = sum_of_lane([&](int j) { return exp2_scaled(tile.x[j] - anchor[i], scale); });
-  }
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], step);
-  }
-  found[0] = {max[0], sum[0]};
-  found[1] = {max[1], sum[1]};
-  return true;
-}
-
 }  // namespace foretoken::cuda
