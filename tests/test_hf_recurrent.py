@@ -362,6 +362,13 @@ def test_recurrent_models_with_other_stores_are_refused(config, options):
         ModuleRunner(model, max_batch=1, max_length=8)
 
 
+def test_logits_that_a_module_widens_are_as_coarse_as_the_module():
+    """Mamba gives float32 logits of bfloat16 weights; nothing finer can be asked of other sums."""
+    model = tiny_model("mamba").to(torch.bfloat16)
+    assert model(torch.tensor([[5, 7]])).logits.dtype == torch.float32
+    ModuleRunner(model, max_batch=2, max_length=24)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RECURRENT)

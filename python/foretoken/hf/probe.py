@@ -57,7 +57,9 @@ def plain_forward(
         raise UnsupportedModelError(model, reason) from error
     if logits is None:
         raise UnsupportedModelError(model, "its forward gives no logits: expected a language modelling head")
-    return tokens, logits[0], cache
+    # Some modules widen their logits; how they were rounded is said by the model's dtype.
+    coarser = tolerance(model.dtype) > tolerance(logits.dtype)
+    return tokens, logits[0].to(model.dtype) if coarser else logits[0], cache
 
 
 def steps(tokens: Tensor, max_batch: int) -> Iterator[tuple[Step, list[tuple[int, int, int]]]]:
