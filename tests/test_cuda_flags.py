@@ -18,6 +18,7 @@ def flags(architectures: str, *, hopper: bool, folder: Path) -> list[str]:
         pytest.skip("needs cmake")
     script = folder / "flags.cmake"
     script.write_text(
+        "cmake_minimum_required(VERSION 3.24)\n"  # as the project asks for; policies go by it
         f"include({ROOT / 'cmake' / 'ForetokenCuda.cmake'})\n"
         f"set(CMAKE_CUDA_ARCHITECTURES {architectures})\n"
         f"_foretoken_code_flags({'TRUE' if hopper else 'FALSE'} found)\n"
