@@ -62,6 +62,7 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
         state.seat(row, [7] * PROMPT, max_new_tokens=1 << 15, num_drafts=drafts)
     drawn = torch.empty(rows, dtype=torch.int64, device="cuda")
     draft_logits = logits[:, :drafts].contiguous() if drafts else None
+    records = torch.zeros(rows, drafts, 4, dtype=torch.int64, device="cuda") if drafts else None
     inputs = StepInputs(rows, drafts, logits.device)
     seats = torch.arange(rows, dtype=torch.int32, device="cuda")
     reach = torch.full((rows,), PROMPT - 1, device="cuda") if drafts else None
@@ -74,16 +75,20 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
 
     def verify() -> None:
         ops.verify(
-            logits, tokens, num_drafts=counts, draft_logits=draft_logits, sampling=table, base=base,
-            out=verdict, **law,
+            logits, tokens, num_drafts=counts, draft_logits=draft_logits, draft_records=records,
+            sampling=table, base=base, out=verdict, **law,
         )  # fmt: skip
 
     def commit() -> None:
         ops.commit(verdict, state, num_drafts=counts)
 
-    def sample() -> None:
-        ops.sample(logits[:, 0], sampling=table, base=base, step=0, purpose="draft", out=drawn)
+    def sample(k: int = 0) -> None:
+        noted = None if records is None else records[:, k]
+        ops.sample(logits[:, k], sampling=table, base=base, step=k, purpose="draft", out=drawn, records=noted)
 
+    for k in range(drafts):
+        sample(k)
+        tokens[:, k] = drawn
     return {
         "inputs_us": replay_us(write, COPIES),
         "law_us": replay_us(keep, COPIES) if drafts else 0.0,
