@@ -60,6 +60,7 @@ PATHS = {"rule": "gbv", "law": "probs", "shape": "paths3", "draw": "iid_paths"}
 FAMILIES: dict[str, dict[str, str]] = {  # of kernels, or of ways through one
     "chain": {"rule": "rrs", "filters": "none"},
     "chain walked up": {"rule": "traversal", "filters": "none", "dtype": "bfloat16"},
+    "chain of records": {"rule": "rrs", "law": "records", "filters": "none"},
     "greedy chain": {"rule": "target_only", "filters": "greedy", "dtype": "float16"},
     "filtered chain": {"filters": "all"},
     "weighed chain": {"filters": "top_p", "dtype": "bfloat16"},
