@@ -178,7 +178,7 @@ class Completions:
         tables = state.eos_ids, state.stop_ids, rounds._rules
         greedy = all(request._greedy for request in requests)
         asks = rounds._table.needs_history, rounds._table.constrained, rounds._table.filtered  # other kernels
-        law = coupled, greedy, rounds._held_open, asks, self._laws_of_trees(slots)
+        law = coupled, greedy, rounds._held_open, asks
         most = 0 if rounds._drafter is None else max(request._terms.num_drafts for request in requests)
         tiers = {drafts: cost for drafts, cost in (job.tiers or {}).items() if drafts <= most} or {most: None}
         way = tuple(tiers.items()), job.tell is not None, id(job.forward)
@@ -189,12 +189,6 @@ class Completions:
             return [Round(rounds, rows, drafts, bound, job.forward, tables) for drafts in tiers]
 
         return key, make, tiers
-
-    def _laws_of_trees(self, slots: Sequence[int]) -> tuple[object, ...]:
-        """What trees are drawn from is told by the host; of other drafts nothing is."""
-        rounds = self._rounds
-        drawn = rounds._tree is not None and rounds._choices is None and rounds._tree.draw != "deterministic"
-        return tuple(rounds._table.get(slot)[:4] for slot in slots) if drawn else ()
 
     def _repeat(self, loop: LoopGraph, job: Job) -> int:
         """Launch until there is something for the host to do; the session goes through the same rounds."""
