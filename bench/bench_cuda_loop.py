@@ -1,7 +1,10 @@
 """The loop around the models on a CUDA device: a round beside its forwards and kernels, and tokens a second.
 
-    python bench/bench_cuda_loop.py [--shape 1b-8b|small] [--batch 1] [--drafts 4] [--compiled] [--peers]
+    python bench/bench_cuda_loop.py [--shape 1b-8b|small] [--batch 1] [--drafts 4] [--new 512] [--peers]
+                                    [--runners graph compiled] [--ways rounds launch parts]
     python bench/bench_cuda_loop.py --grid [--rates 0.6 0.8 0.9] [--batch 1 8 32] [--most-drafts 8] [--auto]
+    python bench/bench_cuda_loop.py --accepted [--drafts 5]
+    python bench/bench_cuda_loop.py --memory [--batch 1 2 4 8 16 32]
     python bench/bench_cuda_loop.py --floor
 
 Random weights never agree, so drafts are accepted by ``lossy_synthetic``. Every forward and every op is timed
@@ -13,15 +16,15 @@ graph (``rounds``), repeated by the device (``launch``), and replays of that one
 ``bound`` is what the forwards alone would allow at the acceptance that was seen.
 With models the loop is known to some 100 us, as forwards scatter; ``--floor`` has none and resolves one, see
 `loop_floor.py`. ``--peers`` adds transformers' `generate`, plain and assisted by the same draft model.
-``--grid``: see `loop_grid.py`; ``--compiled`` also times what `torch.compile` makes of both models, and how
-long it takes to.
+``--runners compiled`` times what `torch.compile` makes of both models, and how long it takes to. ``--grid``,
+``--accepted`` and ``--memory``: see `loop_grid.py`, `loop_accepted.py` and `loop_memory.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,8 +33,10 @@ import torch
 from torch import Tensor
 
 import foretoken as ft
+import loop_accepted
 import loop_floor
 import loop_grid
+import loop_memory
 from bench_cuda_generate import SHAPES, random_model
 from foretoken import ops
 from foretoken.device.inputs import StepInputs, last_logits
@@ -57,6 +62,7 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
         state.seat(row, [7] * PROMPT, max_new_tokens=1 << 15, num_drafts=drafts)
     drawn = torch.empty(rows, dtype=torch.int64, device="cuda")
     draft_logits = logits[:, :drafts].contiguous() if drafts else None
+    records = torch.zeros(rows, drafts, 4, dtype=torch.int64, device="cuda") if drafts else None
     inputs = StepInputs(rows, drafts, logits.device)
     seats = torch.arange(rows, dtype=torch.int32, device="cuda")
     reach = torch.full((rows,), PROMPT - 1, device="cuda") if drafts else None
@@ -69,16 +75,20 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
 
     def verify() -> None:
         ops.verify(
-            logits, tokens, num_drafts=counts, draft_logits=draft_logits, sampling=table, base=base,
-            out=verdict, **law,
+            logits, tokens, num_drafts=counts, draft_logits=draft_logits, draft_records=records,
+            sampling=table, base=base, out=verdict, **law,
         )  # fmt: skip
 
     def commit() -> None:
         ops.commit(verdict, state, num_drafts=counts)
 
-    def sample() -> None:
-        ops.sample(logits[:, 0], sampling=table, base=base, step=0, purpose="draft", out=drawn)
+    def sample(k: int = 0) -> None:
+        noted = None if records is None else records[:, k]
+        ops.sample(logits[:, k], sampling=table, base=base, step=k, purpose="draft", out=drawn, records=noted)
 
+    for k in range(drafts):
+        sample(k)
+        tokens[:, k] = drawn
     return {
         "inputs_us": replay_us(write, COPIES),
         "law_us": replay_us(keep, COPIES) if drafts else 0.0,
@@ -184,7 +194,9 @@ WAYS: dict[str, Callable[[ft.Session, ModuleRunner], Any]] = {
 }
 
 
-def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    pair: Pair, kind: str, rate: float, dtype: torch.dtype, ways: Sequence[str]
+) -> list[dict[str, Any]]:
     lines = [told({
         "runner": kind, "batch": pair.batch,
         **{f"target_{c}_us": us for c, us in sorted(pair.target_us.items())},
@@ -200,7 +212,7 @@ def measure(pair: Pair, kind: str, rate: float, dtype: torch.dtype) -> list[dict
         kernels += drafts * (each["sample_us"] + each["law_us"])
         head = {"runner": kind, "batch": pair.batch, "drafts": drafts}
         expected: list[list[int]] = []
-        for way in WAYS:
+        for way in ways:
             figures, texts = pair.run(speculate, rate, way)
             assert all(len(text) == pair.new for text in texts), [len(text) for text in texts]
             expected = expected or texts
@@ -250,9 +262,12 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--rate", type=float, default=0.8)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--runners", nargs="+", choices=("graph", "compiled"), default=["graph"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--grid", action="store_true", help="acceptance x drafts x batch, in launches")
+    parser.add_argument("--accepted", action="store_true", help="beside transformers, every draft accepted")
+    parser.add_argument("--memory", action="store_true", help="of graphs, with one pool and with many")
     parser.add_argument("--floor", action="store_true", help="the loop without models")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.6, 0.8, 0.9])
     parser.add_argument("--most-drafts", type=int, default=8)
@@ -278,18 +293,23 @@ def with_models(asked: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
     print(
         f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.shape}, acceptance {asked.rate}"
     )
-    kinds = ("graph", "compiled") if asked.compiled else ("graph",)
-    for batch in asked.batch if not asked.grid else ():
-        if asked.peers:
-            lines += peers(target, draft, batch, 24)
-        for kind in kinds:
-            pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
-            lines += measure(pair, kind, asked.rate, dtype)
-            del pair
+    kinds = asked.runners
     if asked.grid:
         loop_grid.grid(
             lines, target, draft, asked.batch, asked.rates, asked.most_drafts, kinds[-1], asked.auto
         )
+    elif asked.accepted:
+        loop_accepted.accepted(lines, target, draft, asked.drafts, asked.new, kinds[-1])
+    elif asked.memory:
+        loop_memory.memory(lines, target, draft, asked.batch, asked.drafts)
+    else:
+        for batch in asked.batch:
+            if asked.peers:
+                lines += peers(target, draft, batch, 24)
+            for kind in kinds:
+                pair = Pair(target, draft, batch, asked.drafts, asked.new, kind)
+                lines += measure(pair, kind, asked.rate, dtype, asked.ways)
+                del pair
 
 
 if __name__ == "__main__":

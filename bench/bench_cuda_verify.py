@@ -50,6 +50,7 @@ class Row:
     law: str = "dense"
     filters: str = "none"
     given: bool = False  # statistics of the target's tiles
+    handed: bool = False  # records of the drafts' laws
     goal: float | None = None
     factor: float | None = None
 
@@ -68,12 +69,17 @@ def chain_rows(quick: bool) -> Iterator[Row]:
         goal = GOALS["token"][dtype][batch]  # type: ignore[index]
         yield Row("token", shape, "token", goal=goal)
         yield Row("block", shape, "block", factor=FACTORS["block"])
+        yield Row("token, records", shape, "token", handed=True)
+        yield Row("block, records", shape, "block", handed=True)
         yield Row("token, given stats", shape, "token", given=True)
+        yield Row("token, given stats and records", shape, "token", given=True, handed=True)
         halved = batch >= 32  # where the point and greedy factors have to be kept
         yield Row("point", shape, "target_only", "point", factor=FACTORS["point"] if halved else None)
         yield Row("greedy", shape, "token", "greedy", "greedy", factor=FACTORS["greedy"] if halved else None)
         yield Row("token, all filters", shape, "token", filters="all", factor=FACTORS["token, all filters"])
         yield Row("token, top_p", shape, "token", filters="top_p", factor=FACTORS["token, top_p"])
+        yield Row("token, all filters, records", shape, "token", filters="all", handed=True)
+        yield Row("token, top_p, records", shape, "token", filters="top_p", handed=True)
         if batch in (1, 32) or not quick:
             peaked = replace(shape, logits="peaked")
             yield Row("token", peaked, "token", goal=goal)
@@ -93,6 +99,7 @@ def tree_rows() -> Iterator[Row]:
         yield Row(f"tree T={nodes}", shape, "target_only", "point", goal=GOALS["tree"][batch, nodes])  # type: ignore[index]
     dense = Shape(8, 15, torch.bfloat16, parents=random_tree(16))
     yield Row("tree T=16, traversal", dense, "traversal", factor=1.5)
+    yield Row("tree T=16, traversal, records", dense, "traversal", handed=True)
     yield Row("tree T=16, rrs", dense, "rrs")
     yield Row("tree T=64, traversal", Shape(1, 63, torch.bfloat16, parents=random_tree(64)), "traversal")
 
@@ -126,9 +133,11 @@ def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured
     beside: dict[str, Any] = {}
     if row.rule:
         requests = requests_of(shape, row.law, row.filters)
-        requests.stats = None
+        requests.stats = requests.records = None
         if row.given:
             requests.give_stats()
+        if row.handed:
+            requests.hand_records()
         requests.assert_answers(row.rule)
         accepted: float | None = round(requests.mean_accepted(row.rule), 3)
         out = requests.empty(shape.batch, shape.device)
@@ -138,8 +147,10 @@ def measure(row: Row, rounds: int, peers: bool = True) -> tuple[Result, Captured
             for one in given
         ]  # type: ignore[arg-type]
         size, sets = requests.bytes, requests.sets
-        if row.given:  # the drafts' rows, and the one that a token is drawn from
-            size = size * (requests.laws + 1) // (requests.laws + shape.drafts + 1)
+        if row.given or row.handed:  # beside what is read anyway, the rows that a token is drawn from
+            nodes = shape.drafts + 1
+            read = (1 if row.given else nodes) + (1 if row.handed else requests.laws)
+            size = size * read // (requests.laws + nodes)
         if peers:
             beside["vLLM"] = functools.partial(peers_cuda.vllm_calls, requests, row.rule)
             beside["FlashInfer"] = functools.partial(peers_cuda.flashinfer_calls, requests, row.rule)

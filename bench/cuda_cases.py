@@ -136,6 +136,7 @@ class Requests:
             noise = torch.randn(rows, self.laws, shape.vocab, device=device)
             self.draft = (logits[:, shape.inner] + spread * noise).to(dtype)
             del noise
+            self.kept = torch.empty(rows, self.laws, 4, dtype=torch.int64, device=device)
             self.draw_tokens(self.draft)
             if self.parents is not None:
                 places = [shape.inner.index(r) if r in shape.inner else -1 for r in range(nodes)]
@@ -146,6 +147,11 @@ class Requests:
             self.choose_likeliest(logits.to(dtype).float())
         self.target = logits.to(dtype)
         self.stats: Tensor | None = None
+        self.records: Tensor | None = None
+
+    def hand_records(self) -> None:
+        """Calls carry the laws of the drafts, as the draws wrote them."""
+        self.records = self.kept
 
     def give_stats(self) -> None:
         """Calls carry statistics of the target's tiles, as a kernel that computed the logits leaves them."""
@@ -153,13 +159,15 @@ class Requests:
 
     def draw_tokens(self, draft: Tensor) -> None:
         for node in range(1, self.shape.drafts + 1):
+            row = self.shape.inner.index(self.shape.parent(node))
             self.tokens[:, node - 1] = ft.ops.sample(
-                draft[:, self.shape.inner.index(self.shape.parent(node))],
+                draft[:, row],
                 sampling=self.table,
                 base=self.base,
                 slots=self.slots,
                 step=node - 1,
                 purpose="draft",
+                records=self.kept[:, row],
             )
 
     def plant_tokens(self, logits: Tensor) -> None:
@@ -191,6 +199,7 @@ class Requests:
             "target_stats": None if self.stats is None else self.stats[some],
             "draft_tokens": self.tokens[some],
             "draft_logits": None if self.draft is None else self.draft[some],
+            "draft_records": None if self.records is None else self.records[some],
             "draft_row": self.draft_row,
             "parents": self.parents,
             "base": self.base[some],

@@ -131,11 +131,12 @@ class Floor:
         reach = torch.full((rows,), PROMPT - 1, device="cuda") if drafts else None
         table = ft.Sampling(seed=1).prepare(rows)
         law = torch.zeros(rows, max(drafts, 1), VOCAB, dtype=torch.bfloat16, device="cuda")
+        records = torch.zeros(rows, max(drafts, 1), 4, dtype=torch.int64, device="cuda")
         record = torch.zeros(rows, ops.record_width(drafts + 1, False), dtype=torch.int32, device="cuda")
         verdict = ops.Verdict.empty(rows, drafts, device="cuda")
         counters = ops.RoundCounters.empty(rows, drafts, drafts, device="cuda")
         of_draft = {count: self.draft._logits[count] for count in (1, 2)}
-        laws = {"draft_logits": law[:, :drafts]} if drafts else {}
+        laws = {"draft_logits": law[:, :drafts], "draft_records": records[:, :drafts]} if drafts else {}
 
         def write() -> None:
             inputs.write(state, seats, reach, LENGTH if drafts else 0)
@@ -146,7 +147,7 @@ class Floor:
         def draw(k: int) -> None:
             ops.sample(
                 law[:, k], sampling=table, base=inputs.base, step=k, purpose="draft", slots=inputs.slots,
-                out=inputs.drafts[:, k],
+                out=inputs.drafts[:, k], records=records[:, k],
             )  # fmt: skip
 
         def verify() -> None:

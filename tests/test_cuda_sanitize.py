@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 import foretoken as ft
+from attention_cases import make
 from cache_cases import KINDS as BUFFERS
 from cache_cases import Appending, Compacting
 from covering import pairwise as small_pairwise
@@ -49,6 +51,68 @@ def rows() -> list[Large]:
 def test_verify(mirror: Mirror, row: Large):
     assert makes_sense(row)
     ft.ops.verify(**Rounds(row).arguments())
+
+
+SMALL = dataclasses.replace(PLAIN, vocab=3000, batch=2)
+TREE = {"shape": "tree16", "rows": "padded"}
+CHOSEN = {"rule": "target_only", "law": "point", "draw": "deterministic", **TREE}
+PATHS = {"rule": "gbv", "law": "probs", "shape": "paths3", "draw": "iid_paths"}
+FAMILIES: dict[str, dict[str, str]] = {  # of kernels, or of ways through one
+    "chain": {"rule": "rrs", "filters": "none"},
+    "chain walked up": {"rule": "traversal", "filters": "none", "dtype": "bfloat16"},
+    "chain of records": {"rule": "rrs", "law": "records", "filters": "none"},
+    "greedy chain": {"rule": "target_only", "filters": "greedy", "dtype": "float16"},
+    "filtered chain": {"filters": "all"},
+    "weighed chain": {"filters": "top_p", "dtype": "bfloat16"},
+    "drawn tree": {"rule": "rrs", "filters": "none", **TREE},
+    "drawn tree walked up": {"rule": "traversal", "filters": "none", "dtype": "bfloat16", **TREE},
+    "siblings": {"rule": "rrs", "filters": "none", "draw": "without_replacement", "shape": "siblings"},
+    "chosen tree": {**CHOSEN, "filters": "none"},
+    "filtered chosen tree": {**CHOSEN, "filters": "top_p", "rows": "flattened"},
+    "paths": PATHS,
+    "race": {"rule": "coupled"},
+    "matched siblings": {"rule": "spectr", "shape": "siblings"},
+    "entropy": {"rule": "lossy_entropy_window", **TREE},
+    "ranks": {"rule": "lossy_relaxed", "law": "topk"},
+    "records": {"rule": "lossy_typical", "law": "records"},
+    "mapped and edited": {"law": "map", "edits": "bitmask", "filters": "all"},
+    "everything": {"rule": "by slot", "edits": "both", "outputs": "all", "slots": "shuffled", **TREE},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(mirror: Mirror, family: str):
+    row = dataclasses.replace(SMALL, **FAMILIES[family])
+    assert makes_sense(row)
+    ft.ops.verify(**Rounds(row).arguments())
+
+
+@pytest.mark.parametrize("way", ["plain", "weighed", "raced", "mapped"])
+def test_ways_to_sample(mirror: Mirror, way: str):
+    law: dict[str, Any] = {"top_p": 0.9} if way == "weighed" else {"top_k": 40}
+    table = ft.Sampling(seed=3, **law).prepare(2)
+    more = {"method": "gumbel"} if way == "raced" else {}
+    if way == "mapped":
+        more = {"vocab_map": torch.randperm(4000)[:3000].to(torch.int32), "vocab_size": 4000}
+    logits = 3.0 * torch.randn(2, 3000)
+    ft.ops.sample(logits, sampling=table, base=torch.tensor([1, 2]), logprobs=True, **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_attention(dtype: torch.dtype):
+    """Of one part and of several that are merged; the numbers are for other tests to judge."""
+    real = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+    for length, words in ((40, "tree"), (700, "chain")):
+        case = make(dtype=real, cache_dtype=dtype, size=128, page=16, length=length, words=words)
+        moved = {
+            name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.arguments().items()
+        }
+        assert ft.ops.tree_attention(**moved).isfinite().all()
+
+
+def test_statistics():
+    logits = torch.randn(2, 3, 3000).to(DEVICE)
+    assert ft.ops.tile_stats(logits, sampling=ft.Sampling(seed=1)).isfinite().all()
 
 
 @pytest.mark.parametrize("row", small_pairwise()[::12], ids=str)

@@ -115,6 +115,29 @@ def test_layouts(mirror: Mirror, row: Large, layout: int):
     ft.ops.verify(**arguments)
 
 
+@pytest.mark.parametrize("filters", ["none", "top_p", "mixed", "greedy"])
+@pytest.mark.parametrize("rule", ["auto", "rrs", "traversal", "target_only"])
+def test_laws_handed_over_by_who_drew(mirror: Mirror, rule: str, filters: str):
+    """Sound records; then one that is none, one with the mass of another row, and one of a point law between
+    laws of logits; then beside statistics of the target's tiles.
+    """
+    for dtype, vocab in (("float32", 1000), ("bfloat16", 32_000), ("float16", 128_256)):
+        row = dataclasses.replace(
+            REAL, rule=rule, law="records", filters=filters, dtype=dtype, vocab=vocab, batch=6, outputs="few"
+        )
+        arguments = Rounds(row).arguments()
+        sound = ft.ops.verify(**arguments)
+        assert (sound.status == 0).all()
+        records, tokens = arguments["draft_records"], arguments["draft_tokens"]
+        records[0, 2] = 0
+        records[1, 1, 2] //= 2
+        records[2, 1] = torch.tensor([1 << 8, 0, 0, int(tokens[2, 1])])
+        ft.ops.verify(**arguments)
+        given = {name: arguments[name] for name in ("sampling", "slots") if name in arguments}
+        stats = ft.ops.tile_stats(arguments["target_logits"], **given)
+        ft.ops.verify(**arguments, target_stats=stats)
+
+
 # ------------------------------------------------------------------------------------ damaged data
 
 

@@ -4,7 +4,7 @@ csrc     bindings -> dispatch -> {cpu, cuda, loop, drafters} -> ops, math
 python   cli -> {demo, hf, pair, info}
          hf -> generate -> session -> {device, controller} -> {drafters, request, metrics}
          {hf, session} -> cache -> {device, step}
-         drafters -> tree -> step -> ops -> sampling -> _core
+         drafters -> {tree, proposal} -> step -> ops -> sampling -> _core
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ PYTHON = {
     "step": BASE,
     "controller": set(),
     "tree": BASE | {"step"},
-    "drafters": BASE | {"step", "tree"},
+    "proposal": BASE,
+    "drafters": BASE | {"step", "tree", "proposal"},
     "device": BASE | {"step", "tree", "metrics", "request", "drafters"},
     "cache": BASE | {"device", "step"},
     "session": LOOP,

@@ -21,7 +21,8 @@ class ChainVerifier : ChainDraw<kType, false> {
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
     const bool given = args_.given != nullptr;
     const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1, first = given ? of_target : 0;
-    const uint32_t end = of_target + (args_.draft.data ? static_cast<uint32_t>(args_.most_drafts) : 0);
+    const bool of_drafts = args_.draft.data != nullptr && args_.draft_records == nullptr;
+    const uint32_t end = of_target + (of_drafts ? static_cast<uint32_t>(args_.most_drafts) : 0);
     typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
                                   size_ * kWarps * clusters - clusters, first, first + 1, end - first,
                                   tiles_);
@@ -41,7 +42,10 @@ class ChainVerifier : ChainDraw<kType, false> {
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
-    if (warp_ == 0) node_ = *of_block(&shared_.nodes[lane_id()], 0);
+    if (warp_ == 0) {
+      node_ = *of_block(&shared_.nodes[lane_id()], 0);
+      if (dense_ && args_.draft_records != nullptr) take_records();
+    }
     if (args_.prepared || (filtered && args_.clusters > 1)) {
       this->take_laws();
     } else if (!filtered) {
@@ -80,10 +84,24 @@ class ChainVerifier : ChainDraw<kType, false> {
   using Base::vocab_;
   using Base::warp_;
   using typename Base::Rows;
+  // Of a block: pairs of tiles that take as long as a turn takes besides, 1.6 us.
+  static constexpr uint32_t kTilesBeside = 8;
 
   __device__ __forceinline__ bool walks_up() const {
     return !greedy_ && drafts_ > 0 &&
            (args_.rule == Rule::traversal || (args_.rule == Rule::automatic && dense_));
+  }
+
+  // The laws that drafts were drawn from, from whoever drew. By the first warp of each block.
+  __device__ __forceinline__ void take_records() {
+    const int32_t node = lane_id();
+    if (node < 1 || node > drafts_) return;
+    const int64_t* const strides = args_.draft_record_strides;
+    const RowLaw law =
+        read_record(args_.draft_records + b_ * strides[0] + (node - 1) * strides[1], strides[2], vocab_);
+    const double prob = law.kind == LawKind::point ? (node_.token == law.top ? 1.0 : 0.0)
+                                                   : probability_in(law, node_.of_draft);
+    shared_.records[draft_row(node - 1)] = {law, prob};
   }
 
   // The first step. By the first warp of each block, whose lanes know their nodes from here on.
@@ -134,9 +152,9 @@ class ChainVerifier : ChainDraw<kType, false> {
     next_candidate();
   }
 
-  // Whether what a rejected draft leaves of a row takes two rows to tell.
-  __device__ __forceinline__ bool has_residuals() const {
-    return dense_ && shared_.records[draft_row(0)].law.kind == LawKind::logits;
+  // Whether what a rejected draft leaves of a node's row takes two rows to tell.
+  __device__ __forceinline__ bool has_residual(int32_t node) const {
+    return dense_ && shared_.records[draft_row(node)].law.kind == LawKind::logits;
   }
 
   __device__ __forceinline__ void next_candidate() {
@@ -145,13 +163,13 @@ class ChainVerifier : ChainDraw<kType, false> {
       const int32_t at = last_candidate(candidates_);
       const double prefix = __shfl_sync(kAllLanes, prefix_, at);
       if (at == end_ || prefix == 1.0) break;
-      if (has_residuals()) {
+      if (has_residual(at)) {
         ChainStep step{false, false, at, status_, 1.0 / prefix, -1, 0, -1, 0};
         const unsigned others = candidates_ & ~(1u << at);
         const int32_t other = last_candidate(others);
         const double of_other = __shfl_sync(kAllLanes, prefix_, others != 0 ? other : 0);
-        // As long as it takes hardly longer to read two nodes' rows than one's.
-        if (others != 0 && of_other != 1.0 && tiles_ <= 2 * size_ * kWarps) {
+        // Where adding up another residual takes no longer than coming back for it, which one in two does.
+        if (others != 0 && of_other != 1.0 && tiles_ <= kTilesBeside * size_ && has_residual(other)) {
           step.other = other;
           step.other_gain = 1.0 / of_other;
         }
@@ -173,7 +191,7 @@ class ChainVerifier : ChainDraw<kType, false> {
     close_at(at, prefix > 0.0 ? 1.0 / prefix : 0.0, summed, which);
   }
 
-  // What is left of a node's row without the token that follows, where it was not drawn from a law.
+  // What is left of a node's row without the token that follows, which was chosen.
   __device__ __forceinline__ double left_of_point(int32_t node) const {
     if (!dense_) {
       const double left = 1.0 - shared_.records[node].prob;
@@ -227,7 +245,7 @@ class ChainVerifier : ChainDraw<kType, false> {
     if (!law.usable) step.status |= kLawLost;
     if (!law.usable || greedy_) {
       step.closing = law.top;
-    } else if (rejected && has_residuals()) {
+    } else if (rejected && has_residual(last)) {
       step.gain = gain;
     } else if (rejected) {
       step.removed = __shfl_sync(kAllLanes, node_.token, last + 1);

@@ -44,9 +44,11 @@ struct ChainArgs {
   int32_t clusters = 1;        // that share the reading of a request
   TileStats* stats = nullptr;  // [B, 2 N + 3, tiles]
   float* lanes = nullptr;  // [B, 2 N + 3, tiles, 32] largest element of each lane, for filters; null: no room
-  ChainRecord* laws = nullptr;   // [B, 2 N + 3] of filtered rows, where several clusters find them
-  bool prepared = false;         // laws and stats of all rows are there when this begins
-  uint32_t* arrivals = nullptr;  // [B] clusters that are through with their share; 0 between calls
+  ChainRecord* laws = nullptr;             // [B, 2 N + 3] of filtered rows, where several clusters find them
+  bool prepared = false;                   // laws and stats of all rows are there when this begins
+  uint32_t* arrivals = nullptr;            // [B] clusters that are through with their share; 0 between calls
+  const int64_t* draft_records = nullptr;  // [B, M, 4] laws of draft, whose rows are then not read for them
+  int64_t draft_record_strides[3] = {0, 0, 0};
 
   // Of trees of drawn drafts alone.
   int32_t law_rows = 0;  // of draft; 0: a chain, or a tree of chosen drafts

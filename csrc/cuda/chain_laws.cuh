@@ -43,11 +43,11 @@ class ChainLaws : protected ChainRows<kType, kTree, kDrawn> {
   __device__ __forceinline__ ChainLaws(const ChainArgs& args, ChainShared& shared) : Rows(args, shared) {}
 
   __device__ __forceinline__ uint32_t rows() const {
-    return dense_ ? this->end_of_drafts() : static_cast<uint32_t>(drafts_) + 1;
+    return this->reads_laws() ? this->end_of_drafts() : static_cast<uint32_t>(drafts_) + 1;
   }
 
   __device__ __forceinline__ bool any_filter() const {
-    return this->is_filtered(0) || (dense_ && this->is_filtered(1));
+    return this->is_filtered(0) || (this->reads_laws() && this->is_filtered(1));
   }
 
   // Without filters: the rows are dealt out to the warps of all blocks.

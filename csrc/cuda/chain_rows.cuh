@@ -61,12 +61,16 @@ class ChainRows {
     __device__ __forceinline__ bool any() const { return place_ < count_; }
     __device__ __forceinline__ uint32_t row() const { return place_ == 0 ? first_ : second_ + place_ - 1; }
     __device__ __forceinline__ uint32_t index() const { return index_; }
-    __device__ __forceinline__ void move_on() {
+    // True: to another row.
+    __device__ __forceinline__ bool move_on() {
+      const uint32_t before = place_;
       place_ += place_step_;
       index_ += index_step_;
-      if (index_ < tiles_) return;
-      index_ -= tiles_;
-      ++place_;
+      if (index_ >= tiles_) {
+        index_ -= tiles_;
+        ++place_;
+      }
+      return place_ != before;
     }
 
    private:
@@ -82,6 +86,8 @@ class ChainRows {
     return kDrawn ? drawn_tree().rows[tiles.row()] : tiles.row();
   }
 
+  // Whether laws of the drafts come from their rows.
+  __device__ __forceinline__ bool reads_laws() const { return dense_ && args_.draft_records == nullptr; }
   // Number of a draft's row among all.
   __device__ __forceinline__ uint32_t draft_row(int32_t node) const {
     return static_cast<uint32_t>(args_.most_drafts + 1 + node);
@@ -102,7 +108,7 @@ class ChainRows {
   __device__ __forceinline__ bool is_wanted(uint32_t row) const {
     if constexpr (kDrawn)
       return drawn_tree().wanted[of_target(row) ? row : row - draft_row(0) + kMostTreeNodes];
-    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : dense_ && row < draft_row(drafts_);
+    return of_target(row) ? row <= static_cast<uint32_t>(drafts_) : reads_laws() && row < draft_row(drafts_);
   }
   __device__ __forceinline__ const void* row_data(uint32_t row) const {
     if constexpr (kTree) return rows_ + row * args_.target.strides[1] * RawTile<kType>::kBytes;
@@ -170,16 +176,56 @@ class ChainRows {
     if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
   }
 
-  // `raw`: the first of them.
+  static constexpr uint32_t kTileBytes = kTile * RawTile<kType>::kBytes;
+
+  // What is the same for all tiles of a row.
+  struct StreamedRow {
+    const char* data;
+    const char* of_lane;  // this lane's first elements
+    TileStats* stats;
+    float* lanes;  // null: not wanted
+    const RowReading* reading;
+    bool wanted;
+  };
+  __device__ __forceinline__ StreamedRow streamed(uint32_t row) const {
+    constexpr bool kMayFilter = kTree || kDrawn;  // rows of chains with filters do not come this way
+    const char* const data = static_cast<const char*>(row_data(row));
+    return {data,
+            data + lane_id() * 8 * RawTile<kType>::kBytes,
+            stats(row),
+            kMayFilter ? lanes(row) : nullptr,
+            &shared_.reading[of_target(row) ? 0 : 1],
+            is_wanted(row)};
+  }
+
+  // `raw`: the first of them. Where tiles lie is worked out once a row: beside the sums, of some 400
+  // instructions, it would count.
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
+    if (!tiles.any()) return;
+    StreamedRow row = streamed(row_of(tiles));
+    const uint32_t whole = args_.aligned ? vocab_ / kTile : 0;  // tiles that can be read 16 bytes at a time
+    bool more = true;
 #pragma unroll 1
-    while (tiles.any()) {
-      const uint32_t row = row_of(tiles), index = tiles.index();
-      tiles.move_on();
-      RawTile<kType> next;
-      if (tiles.any()) load(row_of(tiles), tiles.index(), next);
-      if (is_wanted(row)) leave_stats(row, index, raw);
-      raw = next;
+    while (more) {
+      const bool wanted = row.wanted;
+      TileStats* const out = row.stats + tiles.index();
+      float* const of_lanes = row.lanes != nullptr ? row.lanes + tiles.index() * kWarpSize : nullptr;
+      float lane_max = -infinity();
+      TileSummary<kType> summary;
+      if (wanted) summary.begin(raw, *row.reading, lane_max);
+      do {
+        if (tiles.move_on() && tiles.any()) row = streamed(row_of(tiles));
+        more = tiles.any();
+      } while (more && !row.wanted);
+      if (more && tiles.index() < whole) {
+        raw.load_lane(row.of_lane + static_cast<uint64_t>(tiles.index()) * kTileBytes);
+      } else if (more) {
+        TileOfRow<kType>::load(raw, row.data, vocab_, tiles.index(), args_.aligned);
+      }
+      if (!wanted) continue;
+      const TileStats found = summary.end();
+      if (lane_id() == 0) *reinterpret_cast<float2*>(out) = make_float2(found.max, found.sum);
+      if (of_lanes != nullptr) of_lanes[lane_id()] = lane_max;
     }
   }
 

@@ -12,8 +12,8 @@ constexpr int kMaxCluster = 16;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-// A barrier of the block that warps may come to from different places of a program, as one that leads and
-// those that serve it do: __syncthreads() is defined where all come to the same one.
+// A barrier of the block for warps whose threads may have come apart, as those of one that leads:
+// __syncthreads() asks all threads of a warp for one instruction.
 __device__ inline void block_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -41,8 +41,8 @@ __device__ inline void cluster_arrive() {
 }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// The same for warps that come to it from different places of a program: the other form asks all threads of a
-// warp for one instruction.
+// The same for warps whose threads may have come apart on their way, as in a walk: the other form asks all
+// threads of a warp for one instruction.
 __device__ inline void cluster_sync_apart() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -76,7 +76,20 @@ class Team {
     if (filters_targets_ || (drafts > 0 && filters_drafts_)) solve_the_rest();
   }
 
-  // Carries out this block's share of a command; the barriers around it are the caller's.
+  // Carries out the next command, by all warps: the one that leads comes from where it needs the answer, the
+  // others come back at once. Never inlined: all of a block have to meet at the same barrier. False: it was
+  // the last.
+  __device__ __noinline__ bool carry_out() {
+    cluster_sync_apart();
+    const Command& command = shared_.command;
+    if (command.task == Task::finish) return false;
+    execute(command);
+    cluster_sync_apart();
+    return true;
+  }
+
+ private:
+  // This block's share of a command; the barriers around it are the caller's.
   __device__ __noinline__ void execute(const Command& command) {
     if (command.task == Task::laws) {
       plan_wave(command.first, command.count, false);
@@ -129,7 +142,6 @@ class Team {
             request_.stats(row), filters_drafts_ ? request_.lanes(row) : nullptr};
   }
 
- private:
   template <class NodeOf, class TaskOf>
   __device__ void deal(int32_t count, bool filtered, NodeOf node_of, TaskOf task_of, const Filters& filters,
                        RowLaw* laws, int32_t mark) {

@@ -226,12 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_kernel(const __grid_consta
     lead(launch, request, team, filters, header, rows, params.rates, shared);
     return;
   }
-  while (true) {
-    cluster_sync_apart();
-    const Command command = shared.command;
-    if (command.task == Task::finish) return;
-    team.execute(command);
-    cluster_sync_apart();
+  while (team.carry_out()) {
   }
 }
 

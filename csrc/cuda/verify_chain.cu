@@ -1,5 +1,6 @@
 #include "cuda/verify_chain.hpp"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/chain.cuh"
@@ -17,9 +18,12 @@ __global__ void __launch_bounds__(kThreads, 1) verify_chain_kernel(const __grid_
   ChainVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
+// That are read before anything is decided.
 int64_t rows_in(const VerifyArgs& args) {
   const int64_t drafts = args.draft_tokens.shape[1];
-  return drafts + 1 + (args.draft_logits ? drafts : 0);
+  const int64_t rows =
+      (args.target_stats ? 0 : drafts + 1) + (args.draft_logits && !args.draft_records ? drafts : 0);
+  return std::max<int64_t>(rows, 1);
 }
 
 // `more`: bytes of shared memory a block behind ChainShared.
@@ -53,8 +57,8 @@ bool takes_chains(const VerifyArgs& args) {
   const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal ||
                     args.rule == Rule::target_only;
   const bool plain = !args.parents && !args.row_offsets && !args.rules && !args.draft_probs &&
-                     !args.topk_ids && !args.draft_row && !args.draft_records && !args.vocab_map &&
-                     !args.bitmask && !args.target_constrained && !args.draft_constrained;
+                     !args.topk_ids && !args.draft_row && !args.vocab_map && !args.bitmask &&
+                     !args.target_constrained && !args.draft_constrained;
   const bool asked = args.path_rows || args.processed.chosen || args.processed.top_tokens ||
                      args.raw.chosen || args.raw.top_tokens;
   return alike && rule && plain && !asked && args.draw != Draw::iid_paths &&
@@ -67,16 +71,24 @@ void verify_chains(const VerifyArgs& args, const ChainScratch& scratch, Device d
   chain.target = rows_of(args.target_logits);
   const bool reads_laws =
       args.draft_logits && args.draw != Draw::deterministic && args.rule != Rule::target_only;
+  const bool handed = reads_laws && args.draft_records;
   if (reads_laws) chain.draft = rows_of(args.draft_logits);
   chain.given = static_cast<const TileStats*>(args.target_stats.data);
   chain.aligned = aligned(args.target_logits) && (!args.draft_logits || aligned(args.draft_logits));
   const DType dtype = args.target_logits.dtype;
   const int64_t requests = args.draft_tokens.shape[0];
-  const bool weighs = chain.sampling.weighs_rows || (reads_laws && chain.draft_sampling.weighs_rows);
+  const bool weighs =
+      chain.sampling.weighs_rows || (reads_laws && !handed && chain.draft_sampling.weighs_rows);
   // Lists of few elements, which is what other filters take, are made faster in the chains' kernel. It also
   // finds thresholds that come when this has been captured without any.
+  ChainArgs laws_wanted = chain;
+  if (handed) laws_wanted.draft = {};
   chain.prepared =
-      weighs && chain.given == nullptr && launch_resident(dtype, chain, requests, device, stream);
+      weighs && chain.given == nullptr && launch_resident(dtype, laws_wanted, requests, device, stream);
+  if (handed) {
+    chain.draft_records = static_cast<const int64_t*>(args.draft_records.data);
+    std::copy(args.draft_records.strides, args.draft_records.strides + 3, chain.draft_record_strides);
+  }
   launch_chains(dtype, chain, requests, chain.prepared ? 1 : rows_in(args), 0, device, stream);
 }
 

@@ -144,10 +144,7 @@ class VerifyRows {
     __syncwarp();
     if (static_cast<uint32_t>(lane_id()) < team_.size())
       *of_block(&shared_.command, static_cast<uint32_t>(lane_id())) = command;
-    cluster_sync_apart();
-    if (command.task == Task::finish) return;
-    team_.execute(command);
-    cluster_sync_apart();
+    team_.carry_out();
   }
 
   __device__ __noinline__ uint64_t ask(const Command& command) {

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foretoken import _core, ops
-from foretoken.sampling import Sampling, SamplingTable
+from foretoken.proposal import Proposal
+from foretoken.sampling import SamplingTable
 from foretoken.step import Shape, Step, StepViews
 from foretoken.tree import TreePlan
 from foretoken.tree.draws import Growth, growth_of
@@ -20,64 +21,12 @@ from foretoken.tree.growth import GrownTrees, Rows
 
 __all__ = ["Context", "Drafter", "Forward", "ModelDrafter", "NgramDrafter", "Proposal"]
 
+RECORD_WORDS = 4
+"""Of the record of a law, see :func:`foretoken.ops.sample`."""
 Forward = Callable[[Step], Tensor]
 """Writes the K/V of a :class:`~foretoken.step.Step` and returns its logits ``[B, T, V]``."""
 Compact = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Method ``compact(slots, lengths, path, num_accepted)`` of a forward that takes steps of trees."""
-
-
-@dataclass(slots=True)
-class Proposal:
-    """What a drafter proposes for B rows, and the law it drew from.
-
-    Without ``draft_logits``, ``draft_probs`` and ``draft_topk`` the proposal is deterministic (a point law).
-    The declared law is the one the tokens were really drawn from, whatever else: that is what keeps the
-    output exact.
-    """
-
-    tokens: Tensor
-    """int64 ``[B, K]``; what lies behind a row's ``num_drafts`` is not read."""
-    num_drafts: Tensor
-    """int32 ``[B]``, at most the row's budget (of trees, its ``nodes``). 0: the row is decoded plainly."""
-    draft_logits: Tensor | None = None
-    """``[B, M, V]``: row i is what draft i was drawn from, through ``draft_sampling``."""
-    draft_probs: Tensor | None = None
-    """``[B, M, V]``: the same as final probabilities."""
-    draft_topk: tuple[Tensor, Tensor] | None = None
-    """Ids and probabilities ``[B, M, k]``: the same as short lists."""
-    draft_row: Tensor | None = None
-    """int32 ``[B, K + 1]``: the law row that the children of each node were drawn from (in a chain
-    draft i is the child of node i), -1 for a point law; None: row r for node r.
-    """
-    draft_sampling: Sampling | SamplingTable | None = None
-    """Law applied to ``draft_logits``; None: the request's own."""
-    parents: Tensor | None = None
-    """int32 ``[B, K]``: the parent of node i + 1, a node number of at most i (0 is the root); None: chains.
-    For sessions with ``tree`` alone; no path may be longer than the row's budget.
-    """
-    draw: ops.Draw | None = None
-    """How siblings came about; None: ``"iid"`` with a law, ``"deterministic"`` without one."""
-
-    def select(self, rows: Tensor) -> Proposal:
-        """The proposal of some of the rows (int64 ``[R]``), in that order."""
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.index_select(0, rows)
-
-        topk = self.draft_topk
-        return Proposal(
-            tokens=self.tokens.index_select(0, rows),
-            num_drafts=self.num_drafts.index_select(0, rows),
-            draft_logits=pick(self.draft_logits),
-            draft_probs=pick(self.draft_probs),
-            draft_topk=None
-            if topk is None
-            else (topk[0].index_select(0, rows), topk[1].index_select(0, rows)),
-            draft_row=pick(self.draft_row),
-            draft_sampling=self.draft_sampling,
-            parents=pick(self.parents),
-            draw=self.draw,
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -343,6 +292,8 @@ class ModelDrafter:
         self._draws = torch.empty(max_batch, dtype=torch.int64)
         self._rows = _Rows()
         self._law: Tensor | None = None
+        self._records: Tensor | None = None
+        self._noted = torch.empty(max_batch, RECORD_WORDS, dtype=torch.int64)
         self._growth: tuple[TreePlan, Growth] | None = None
         self._grown: GrownTrees | None = None
         self.forward_seconds = 0.0
@@ -359,18 +310,21 @@ class ModelDrafter:
             return Proposal(drafts, num_drafts)
         with torch.inference_mode():
             step, logits = self._catch_up(context)
-            law: Tensor | None = None
+            law = records = None
             for k in range(most):
                 if k > 0:
                     logits = self._run(step)
                 last = self._fit(_last_rows(logits, step))
                 if not (context.greedy or context.coupled is True):
-                    law = self._keep(last, law, rows, most, k)
-                shape = self._steps.drawn(self._draw(last, step, context, drafts, k), drafts, k)
+                    if law is None:
+                        law, records = self._law_of(last, rows, most)
+                    self._put(law, last, k)
+                draws = self._draw(last, step, context, drafts, k, records)
+                shape = self._steps.drawn(draws, drafts, k)
                 if k + 1 < most:
                     step = self._step(shape, context)
                     step.provisional = True
-        return Proposal(drafts, num_drafts, draft_logits=law)
+        return Proposal(drafts, num_drafts, draft_logits=law, draft_records=records)
 
     def observe(self, context: Context, verdict: ops.Verdict) -> None:
         self._steps.observe(context.slots, verdict.next_lengths)
@@ -439,10 +393,15 @@ class ModelDrafter:
         self.forward_seconds += perf_counter() - began
         return logits
 
-    def _draw(self, last: Tensor, step: Step, context: Context, drafts: Tensor, k: int) -> Tensor:
-        """Draft k of every row that is still drafting: int64 ``[count]``."""
+    def _draw(
+        self, last: Tensor, step: Step, context: Context, drafts: Tensor, k: int, records: Tensor | None
+    ) -> Tensor:
+        """Draft k of every row that is still drafting: int64 ``[count]``. Its law goes to ``records``."""
         count = last.shape[0]
         active = self._active[:count]
+        noted = None
+        if records is not None:
+            noted = records[:, k] if count == records.shape[0] else self._noted[:count]
         history = prompt_lengths = path = None
         if context.sampling.needs_history:
             history, prompt_lengths = context.texts()
@@ -461,9 +420,12 @@ class ModelDrafter:
                 prompt_lengths=prompt_lengths,
                 path=path,
                 out=out,
+                records=noted,
             )
 
         draws = draw("gumbel" if context.coupled is True else "inverse", self._draws[:count])
+        if records is not None and noted is not None and count != records.shape[0]:
+            self._put(records, noted, k)
         if isinstance(context.coupled, Tensor):
             draws = torch.where(context.coupled[active], draw("gumbel"), draws)
         return draws
@@ -474,20 +436,20 @@ class ModelDrafter:
             return last
         return last[..., : self.vocab_size] if missing < 0 else pad(last, (0, missing), value=-torch.inf)
 
-    def _keep(self, last: Tensor, law: Tensor | None, rows: int, most: int, k: int) -> Tensor:
-        """Write what draft k is drawn from into the law ``[B, K, V]``."""
-        if law is None:
-            law = self._law_buffer(most, last.dtype)[:rows, :most]
-        if last.shape[0] == rows:
-            law[:, k].copy_(last)
+    def _put(self, kept: Tensor, values: Tensor, k: int) -> None:
+        """Write what belongs to draft k of the rows that are still drafting into ``[B, K, ...]``."""
+        if values.shape[0] == kept.shape[0]:
+            kept[:, k].copy_(values)
         else:
-            law[:, k].index_copy_(0, self._active[: last.shape[0]], last)
-        return law
+            kept[:, k].index_copy_(0, self._active[: values.shape[0]], values)
 
-    def _law_buffer(self, most: int, dtype: torch.dtype) -> Tensor:
-        if self._law is None or self._law.shape[1] < most or self._law.dtype != dtype:
-            self._law = torch.zeros(self._max_batch, most, self.vocab_size, dtype=dtype)
-        return self._law
+    def _law_of(self, last: Tensor, rows: int, most: int) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, K, V]`` that drafts are drawn from, and records ``[B, K, 4]`` of their laws."""
+        law, records = self._law, self._records
+        if law is None or records is None or law.shape[1] < most or law.dtype != last.dtype:
+            law = self._law = torch.zeros(self._max_batch, most, self.vocab_size, dtype=last.dtype)
+            records = self._records = torch.zeros(self._max_batch, most, RECORD_WORDS, dtype=torch.int64)
+        return law[:rows, :most], records[:rows, :most]
 
 
 def compact_of(forward: Forward) -> Compact:

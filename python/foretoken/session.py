@@ -462,10 +462,9 @@ class Session:
         rows, columns = step.tokens.shape
         if logits is None:
             raise TypeError("logits: expected a tensor [B, T, V] for a decode step, got None")
-        if logits.shape != (rows, columns, self._vocab_size):
-            raise ValueError(
-                f"logits: expected [{rows}, {columns}, {self._vocab_size}], got {list(logits.shape)}"
-            )
+        wanted = [rows, columns, self._vocab_size]
+        if list(logits.shape) != wanted:
+            raise ValueError(f"logits: expected {wanted}, got {list(logits.shape)}")
         if self._held_open:
             depth = step.positions - step.lengths[:, None]
             logits = hold_open(logits, depth, self._row_requests, self._native.held_open())
@@ -488,6 +487,7 @@ class Session:
             draft_probs=None if law is None else law.draft_probs,
             draft_topk=None if law is None else law.draft_topk,
             draft_row=None if law is None or law.draft_row is None else law.draft_row[:, :columns],
+            draft_records=None if law is None else law.draft_records,
             draft_sampling=draft_law,
             draw=None if law is None else law.draw,
             sampling=self._table,

@@ -16,7 +16,7 @@ from foretoken.device import ngram
 from foretoken.device.inputs import FedProposal, StepInputs, last_logits
 from foretoken.device.rows import Rows
 from foretoken.device.trees import DeviceTreeRows
-from foretoken.drafters import ModelDrafter, NgramDrafter, Proposal, compact_of
+from foretoken.drafters import RECORD_WORDS, ModelDrafter, NgramDrafter, Proposal, compact_of
 from foretoken.ops import RequestState
 from foretoken.ops._commit import upload
 from foretoken.sampling import SamplingTable
@@ -161,6 +161,7 @@ class DeviceModel:
         self._reach = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self._fresh: dict[int, int] = {}
         self._law: Tensor | None = None
+        self._records: Tensor | None = None
         self._last: Tensor | None = None
         self._growth: Growth | None = None
         self._fed: Tensor | None = None  # of the trees of this round, as of `GrownTrees`
@@ -181,36 +182,41 @@ class DeviceModel:
         inputs = context.inputs
         if inputs is None:
             raise RuntimeError("propose: expected the buffers of the round's steps, got None")
-        law: Tensor | None = None
+        law = records = None
         with torch.inference_mode():
             self.take_in_prompts(context.requests, context.state)
             inputs.write(context.state, context.rows.slots, self._reach, self._drafter.max_length)
             try:
                 for k in range(most):
-                    law = self._draw_next(context, inputs, law, k)
+                    law, records = self._draw_next(context, inputs, k)
             except BaseException:
                 if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                     context.rows.write(self._reach, inputs.draft_lengths[0])  # what the steps did not come to
                 raise
-        return FedProposal(inputs.drafts, inputs.num_drafts, draft_logits=law, inputs=inputs)
+        return FedProposal(
+            inputs.drafts, inputs.num_drafts, draft_logits=law, draft_records=records, inputs=inputs
+        )
 
     def _draw_next(
-        self, context: DeviceContext, inputs: StepInputs, law: Tensor | None, k: int
-    ) -> Tensor | None:
-        """Run the step out of which draft k is drawn, and draw it; the law ``[B, K, V]`` if one is kept."""
+        self, context: DeviceContext, inputs: StepInputs, k: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run the step out of which draft k is drawn, and draw it; logits ``[B, K, V]`` and records
+        ``[B, K, 4]`` of the laws if they are kept.
+        """
         step = inputs.draft_step(
             k, context.rows, context.requests, context.longest + max(k, 1), context.shortfall
         )
         logits = self._forward(step)
+        law = records = None
         if not (context.greedy or context.coupled is True):
-            law = self._law_of(logits, *inputs.drafts.shape) if law is None else law
+            law, records = self._law_of(logits, *inputs.drafts.shape)
             last = last_logits(logits, step.num_tokens, law[:, k])
         elif k == 0:
             last = last_logits(logits, step.num_tokens, self._first_of(logits))
         else:
             last = self._fit(logits[:, -1])
-        self._draw(last, context, inputs.drafts, k)
-        return law
+        self._draw(last, context, inputs.drafts, k, records)
+        return law, records
 
     def _propose_trees(self, context: DeviceContext, plan: TreePlan, nodes: Tensor, most: int) -> Proposal:
         growth = self._growth
@@ -342,12 +348,16 @@ class DeviceModel:
         self._drafter.forward_seconds += perf_counter() - began
         return logits
 
-    def _draw(self, last: Tensor, context: DeviceContext, drafts: Tensor, k: int) -> None:
+    def _draw(
+        self, last: Tensor, context: DeviceContext, drafts: Tensor, k: int, records: Tensor | None
+    ) -> None:
         history = prompt_lengths = path = None
         if context.sampling.needs_history:
             history, prompt_lengths, path = context.state.text, context.prompt_lengths, drafts[:, :k]
 
-        def draw(method: Literal["inverse", "gumbel"], out: Tensor | None) -> Tensor:
+        def draw(
+            method: Literal["inverse", "gumbel"], out: Tensor | None, noted: Tensor | None = None
+        ) -> Tensor:
             return ops.sample(
                 last,
                 sampling=context.sampling,
@@ -360,9 +370,11 @@ class DeviceModel:
                 prompt_lengths=prompt_lengths,
                 path=path,
                 out=out,
+                records=noted,
             )
 
-        draw("gumbel" if context.coupled is True else "inverse", drafts[:, k])
+        noted = None if records is None else records[:, k]
+        draw("gumbel" if context.coupled is True else "inverse", drafts[:, k], noted)
         if isinstance(context.coupled, Tensor):
             drafts[:, k] = torch.where(context.coupled, draw("gumbel", None), drafts[:, k])
 
@@ -374,13 +386,16 @@ class DeviceModel:
             return last[..., : self._drafter.vocab_size]
         return pad(last, (0, missing), value=-torch.inf)
 
-    def _law_of(self, logits: Tensor, rows: int, most: int) -> Tensor:
-        """``[B, K, V]`` for what drafts are drawn from."""
-        kept = self._law
-        if kept is None or kept.shape[1] < most or kept.dtype != logits.dtype:
-            shape = len(self._reach), most, self._drafter.vocab_size
-            self._law = kept = torch.zeros(shape, dtype=logits.dtype, device=self._device)
-        return kept[:rows, :most]
+    def _law_of(self, logits: Tensor, rows: int, most: int) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, K, V]`` that drafts are drawn from, and records ``[B, K, 4]`` of their laws."""
+        law, records = self._law, self._records
+        if law is None or records is None or law.shape[1] < most or law.dtype != logits.dtype:
+            slots = len(self._reach)
+            size = slots, most, self._drafter.vocab_size
+            law = self._law = torch.zeros(size, dtype=logits.dtype, device=self._device)
+            records = torch.zeros(slots, most, RECORD_WORDS, dtype=torch.int64, device=self._device)
+            self._records = records
+        return law[:rows, :most], records[:rows, :most]
 
     def _first_of(self, logits: Tensor) -> Tensor:
         """``[B, V]`` for what the first draft is drawn from, where no law is kept."""

@@ -443,6 +443,7 @@ class DeviceRounds:
             draft_logits=proposal.draft_logits,
             draft_topk=proposal.draft_topk,
             draft_row=proposal.draft_row,
+            draft_records=proposal.draft_records,
             draw=proposal.draw,
             sampling=self._table,
             history=history,
