@@ -1,4 +1,4 @@
-// Copies from global into shared memory that are on their way while a thread goes on.
+// Copies from global into shared memory by the copy engine, that are on their way while their warp goes on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,28 +7,48 @@
 
 namespace foretoken::cuda {
 
-// Sixteen bytes, aligned to as many.
-__device__ __forceinline__ void copy_ahead(void* shared, const void* global) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+// In shared memory; of one copy.
+using CopyBarrier = uint64_t;
+
+// By the thread that asks for the copy; others may wait behind a barrier of their own with it.
+__device__ __forceinline__ void begin_barrier(CopyBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+      : "memory");
 #endif
 }
 
-// What this thread has asked for since the last one becomes a group.
-__device__ __forceinline__ void close_group() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
+// `bytes`, a multiple of sixteen, between addresses that are ones too. By one thread.
+__device__ __forceinline__ void copy_ahead(void* shared, const void* global, uint32_t bytes,
+                                           CopyBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)),
+                 behind = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n}" ::"r"(behind),
+      "r"(bytes)
+      : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(global), "r"(bytes), "r"(behind)
+      : "memory");
 #endif
 }
 
-// Until no more than the last `kLeft` groups of this thread are on their way.
-template <int kLeft>
-__device__ __forceinline__ void wait_for_groups() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+// By each thread that reads what comes; again at no cost.
+__device__ __forceinline__ void wait_for_copy(CopyBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t behind = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t there = 0;
+  while (there == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(there)
+        : "r"(behind)
+        : "memory");
+  }
 #endif
 }
 

@@ -101,8 +101,8 @@ int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device devic
 }  // namespace
 
 bool launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Device device, Stream stream) {
-  const int64_t of_request = args.draft.data != nullptr ? 2 * args.most_drafts + 1 : args.most_drafts + 1;
-  const int64_t rows = requests * of_request, tiles = tiles_in(args.vocab), bytes = bytes_of(dtype);
+  const int64_t rows = requests * rows_of_request(args), tiles = tiles_in(args.vocab),
+                bytes = bytes_of(dtype);
   const auto launch = [&](auto type) {
     constexpr auto kKernel = resident_kernel<decltype(type)::value>;
     const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);

@@ -7,6 +7,11 @@
 
 namespace foretoken::cuda {
 
+// The target's rows of a request, then the draft's.
+__host__ __device__ inline int64_t rows_of_request(const ChainArgs& args) {
+  return args.draft.data != nullptr ? 2 * args.most_drafts + 1 : args.most_drafts + 1;
+}
+
 template <DType kType>
 class ResidentLaws : ResidentGuess<kType> {
  public:
@@ -20,7 +25,7 @@ class ResidentLaws : ResidentGuess<kType> {
     const bool ahead = args_.num_drafts.data == nullptr;
     if (ahead) this->begin_loading(row_.data);
     if (!take_row()) {
-      wait_for_groups<0>();
+      if (ahead) for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
       cluster_wait();
       return;
     }
@@ -28,6 +33,8 @@ class ResidentLaws : ResidentGuess<kType> {
     if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
       shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
     }
+    const bool samples_masses = filters_.top_p < 1.0f && !filters_.cuts_count(vocab_);
+    if (samples_masses) this->clear_bins();
     cluster_wait();  // nobody's memory is written before everybody runs
     TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
     // Of what top-k leaves everything is counted anew.
@@ -37,13 +44,15 @@ class ResidentLaws : ResidentGuess<kType> {
     while (true) {
       RowReading reading = reading_;
       if (!summed) reading.kind = LawKind::point;
-      this->leave_stats(reading, out);
+      this->leave_stats(reading, out, [&](uint32_t local, float largest) {
+        if (samples_masses) this->sample(local, largest, reading_.scale);
+      });
       cluster_sync();
       law = law_of_stats(summed);
       weighs = law.usable && law.kind == LawKind::logits;
       filtered = weighs && filters_.any(vocab_);
       if (!filtered && !(weighs && args_.samples)) break;
-      if (find_cut(law, summed)) {
+      if (find_cut(law, summed, samples_masses)) {
         if (args_.samples) this->add_list_to_tiles(law);
         leave_masses(law, filtered, out);
         cluster_sync();
@@ -82,7 +91,7 @@ class ResidentLaws : ResidentGuess<kType> {
 
   __device__ __forceinline__ void find_row() {
     const uint32_t most = static_cast<uint32_t>(args_.most_drafts);
-    const uint32_t rows = args_.draft.data != nullptr ? 2 * most + 1 : most + 1;
+    const uint32_t rows = static_cast<uint32_t>(rows_of_request(args_));
     const uint32_t cluster = blockIdx.x / size_;
     b_ = cluster / rows;
     const uint32_t row = cluster % rows;
@@ -142,13 +151,16 @@ class ResidentLaws : ResidentGuess<kType> {
     for (uint32_t index = threadIdx.x; index < tiles_; index += kRowThreads) {
       mass += mass_of_stats(stats_[index], law);
     }
-    law.mass = sum_up_to_thread(mass).total;
+    mass = sum_of_masses(mass);
+    if (lane_id() == 0) shared_.warp_words[warp_] = mass;
+    __syncthreads();
+    law.mass = sum_of_masses(shared_.warp_words[lane_id()]);
     return law;
   }
 
   // Sets law.cut, and for sampling masses_ to what lies above all that is listed. First top-k, then top-p,
   // then what sampling wants to know. False: the sums of tiles are wanted, which have not been `summed`.
-  __device__ __forceinline__ bool find_cut(RowLaw& law, bool summed) {
+  __device__ __forceinline__ bool find_cut(RowLaw& law, bool summed, bool sampled) {
     const float floor = law.cut, nothing = infinity();
     const bool cuts_count = filters_.cuts_count(vocab_);
     float cut = -nothing;
@@ -169,9 +181,8 @@ class ResidentLaws : ResidentGuess<kType> {
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
-        if (stage == 1 && cuts_count) cluster_sync();  // the bins may still be read
         if (!in_number) need = needed_mass(filters_.top_p, total);
-        window = this->guess(whole, in_number, need);
+        window = this->guess(whole, in_number, need, sampled);
       }
       const bool collects = guesses ? window.low < window.high : last || !listed;
       Collected found{};
@@ -236,30 +247,36 @@ class ResidentLaws : ResidentGuess<kType> {
     if (filtered) this->tell(of_warp);
   }
 
-  // `marked`: all of them are. Three of a lane are folded in one of two ways.
+  // `marked`: all of them are. Few are folded one by one in the order of sum_of_many(), which is that of a
+  // tree over the marks' places: one that differs from the last in a higher place closes all that lies below.
   __device__ __forceinline__ float sum_of_kept(uint32_t local, bool marked, float anchor, float scale,
                                                float cut) const {
     uint32_t kept = marked ? this->marks_of(local) : mark(local, [&](float x) { return x >= cut; });
-    bool many = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept))) > kFewMarks;
-    if (marked && !many) {
-      const uint32_t marks = kept;
-      this->for_marked(local, marks, [&](bool, float x, uint32_t bit) { kept &= x >= cut ? ~0u : ~bit; });
-    }
-    many = many || __any_sync(kAllLanes, __popc(kept) > kFolded);
-    if (many) return sum_of_many(local, anchor, scale, cut);
-    float weights[kFolded];
-    int bits[kFolded];
+    const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept)));
+    if (most > kFewMarks) return sum_of_many(local, anchor, scale, cut);
+    constexpr int kLevels = 5;
+    float open[kLevels] = {}, current = 0.0f;  // left sides of what is not closed yet
+    uint32_t last = static_cast<uint32_t>(__ffs(static_cast<int>(kept)) - 1);
+#pragma unroll 1
+    for (unsigned i = 0; i < most; ++i, kept &= kept - 1) {
+      const float weight = weight_of_logit(this->first_marked(local, kept), anchor, scale, cut);
+      if (kept == 0) continue;
+      const uint32_t place = static_cast<uint32_t>(__ffs(static_cast<int>(kept)) - 1), apart = place ^ last;
 #pragma unroll
-    for (int i = 0; i < kFolded; ++i) {
-      const float weight = exp2_scaled(this->first_marked(local, kept) - anchor, scale);
-      bits[i] = __ffs(static_cast<int>(kept)) - 1;
-      weights[i] = kept != 0 ? weight : 0.0f;
-      kept &= kept - 1;
+      for (int level = 0; level < kLevels; ++level) {
+        if (apart >> (level + 1) != 0) {
+          current += open[level];
+          open[level] = 0.0f;
+        } else if (apart >> level != 0) {
+          open[level] = current;
+        }
+      }
+      current = weight;
+      last = place;
     }
-    // Whether the first two are folded first; of fewer than three either will do.
-    const bool last_apart = (bits[0] ^ bits[1]) < (bits[1] ^ bits[2]);
-    const float pair = last_apart ? weights[0] + weights[1] : weights[1] + weights[2];
-    return sum_of_warp(pair + (last_apart ? weights[2] : weights[0]));
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level) current += open[level];
+    return sum_of_warp(current);
   }
 
   __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
@@ -342,8 +359,7 @@ class ResidentLaws : ResidentGuess<kType> {
     return shared_.drawn;
   }
 
-  static constexpr unsigned kFewMarks = 6;
-  static constexpr int kFolded = 3;
+  static constexpr unsigned kFewMarks = 8;
 
   int64_t b_ = 0, number_ = 0, token_ = -1;
   uint32_t node_ = 0;

@@ -14,7 +14,10 @@ namespace foretoken::cuda {
 constexpr int kRowThreads = 1024, kRowWarps = kRowThreads / kWarpSize;  // of a block that holds a row
 constexpr int kResidentBins = 512;
 constexpr int kSampleBins = 1024;  // a thread for each
-static_assert(kSampleBins <= 2 * kParts * kResidentBins);
+constexpr int kListBins = 1024;    // ... too
+static_assert(kSampleBins <= 2 * kParts * kResidentBins && kListBins <= 2 * kResidentBins);
+constexpr int kMostOwn = 128;  // tiles of a block
+static_assert(kMostOwn * kTile * 2 > 228 * 1024);
 constexpr int kOwnList = 2048;  // elements near a threshold that a block may list
 
 // Fixed part of a block's shared memory.
@@ -23,12 +26,14 @@ struct ResidentShared {
   uint64_t partial[2][kMaxCluster * kRowWarps];  // masses that each warp of the cluster has found
   uint32_t keys[kOwnList];
   uint16_t places[kOwnList];  // tiles of the block that they lie in
+  CopyBarrier arrived[kMostOwn];
   uint64_t warp_words[kRowWarps];
   float warp_floats[2][kRowWarps];
   uint64_t found[2];
   uint32_t listed;
+  uint32_t few_keys[kWarpSize];
+  uint32_t few;
   float window[2];
-  float reached;
   float doubt;
   float least_kept;  // how far below the largest min-p ends
   int32_t tile;
@@ -81,59 +86,53 @@ class ResidentRow {
     return row_ + local * (kTile * kBytes);
   }
 
-  // Where the 16 bytes lie that are number `load` of a lane's share of a quarter. All lanes' first loads lie
-  // side by side, and so do their second ones: what a warp reads at a time is in different banks.
-  static __device__ __forceinline__ uint32_t slot_of(int quarter, int load, int lane) {
-    return static_cast<uint32_t>((quarter * kLoads + load) * kWarpSize + lane) * 16;
+  // A lane's neighbours of a quarter, as they come to it: where four of them fill 16 bytes, every other four
+  // lanes have the last four first, so that what a warp reads at a time is in different banks. Sums in the
+  // pinned order are the same, as which half is added to which makes no difference.
+  static __device__ __forceinline__ uint32_t swapped() { return kLoads == 2 ? lane_id() & 4u : 0; }
+  __device__ __forceinline__ uint4 words_of(uint32_t local, int quarter, int load) const {
+    const uint32_t at = quarter * 256 + lane_id() * 8 + (static_cast<uint32_t>(load * 4) ^ swapped());
+    return *reinterpret_cast<const uint4*>(tile(local) + at * kBytes);
   }
 
   __device__ __forceinline__ void begin_loading(const void* data) const {
     for_own([&](uint32_t local, uint32_t index) {
-      unsigned char* const to = tile(local);
-      if (args_.aligned && (index + 1) * kTile <= vocab_) {
-        const char* const from =
-            static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes;
-#pragma unroll
-        for (int i = 0; i < 4 * kLoads; ++i) {
-          const int chunk = i % kLoads * kWarpSize + lane_id();
-          copy_ahead(to + slot_of(i / kLoads, chunk % kLoads, chunk / kLoads),
-                     from + (i * kWarpSize + lane_id()) * 16);
+      const uint32_t left = vocab_ - index * kTile, count = left < kTile ? left : kTile;
+      if (args_.aligned) {
+        if (lane_id() == 0) {
+          begin_barrier(&shared_.arrived[local]);
+          copy_ahead(tile(local),
+                     static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes,
+                     count * kBytes, &shared_.arrived[local]);
+        }
+        for (uint32_t i = count * kBytes + lane_id() * 16; i < kTile * kBytes; i += kWarpSize * 16) {
+          *reinterpret_cast<uint4*>(tile(local) + i) = TileOfRow<kType>::load_words(data, 0, 0, true);
         }
       } else {
 #pragma unroll 1
-        for (int i = 0; i < 4 * kLoads; ++i) {
-          const uint32_t at = index * kTile + i / kLoads * 256 + lane_id() * 8 + i % kLoads * (8 / kLoads);
-          *reinterpret_cast<uint4*>(to + slot_of(i / kLoads, i % kLoads, lane_id())) =
-              TileOfRow<kType>::load_words(data, vocab_, at, args_.aligned);
+        for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
+          *reinterpret_cast<uint4*>(tile(local) + i * 16) =
+              TileOfRow<kType>::load_words(data, vocab_, index * kTile + i * (16 / kBytes), false);
         }
       }
-      close_group();
     });
-  }
-
-  // Until this lane's copies of a tile are there, in the order they were asked for.
-  __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
-    const uint32_t own = (tiles_ - rank_ + size_ - 1) / size_, behind = (own - 1 - local) / kRowWarps;
-    if (behind == 0) {
-      wait_for_groups<0>();
-    } else if (behind == 1) {
-      wait_for_groups<1>();
-    } else {
-      wait_for_groups<2>();
-    }
     __syncwarp();
   }
 
-  // The statistics of all tiles, to all blocks; behind a barrier of the cluster.
-  __device__ __forceinline__ void leave_stats(const RowReading& reading, TileStats* out) const {
+  __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
+    if (args_.aligned) wait_for_copy(&shared_.arrived[local]);
+  }
+
+  // The statistics of all tiles, to all blocks; behind a barrier of the cluster. look(number, largest) for
+  // each tile of the warp.
+  template <class Look>
+  __device__ __forceinline__ void leave_stats(const RowReading& reading, TileStats* out,
+                                              const Look& look) const {
     for_own([&](uint32_t local, uint32_t index) {
       wait_for_tile(local);
       RawTile<kType> raw;
 #pragma unroll
-      for (int i = 0; i < 4 * kLoads; ++i) {
-        raw.words[i] =
-            *reinterpret_cast<const uint4*>(tile(local) + slot_of(i / kLoads, i % kLoads, lane_id()));
-      }
+      for (int i = 0; i < 4 * kLoads; ++i) raw.words[i] = words_of(local, i / kLoads, i % kLoads);
       float high = -infinity();
       const TileStats found = stats_of_tile(raw, reading, high);
       lane_highs_[local * kWarpSize + lane_id()] = high;
@@ -142,6 +141,7 @@ class ResidentRow {
         *reinterpret_cast<float2*>(of_block(stats_ + index, static_cast<uint32_t>(lane_id()))) = words;
       }
       if (out != nullptr && lane_id() == 0) *reinterpret_cast<float2*>(out + index) = words;
+      look(local, found.max);
     });
   }
 
@@ -149,16 +149,14 @@ class ResidentRow {
     Eight eight;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const uint4 words = *reinterpret_cast<const uint4*>(tile(local) + slot_of(quarter, i, lane_id()));
-      unpack_words<kType>(words, eight.x + i * (8 / kLoads));
+      unpack_words<kType>(words_of(local, quarter, i), eight.x + i * (8 / kLoads));
     }
     return eight;
   }
 
   __device__ __forceinline__ float element_of_lane(uint32_t local, int quarter, int neighbour) const {
-    constexpr int kEach = 16 / kBytes;
-    const unsigned char* const at =
-        tile(local) + slot_of(quarter, neighbour / kEach, lane_id()) + neighbour % kEach * kBytes;
+    const uint32_t place = quarter * 256 + lane_id() * 8 + (static_cast<uint32_t>(neighbour) ^ swapped());
+    const unsigned char* const at = tile(local) + place * kBytes;
     if constexpr (kType == DType::float32) return *reinterpret_cast<const float*>(at);
     const uint32_t bits = *reinterpret_cast<const uint16_t*>(at);
     return kType == DType::bfloat16 ? float_of_bfloat(bits) : float_of_half(bits);

@@ -48,16 +48,20 @@ class ResidentSearch : protected ResidentRow<kType> {
   __device__ __forceinline__ Collected collect(const RowLaw& law, const Window window) {
     const float max = law.max, scale = law.scale;
     marked_from_ = window.low;
+    if (pulled_) cluster_sync();  // the lists may still be read
+    pulled_ = false;
     if (threadIdx.x == 0) shared_.listed = 0;
     __syncthreads();
-    uint64_t all = 0;
+    uint64_t all = 0;  // of this lane
     for_own([&](uint32_t local, uint32_t index) {
       uint64_t mass = 0;
-      if (stats_[index].max >= window.low) mass = sum_of_masses(collect_tile(local, max, scale, window));
-      if (lane_id() == 0) masses_[index] = mass;
+      if (stats_[index].max >= window.low) mass = collect_tile(local, max, scale, window);
       all += mass;
+      if (!args_.samples) return;
+      mass = sum_of_masses(mass);
+      if (lane_id() == 0) masses_[index] = mass;
     });
-    tell(all);
+    tell(sum_of_masses(all));
     cluster_sync();
     Collected found{};
     found.mass = told();
@@ -70,19 +74,15 @@ class ResidentSearch : protected ResidentRow<kType> {
   }
 
   // Largest element t of a range such that the elements of the range at t and above measure at least `need`:
-  // in number, or in mass. -infinity: all of them do not. Of those listed, by the first block, or of the row.
-  __device__ __forceinline__ float reaching(bool of_list, KeyRange range, uint64_t need, const RowLaw& law,
-                                            bool in_number) {
-    if (!of_list) cluster_sync();  // the bins may still be read
-    if (!of_list || rank_ == 0) {
-      clear_bins();
-      turn_ = 0;
-      const float reached = search(of_list, range, need, law, in_number);
-      if (!of_list) return reached;
-      if (threadIdx.x < size_) *of_block(&shared_.reached, threadIdx.x) = reached;
-    }
-    cluster_sync();
-    return shared_.reached;
+  // in number, or in mass. -infinity: all of them do not. Of the row, or of those listed, where each block
+  // looks for itself.
+  __device__ __forceinline__ float reaching(bool of_list, const KeyRange& range, uint64_t need,
+                                            const RowLaw& law, bool in_number) {
+    if (of_list) return search_list(range, need, law, in_number);
+    cluster_sync();  // the bins may still be read
+    clear_bins();
+    turn_ = 0;
+    return search_row(range, need, law, in_number);
   }
 
   // What the listed elements at `low` or above weigh together.
@@ -141,30 +141,72 @@ class ResidentSearch : protected ResidentRow<kType> {
   static constexpr int kFew = 10;  // of a lane, that are looked at one by one
   static constexpr int kHeld = 4;  // of a thread, of all that is listed
 
-  __device__ __forceinline__ float search(bool of_list, KeyRange range, uint64_t need, const RowLaw& law,
-                                          bool in_number) {
-    const RowLaw weighed = law;
+  // Behind a barrier of the cluster.
+  __device__ __forceinline__ float search_list(KeyRange range, uint64_t need, const RowLaw& law,
+                                               bool in_number) {
     uint32_t keys[kHeld];
-    const uint32_t listed = of_list ? take_lists(keys) : 0;
+    const uint32_t listed = take_lists(keys);
+    pulled_ = true;
+    uint32_t* const bins = &shared_.bins[0][0][0];  // [kParts, kListBins]
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) bins[part * kListBins + threadIdx.x] = 0;
+    __syncthreads();
+    const auto amount_of = [&](uint32_t key) -> uint64_t {
+      return in_number ? 1 : mass_of(weight_of_logit(value_of(key), law.max, law.scale, law.cut));
+    };
+    while (true) {
+      const int shift = range.shift();
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i * kRowThreads + warp_ * kWarpSize >= listed || !range.holds(keys[i])) continue;
+        add<kListBins>(bins, (range.top - keys[i]) >> shift, amount_of(keys[i]));
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        shared_.found[0] = kNothing;
+        shared_.few = 0;
+      }
+      find_bin(take_bin<kListBins>(bins + threadIdx.x), need);
+      const uint64_t bin = shared_.found[0];
+      if (bin == kNothing) return -infinity();
+      need -= shared_.found[1];
+      range.narrow(shift, static_cast<uint32_t>(bin));
+      if (shift == 0) return value_of(range.top);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i * kRowThreads + warp_ * kWarpSize >= listed || !range.holds(keys[i])) continue;
+        const uint32_t place = atomicAdd(&shared_.few, 1u);
+        if (place < kWarpSize) shared_.few_keys[place] = keys[i];
+      }
+      __syncthreads();
+      const uint32_t few = shared_.few;
+      if (shift <= kGrain) return value_of(shared_.few_keys[0]);  // all of a bin are the same
+      if (few > kWarpSize) continue;
+      const uint32_t lane = static_cast<uint32_t>(lane_id());
+      const uint32_t key = lane < few ? shared_.few_keys[lane] : 0;
+      const uint64_t own = lane < few ? amount_of(key) : 0;
+      uint64_t from_there = 0;
+#pragma unroll 1
+      for (uint32_t i = 0; i < few; ++i) {
+        const uint64_t amount = __shfl_sync(kAllLanes, own, static_cast<int>(i));
+        if (__shfl_sync(kAllLanes, key, static_cast<int>(i)) >= key) from_there += amount;
+      }
+      return value_of(__reduce_max_sync(kAllLanes, lane < few && from_there >= need ? key : 0));
+    }
+  }
+
+  __device__ __forceinline__ float search_row(KeyRange range, uint64_t need, const RowLaw& law,
+                                              bool in_number) {
     while (true) {
       const uint32_t span = range.top - range.bottom;
       const int shift = span < kResidentBins ? 0 : 23 - __clz(static_cast<int>(span));
-      if (of_list) {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          if (i * kRowThreads + warp_ * kWarpSize >= listed) continue;
-          const bool there = i * kRowThreads + threadIdx.x < listed;
-          count(there, value_of(keys[i]), range, shift, weighed, in_number);
-        }
-        __syncthreads();
-      } else {
-        count_row(range, shift, weighed, in_number);
-        cluster_sync();
-      }
-      uint64_t before = 0;
-      const int bin = bin_reaching(of_list, need, in_number, before);
-      if (bin < 0) return -infinity();
-      need -= before;
+      count_row(range, shift, law, in_number);
+      cluster_sync();
+      if (threadIdx.x == 0) shared_.found[0] = kNothing;
+      find_bin(take_bins_of_all(in_number), need);
+      const uint64_t bin = shared_.found[0];
+      if (bin == kNothing) return -infinity();
+      need -= shared_.found[1];
       range.narrow(shift, static_cast<uint32_t>(bin));
       if (shift == 0) return value_of(range.top);
     }
@@ -173,20 +215,26 @@ class ResidentSearch : protected ResidentRow<kType> {
   // What all blocks have listed, dealt out to the threads of this one; how many there are.
   __device__ __forceinline__ uint32_t take_lists(uint32_t (&keys)[kHeld]) const {
     uint32_t listed = 0;
+    if (static_cast<uint32_t>(lane_id()) < size_)
+      listed = *of_block(&shared_.listed, static_cast<uint32_t>(lane_id()));
+    const uint32_t all = __reduce_add_sync(kAllLanes, listed);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) keys[i] = key_of(-infinity());
+    for (int i = 0; i < kHeld; ++i) {
+      keys[i] = key_of(-infinity());
+      if (i * kRowThreads + warp_ * kWarpSize >= all) continue;
+      uint32_t at = i * kRowThreads + threadIdx.x, owner = size_, place = 0;
 #pragma unroll 1
-    for (uint32_t rank = 0; rank < size_; ++rank) {
-      const uint32_t of_rank = *of_block(&shared_.listed, rank);
-      const uint32_t* const from = of_block(shared_.keys, rank);
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const uint32_t at = i * kRowThreads + threadIdx.x - listed;  // far beyond for those before
-        if (at < of_rank) keys[i] = from[at];
+      for (uint32_t rank = 0; rank < size_; ++rank) {
+        const uint32_t of_rank = __shfl_sync(kAllLanes, listed, static_cast<int>(rank));
+        if (at < of_rank && owner == size_) {
+          owner = rank;
+          place = at;
+        }
+        at -= of_rank;  // beyond all once it was found
       }
-      listed += of_rank;
+      if (owner < size_) keys[i] = of_block(shared_.keys, owner)[place];
     }
-    return listed;
+    return all;
   }
 
   // By a warp: the masses that this lane has found.
@@ -249,44 +297,46 @@ class ResidentSearch : protected ResidentRow<kType> {
     uint64_t amount = 0;
     if (there) amount = in_number ? 1 : mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
     const uint32_t common = __shfl_sync(kAllLanes, bin, __ffs(static_cast<int>(all)) - 1);
+    uint32_t* const bins = &shared_.bins[turn_][0][0];
     if (__all_sync(kAllLanes, !there || bin == common)) {
       amount = sum_of_masses(amount);
-      if (lane_id() == 0) add(common, amount);
+      if (lane_id() == 0) add<kResidentBins>(bins, common, amount);
     } else if (there) {
-      add(bin, amount);
+      add<kResidentBins>(bins, bin, amount);
     }
   }
 
   // What is left of the amount in the last part may be the sum of a warp's: 2^16 of them fit there.
-  __device__ __forceinline__ void add(uint32_t bin, uint64_t amount) {
+  template <int kCount>
+  __device__ __forceinline__ void add(uint32_t* bins, uint32_t bin, uint64_t amount) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint64_t rest = amount >> (kPartBits * part);
       const uint32_t piece = static_cast<uint32_t>(part + 1 < kParts ? rest & ((1u << kPartBits) - 1) : rest);
-      if (piece != 0) atomicAdd(&shared_.bins[turn_][part][bin], piece);
+      if (piece != 0) atomicAdd(bins + part * kCount + bin, piece);
     }
   }
 
-  __device__ __forceinline__ void count_row(const KeyRange& range, int shift, const RowLaw& law,
-                                            bool in_number) {
-    const float low = value_of(range.bottom), high = value_of(range.top);
-    for_own([&](uint32_t local, uint32_t index) {
-      if (!(stats_[index].max >= low)) return;
-      const uint32_t marks = mark(local, [&](float x) { return x >= low && x <= high; });
-      for_marked(local, marks,
-                 [&](bool there, float x, uint32_t) { count(there, x, range, shift, law, in_number); });
-    });
+  // This thread's bin, which is empty then.
+  template <int kCount>
+  __device__ __forceinline__ uint64_t take_bin(uint32_t* bin) {
+    uint64_t own = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      own += static_cast<uint64_t>(bin[part * kCount]) << (kPartBits * part);
+      bin[part * kCount] = 0;
+    }
+    return own;
   }
 
-  // First bin at which the running sum reaches `need`, and the sum before it; -1 if none does. Of this
-  // block's bins, or behind a barrier of the cluster of all blocks'. The other bins, which all have read
-  // before that, are empty then.
-  __device__ __forceinline__ int bin_reaching(bool alone, uint64_t need, bool in_number, uint64_t& before) {
+  // The same of all blocks together, behind a barrier of the cluster. The bins that are filled next, which
+  // all have read before that, are empty then.
+  __device__ __forceinline__ uint64_t take_bins_of_all(bool in_number) {
     const uint32_t bin = threadIdx.x;
     uint64_t own = 0;
     if (bin < kResidentBins) {
 #pragma unroll 1
-      for (uint32_t rank = alone ? rank_ : 0; rank < (alone ? rank_ + 1 : size_); ++rank) {
+      for (uint32_t rank = 0; rank < size_; ++rank) {
         const uint32_t* const bins = of_block(&shared_.bins[turn_][0][0], rank) + bin;
         own += bins[0];
         if (in_number) continue;
@@ -301,22 +351,40 @@ class ResidentSearch : protected ResidentRow<kType> {
     for (int part = 0; part < kParts; ++part) {
       if (bin < kResidentBins) shared_.bins[turn_][part][bin] = 0;
     }
+    return own;
+  }
+
+  __device__ __forceinline__ void count_row(const KeyRange& range, int shift, const RowLaw& law,
+                                            bool in_number) {
+    const float low = value_of(range.bottom), high = value_of(range.top);
+    for_own([&](uint32_t local, uint32_t index) {
+      if (!(stats_[index].max >= low)) return;
+      const uint32_t marks = mark(local, [&](float x) { return x >= low && x <= high; });
+      for_marked(local, marks,
+                 [&](bool there, float x, uint32_t) { count(there, x, range, shift, law, in_number); });
+    });
+  }
+
+  // From what each thread's bin has: the first at which the running sum reaches `need`, and the sum before
+  // it, into `found`; which is left as it is if none does.
+  __device__ __forceinline__ void find_bin(uint64_t own, uint64_t need) {
     const uint64_t up_to_lane = sum_up_to_lane(own);
     if (lane_id() == kWarpSize - 1) shared_.warp_words[warp_] = up_to_lane;
     __syncthreads();
     const uint32_t lane = static_cast<uint32_t>(lane_id());
-    const uint64_t word = lane < kRowWarps ? shared_.warp_words[lane] : 0;
-    const uint64_t up_to = sum_of_masses(lane < warp_ ? word : 0) + up_to_lane;
-    if (sum_of_masses(word) < need) return -1;
+    const uint64_t up_to = sum_of_masses(lane < warp_ ? shared_.warp_words[lane] : 0) + up_to_lane;
     if (up_to - own < need && need <= up_to) {
-      shared_.found[0] = bin;
+      shared_.found[0] = threadIdx.x;
       shared_.found[1] = up_to - own;
     }
     __syncthreads();
-    before = shared_.found[1];
-    return static_cast<int>(shared_.found[0]);
   }
 
+  static constexpr uint64_t kNothing = ~uint64_t{0};
+  // Two elements are the same if their keys differ by less than a power of two.
+  static constexpr int kGrain = kType == DType::float32 ? 0 : kType == DType::bfloat16 ? 16 : 13;
+
+  bool pulled_ = false;      // whether others may still read this block's list
   int turn_ = 0, told_ = 0;  // bins that are filled next; where was told last
 };
 

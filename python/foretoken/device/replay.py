@@ -223,7 +223,7 @@ class Replays:
         rounds = self._rounds
         state, table = rounds._state, rounds._table
         tables = state.eos_ids, state.stop_ids, rounds._rules, forward
-        asks = table.needs_history, table.constrained, table.filtered, rounds._held_open
+        asks = table.needs_history, table.constrained, table.weighs_rows, rounds._held_open
         here = rounds._version, asks, tuple(map(id, tables))
         last = self._last.get(trees)
         if last is None or last[0] != here:
