@@ -96,6 +96,18 @@ def test_a_loop_of_plain_requests_is_not_one_of_biased_ones(ahead, monkeypatch: 
     assert counts[0] == counts[1] < counts[2] == counts[3]
 
 
+def test_filters_with_the_same_kernels_share_a_loop(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-p without top-k alone has others."""
+    made = loops_made(monkeypatch)
+    host, device = pair(ahead, "model", num_drafts=3)
+    counts = []
+    for filters in ({}, {}, {"top_k": 4}, {"top_k": 4, "top_p": 0.8, "min_p": 0.1}, {"top_p": 0.8}, {}):
+        wanted = [Ask([5, number], 40, Sampling(seed=1, **filters)) for number in range(2)]
+        assert texts(*device, wanted, True) == texts(*host, wanted, False)
+        counts.append(len(made))
+    assert counts[0] == counts[3] < counts[4] == counts[5]
+
+
 @pytest.mark.parametrize(
     ("kind", "draw"),
     [("ngram", "deterministic"), ("blurred", "deterministic"), ("blurred", "without_replacement")],

@@ -170,6 +170,17 @@ def test_new_laws_reach_the_graphs_that_are_there(ahead) -> None:
             assert told(*device, wanted) == told(*host, wanted)
 
 
+def test_filters_with_the_same_kernels_share_graphs(ahead) -> None:
+    """Top-p without top-k alone has others."""
+    host, device = seated(ahead, "model", num_drafts=3, max_batch=1)
+    made = []
+    for filters in ({}, {"top_k": 4}, {"min_p": 0.1}, {"top_k": 4, "top_p": 0.8}, {"top_p": 0.8}, {}):
+        wanted = [Ask([5, 6], 15, Sampling(seed=1, **filters))]
+        assert told(*device, wanted) == told(*host, wanted)
+        made.append(Called.made)
+    assert made == [1, 1, 1, 1, 2, 2]
+
+
 def test_a_model_with_few_positions_is_told_where_they_end(ahead) -> None:
     host, device = seated(ahead, "model", num_drafts=3)
     device[1].max_positions = 60

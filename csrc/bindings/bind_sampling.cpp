@@ -90,8 +90,8 @@ void bind_table(py::module_& module) {
           "Whether a slot asks what has been committed: penalties, bad words, minimum length.")
       .def_property_readonly("constrained", &SamplingTable::constrained,
                              "Whether a slot changes its logits: bias, penalties, bans.")
-      .def_property_readonly("filtered", &SamplingTable::filtered,
-                             "Whether any slot has top-k, top-p or min-p.")
+      .def_property_readonly("weighs_rows", &SamplingTable::weighs_rows,
+                             "Whether any slot has top-p without top-k: CUDA has other kernels for all rows.")
       .def("bring_to", &bring_to, py::arg("tensor"),
            "Write what has changed to the device of a tensor, as the next op there would: for captured "
            "graphs.")

@@ -40,7 +40,7 @@ class SamplingTable {
   }
 
   bool constrained() const { return constrained_ > 0; }
-  bool filtered() const { return filtered_ > 0; }  // top-k, top-p or min-p
+  bool weighs_rows() const { return weighing_ > 0; }
 
   SamplingView view() const {
     return {temperature_.data(),
@@ -50,7 +50,7 @@ class SamplingTable {
             seed_.data(),
             size(),
             constrained_ > 0 ? constraints_.data() : nullptr,
-            weighing_ > 0};
+            weighs_rows()};
   }
 
  private:
@@ -61,16 +61,9 @@ class SamplingTable {
 
   size_t index_of(int64_t slot) const;
   // Adds a slot to the counts of slots, or takes it off.
-  void count(size_t index, int64_t sign) {
-    filtered_ += is_filtered(index) ? sign : 0;
-    weighing_ += weighs_row(index) ? sign : 0;
-  }
+  void count(size_t index, int64_t sign) { weighing_ += weighs_row(index) ? sign : 0; }
   bool weighs_row(size_t index) const {
     return temperature_[index] != 0.0f && top_p_[index] < 1.0f && top_k_[index] == 0;
-  }
-  bool is_filtered(size_t index) const {
-    const bool any = top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f;
-    return any && temperature_[index] != 0.0f;
   }
   void replace(size_t index, Lists lists, Constraints constraints);
 
@@ -80,7 +73,6 @@ class SamplingTable {
   std::vector<Constraints> constraints_;
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
-  int64_t filtered_ = 0;                     // slots that have a filter
   int64_t weighing_ = 0;                     // slots with top-p and without top-k
   uint64_t version_ = 0;                     // counts changes
   mutable dispatch::SamplingMirrors mirrors_;

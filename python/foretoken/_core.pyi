@@ -401,11 +401,6 @@ class SamplingTable:
         Whether a slot changes its logits: bias, penalties, bans.
         """
     @property
-    def filtered(self) -> bool:
-        """
-        Whether any slot has top-k, top-p or min-p.
-        """
-    @property
     def needs_history(self) -> bool:
         """
         Whether a slot asks what has been committed: penalties, bad words, minimum length.
@@ -413,6 +408,11 @@ class SamplingTable:
     @property
     def size(self) -> int:
         ...
+    @property
+    def weighs_rows(self) -> bool:
+        """
+        Whether any slot has top-p without top-k: CUDA has other kernels for all rows.
+        """
 class Rule:
     """
     How drafts are accepted.

@@ -177,7 +177,8 @@ class Completions:
         bound = min(longest + -longest % BOUND_STEP, state.text.shape[1])
         tables = state.eos_ids, state.stop_ids, rounds._rules
         greedy = all(request._greedy for request in requests)
-        asks = rounds._table.needs_history, rounds._table.constrained, rounds._table.filtered  # other kernels
+        table = rounds._table
+        asks = table.needs_history, table.constrained, table.weighs_rows  # other kernels
         law = coupled, greedy, rounds._held_open, asks, self._laws_of_trees(slots)
         most = 0 if rounds._drafter is None else max(request._terms.num_drafts for request in requests)
         tiers = {drafts: cost for drafts, cost in (job.tiers or {}).items() if drafts <= most} or {most: None}

@@ -210,7 +210,7 @@ class Replays:
         rounds = self._rounds
         state, table = rounds._state, rounds._table
         tables = state.eos_ids, state.stop_ids, rounds._rules, forward
-        asks = table.needs_history, table.constrained, table.filtered, rounds._held_open
+        asks = table.needs_history, table.constrained, table.weighs_rows, rounds._held_open
         here = rounds._version, asks, tuple(map(id, tables))
         if self._last is None or self._last[0] != here:
             self._last = here, self._found(count, tables, asks)
