@@ -84,6 +84,8 @@ class ChainVerifier : ChainDraw<kType, false> {
   using Base::vocab_;
   using Base::warp_;
   using typename Base::Rows;
+  // Of a block: pairs of tiles that take as long as a turn takes besides, 1.6 us.
+  static constexpr uint32_t kTilesBeside = 8;
 
   __device__ __forceinline__ bool walks_up() const {
     return !greedy_ && drafts_ > 0 &&
@@ -166,8 +168,8 @@ class ChainVerifier : ChainDraw<kType, false> {
         const unsigned others = candidates_ & ~(1u << at);
         const int32_t other = last_candidate(others);
         const double of_other = __shfl_sync(kAllLanes, prefix_, others != 0 ? other : 0);
-        // As long as it takes hardly longer to read two nodes' rows than one's.
-        if (others != 0 && of_other != 1.0 && tiles_ <= 2 * size_ * kWarps && has_residual(other)) {
+        // Where adding up another residual takes no longer than coming back for it, which one in two does.
+        if (others != 0 && of_other != 1.0 && tiles_ <= kTilesBeside * size_ && has_residual(other)) {
           step.other = other;
           step.other_gain = 1.0 / of_other;
         }

@@ -10,6 +10,7 @@
 namespace foretoken::cuda {
 
 constexpr int kMostChainDrafts = 31;  // a lane for each node
+constexpr int32_t kWholeShare = 256;
 
 // A tensor of int32 or int64 with at most two dimensions.
 struct Numbers {
@@ -53,6 +54,9 @@ struct ChainArgs {
   int32_t law_rows = 0;  // of draft; 0: a chain, or a tree of chosen drafts
   Numbers draft_rows;    // no data: row r for node r
   bool without_replacement = false;
+  int32_t requests = 0;
+  int32_t helpers = 0;  // clusters before those of the requests, that help to read: see DrawnShape
+  int32_t own = kWholeShare;
 
   // Of trees alone.
   Numbers parents;          // no data: a chain

@@ -176,9 +176,12 @@ class ChainRows {
     if (float* out = lanes(row)) out[index * kWarpSize + lane_id()] = lane_max;
   }
 
+  static constexpr uint32_t kTileBytes = kTile * RawTile<kType>::kBytes;
+
   // What is the same for all tiles of a row.
   struct StreamedRow {
-    const void* data;
+    const char* data;
+    const char* of_lane;  // this lane's first elements
     TileStats* stats;
     float* lanes;  // null: not wanted
     const RowReading* reading;
@@ -186,8 +189,13 @@ class ChainRows {
   };
   __device__ __forceinline__ StreamedRow streamed(uint32_t row) const {
     constexpr bool kMayFilter = kTree || kDrawn;  // rows of chains with filters do not come this way
-    return {row_data(row), stats(row), kMayFilter ? lanes(row) : nullptr,
-            &shared_.reading[of_target(row) ? 0 : 1], is_wanted(row)};
+    const char* const data = static_cast<const char*>(row_data(row));
+    return {data,
+            data + lane_id() * 8 * RawTile<kType>::kBytes,
+            stats(row),
+            kMayFilter ? lanes(row) : nullptr,
+            &shared_.reading[of_target(row) ? 0 : 1],
+            is_wanted(row)};
   }
 
   // `raw`: the first of them. Where tiles lie is worked out once a row: beside the sums, of some 400
@@ -195,6 +203,7 @@ class ChainRows {
   __device__ __forceinline__ void stream(RawTile<kType>& raw, RowTiles& tiles) {
     if (!tiles.any()) return;
     StreamedRow row = streamed(row_of(tiles));
+    const uint32_t whole = args_.aligned ? vocab_ / kTile : 0;  // tiles that can be read 16 bytes at a time
     bool more = true;
 #pragma unroll 1
     while (more) {
@@ -208,7 +217,11 @@ class ChainRows {
         if (tiles.move_on() && tiles.any()) row = streamed(row_of(tiles));
         more = tiles.any();
       } while (more && !row.wanted);
-      if (more) TileOfRow<kType>::load(raw, row.data, vocab_, tiles.index(), args_.aligned);
+      if (more && tiles.index() < whole) {
+        raw.load_lane(row.of_lane + static_cast<uint64_t>(tiles.index()) * kTileBytes);
+      } else if (more) {
+        TileOfRow<kType>::load(raw, row.data, vocab_, tiles.index(), args_.aligned);
+      }
       if (!wanted) continue;
       const TileStats found = summary.end();
       if (lane_id() == 0) *reinterpret_cast<float2*>(out) = make_float2(found.max, found.sum);

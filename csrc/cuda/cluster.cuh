@@ -80,6 +80,13 @@ __device__ inline uint32_t add_in_order(uint32_t* place, uint32_t amount) {
   return before;
 }
 
+// A place that others add to in order: what they wrote before is there for whoever reads what they added.
+__device__ inline uint32_t read_in_order(const uint32_t* place) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
+  return value;
+}
+
 // body(tile) for those of a row's tiles that are this warp's, when all warps of a cluster share them.
 template <class Body>
 __device__ inline void for_own_tiles(int64_t tiles, Body body) {

@@ -1,5 +1,5 @@
-// Verification of trees of drawn drafts. As of chains: a cluster takes a request, or several share the
-// reading of its rows and the last of them goes on alone; every block decides the same for itself.
+// Verification of trees of drawn drafts. As of chains: a cluster takes a request, others may help it to read
+// its rows, and then it goes on alone; every block decides the same for itself.
 #pragma once
 
 #include "cuda/chain_draw.cuh"
@@ -13,32 +13,106 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   __device__ __forceinline__ DrawnVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
   __device__ __forceinline__ void run() {
+    const int32_t cluster = static_cast<int32_t>(blockIdx.x / size_), owned = cluster - args_.helpers;
+    int32_t first = owned, last = owned;
+    if (owned < 0) {
+      first = cluster * args_.requests / args_.helpers;
+      last = ((cluster + 1) * args_.requests - 1) / args_.helpers;
+    }
+    bool goes_on = false;
+#pragma unroll 1
+    for (int32_t request = first; request <= last; ++request) goes_on = read(request, owned >= 0);
+    if (owned < 0 || !goes_on) return;
+    wait_for_helpers();
+    verify();
+  }
+
+ private:
+  using Base = ChainDraw<kType, false, true>;
+  using typename Base::Rows;
+  using RowTiles = typename Rows::RowTiles;
+  using Base::args_;
+  using Base::b_;
+  using Base::dense_;
+  using Base::drafts_;
+  using Base::rank_;
+  using Base::row_data;
+  using Base::shared_;
+  using Base::size_;
+  using Base::stats;
+  using Base::status_;
+  using Base::tiles_;
+  using Base::usable_;
+  using Base::vocab_;
+  using Base::warp_;
+
+  // This cluster's share of a request's rows. False: nothing is emitted.
+  __device__ __forceinline__ bool read(int32_t request, bool owns) {
+    b_ = request;
+    this->stats_ = args_.stats + b_ * (2 * args_.most_drafts + 3) * tiles_;
     const bool scouts = rank_ == 0 && warp_ == 0, given = args_.given != nullptr;
-    const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
-    const auto tiles_of_rows = [&](int32_t count) {
-      return RowTiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                      size_ * kWarps * clusters - clusters, 0, 1, static_cast<uint32_t>(count), tiles_);
+    const auto tiles_of_rows = [&](uint32_t first, uint32_t end) {
+      return RowTiles(warp_ * size_ + rank_ - 1, size_ * kWarps - 1, first, first + 1, end - first, tiles_);
     };
     // The first row, before it is known which others are read.
-    RowTiles tiles = tiles_of_rows(given ? 0 : 1);
+    RowTiles tiles = tiles_of_rows(0, owns && !given ? 1 : 0);
     RawTile<kType> raw;
     const bool begins = !scouts && tiles.any();
     if (begins) this->load(tiles.row(), tiles.index(), raw);
     if (!this->read_header()) {
-      if (part_ == 0 && rank_ == 0) write_drawn_tree(args_, tree(), b_, -1, status_, false);
-      return;
+      if (owns && rank_ == 0) write_drawn_tree(args_, tree(), b_, -1, status_, false);
+      return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
     plan_rows(args_, tree(), b_, drafts_, dense_, !filtered && !given, takes_given);
-    tiles = tiles_of_rows(tree().num_rows);
+    const RowRange share = share_of(owns);
+    tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
-    if (scouts) {
-      look_ahead_at_tree(args_, tree().nodes, kType, b_, *this->seed_, drafts_, usable_, dense_);
-    } else {
+    if (!scouts) {
       this->stream(raw, tiles);
+    } else if (owns) {
+      look_ahead_at_tree(args_, tree().nodes, kType, b_, *this->seed_, drafts_, usable_, dense_);
     }
-    if (takes_given) this->take_given();  // thresholds are found in the rows
-    if (!this->goes_on()) return;
+    if (takes_given && owns) this->take_given();  // thresholds are found in the rows
+    if (owns) return true;
+    cluster_sync();
+    if (rank_ == 0 && threadIdx.x == 0) add_in_order(args_.arrivals + b_, 1u);
+    return true;
+  }
+
+  struct RowRange {
+    uint32_t begin, end;  // of the rows in the list
+  };
+  __device__ __forceinline__ RowRange share_of(bool owns) const {
+    const uint32_t rows = static_cast<uint32_t>(tree().num_rows);
+    if (args_.helpers == 0) return {0, rows};
+    const uint32_t own = (rows * static_cast<uint32_t>(args_.own) + kWholeShare / 2) / kWholeShare;
+    if (owns) return {0, own};
+    // A request's rest is as long as there are helpers, and a helper's share as there are requests.
+    const auto place = [&](int32_t of_helper) {
+      const int32_t at = of_helper * args_.requests - static_cast<int32_t>(b_) * args_.helpers;
+      const uint32_t inside = static_cast<uint32_t>(at < 0 ? 0 : at > args_.helpers ? args_.helpers : at);
+      return own + (rows - own) * inside / static_cast<uint32_t>(args_.helpers);
+    };
+    const int32_t helper = static_cast<int32_t>(blockIdx.x / size_);
+    return {place(helper), place(helper + 1)};
+  }
+
+  // They wait for nobody, and come first in the grid: whoever waits for them keeps none from running.
+  __device__ __forceinline__ void wait_for_helpers() {
+    if (args_.helpers > 0 && rank_ == 0 && threadIdx.x == 0) {
+      const int32_t begin = static_cast<int32_t>(b_) * args_.helpers, end = begin + args_.helpers;
+      const int32_t helpers = (end + args_.requests - 1) / args_.requests - begin / args_.requests;
+      uint32_t* const arrivals = args_.arrivals + b_;
+      while (read_in_order(arrivals) != static_cast<uint32_t>(helpers)) __nanosleep(20);
+      *arrivals = 0;
+    }
+    cluster_sync();
+  }
+
+  // All rows that are read at first have been.
+  __device__ __forceinline__ void verify() {
+    const bool filtered = this->any_filter();
     if (rank_ != 0) copy_nodes();
     if (filtered) {
       make_filtered_laws();
@@ -59,26 +133,6 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
       if (warp_ == 0) walk(turn);
     }
   }
-
- private:
-  using Base = ChainDraw<kType, false, true>;
-  using typename Base::Rows;
-  using RowTiles = typename Rows::RowTiles;
-  using Base::args_;
-  using Base::b_;
-  using Base::dense_;
-  using Base::drafts_;
-  using Base::part_;
-  using Base::rank_;
-  using Base::row_data;
-  using Base::shared_;
-  using Base::size_;
-  using Base::stats;
-  using Base::status_;
-  using Base::tiles_;
-  using Base::usable_;
-  using Base::vocab_;
-  using Base::warp_;
 
   __device__ __forceinline__ DrawnTree& tree() const { return this->drawn_tree(); }
   __device__ __forceinline__ TileStats* left_stats() const {  // behind those of all rows
@@ -139,16 +193,15 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
 
   // Of a row that was left out at first: none is where there are filters.
   __device__ __forceinline__ void make_law(uint32_t row) {
-    const RowTask task = this->task_of(row);
 #pragma unroll 1
     for (uint32_t index = warp_ * size_ + rank_; index < tiles_; index += size_ * kWarps) {
-      float lane_max;
-      const TileStats found = stats_slowly(task.row, task.reading, index, lane_max);
-      if (lane_id() == 0) *reinterpret_cast<float2*>(stats(row) + index) = make_float2(found.max, found.sum);
+      RawTile<kType> raw;
+      this->load(row, index, raw);
+      this->leave_stats(row, index, raw);
     }
     cluster_sync();
     if (warp_ != 0) return;
-    const RowLaw law = law_of_stats(task);
+    const RowLaw law = this->law_of(row);
     if (lane_id() == 0) shared_.records[row].law = law;
   }
 

@@ -103,7 +103,11 @@ struct RawTile {
   uint4 words[4 * kLoads];
 
   __device__ __forceinline__ void load(const void* data, int64_t index) {
-    const char* base = static_cast<const char*>(data) + (index * kTile + lane_id() * 8) * kBytes;
+    load_lane(static_cast<const char*>(data) + (index * kTile + lane_id() * 8) * kBytes);
+  }
+
+  // `base`: this lane's first elements.
+  __device__ __forceinline__ void load_lane(const char* base) {
 #pragma unroll
     for (int i = 0; i < 4 * kLoads; ++i) {
       words[i] = __ldcs(reinterpret_cast<const uint4*>(base + i / kLoads * 256 * kBytes + i % kLoads * 16));

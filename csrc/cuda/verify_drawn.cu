@@ -2,6 +2,7 @@
 
 #include "cuda/chain_launch.hpp"
 #include "cuda/drawn.cuh"
+#include "cuda/drawn_shape.hpp"
 
 namespace foretoken::cuda {
 
@@ -10,6 +11,7 @@ namespace {
 template <DType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_drawn_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
+  take_turn();
   DrawnVerifier<kType>(args, *reinterpret_cast<ChainShared*>(memory)).run();
 }
 
@@ -40,6 +42,7 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   tree.aligned = aligned(args.target_logits) && aligned(args.draft_logits);
   tree.law_rows = static_cast<int32_t>(args.draft_logits.shape[1]);
   tree.draft_rows = numbers_of(args.draft_row);
+  tree.requests = static_cast<int32_t>(requests);
   tree.without_replacement = args.draw == Draw::without_replacement;
   tree.parents = numbers_of(args.parents);
   tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
@@ -49,10 +52,12 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_drawn_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(kShared, device);
-    const Shape shape =
-        kept_shape<find_chain_shape<5>>(room, requests, rows, (tree.vocab + kTile - 1) / kTile, true);
-    tree.clusters = shape.clusters;
-    launch_clusters(kKernel, requests * shape.clusters, shape.cluster, kShared, stream, tree);
+    const DrawnShape shape =
+        kept_shape<find_drawn_shape>(room, requests, rows, (tree.vocab + kTile - 1) / kTile, true);
+    tree.helpers = shape.helpers;
+    tree.own = shape.own;
+    launch_clusters(kKernel, requests + shape.helpers, shape.cluster, kShared, stream, tree,
+                    overlaps<kKernel>(device));
   };
   switch (args.target_logits.dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});

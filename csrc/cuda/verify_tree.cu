@@ -10,6 +10,7 @@ namespace {
 template <DType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_tree_kernel(const __grid_constant__ ChainArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
+  take_turn();
   TreeVerifier<kType>(args, *reinterpret_cast<TreeShared*>(memory)).run();
 }
 
@@ -53,7 +54,7 @@ void verify_trees(const VerifyArgs& args, const ChainScratch& scratch, Device de
     tree.clusters = found.shape.clusters;
     tree.first_rows = found.rows;
     launch_clusters(kKernel, requests * found.shape.clusters, found.shape.cluster, sizeof(TreeShared), stream,
-                    tree);
+                    tree, overlaps<kKernel>(device));
   };
   switch (logits.dtype) {
     case DType::float32: return launch(std::integral_constant<DType, DType::float32>{});
