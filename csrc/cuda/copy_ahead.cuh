@@ -7,7 +7,7 @@
 
 namespace foretoken::cuda {
 
-// In shared memory; of one copy.
+// In shared memory; of one copy at a time.
 using CopyBarrier = uint64_t;
 
 // By the thread that asks for the copy; others may wait behind a barrier of their own with it.
@@ -37,16 +37,17 @@ __device__ __forceinline__ void copy_ahead(void* shared, const void* global, uin
 #endif
 }
 
-// By each thread that reads what comes; again at no cost.
-__device__ __forceinline__ void wait_for_copy(CopyBarrier* barrier) {
+// For the first copy or the one after it, and so on by turns: `turn` is 0 or 1. By each thread that reads
+// what comes; again at no cost.
+__device__ __forceinline__ void wait_for_copy(CopyBarrier* barrier, uint32_t turn) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const uint32_t behind = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
   uint32_t there = 0;
   while (there == 0) {
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
         : "=r"(there)
-        : "r"(behind)
+        : "r"(behind), "r"(turn)
         : "memory");
   }
 #endif

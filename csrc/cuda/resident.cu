@@ -11,17 +11,23 @@ namespace foretoken::cuda {
 namespace {
 
 template <DType kType>
-__global__ void __launch_bounds__(kRowThreads, 1) resident_kernel(const __grid_constant__ ChainArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 1)
+    resident_kernel(const __grid_constant__ ChainArgs args, uint32_t rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   take_turn();
   extern __shared__ __align__(16) unsigned char memory[];
-  ResidentLaws<kType>(args, memory).run();
+  ResidentLaws<kType>(args, memory).run(rows);
 #endif
 }
 
 int64_t most_own(int64_t tiles, int cluster) { return (tiles + cluster - 1) / cluster; }
 
 int64_t tiles_in(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+
+struct ResidentShape {
+  int cluster = 0;
+  int64_t clusters = 0;
+};
 
 // How many clusters of each size the device holds at a time, where each holds a row.
 struct ResidentRoom {
@@ -62,7 +68,7 @@ ResidentRoom find_resident_room(int64_t tiles, int64_t element_bytes, Device dev
 
 // Rows are taken in waves. A row takes so long by itself, and a multiprocessor that has several blocks so
 // long for its tiles; in us on an H200, estimated.
-int find_cluster(const ResidentRoom& room, int64_t rows, int64_t tiles, int multiprocessors) {
+ResidentShape find_shape(const ResidentRoom& room, int64_t rows, int64_t tiles, int multiprocessors) {
   constexpr double kOfRow = 7.0, kOfOwnTile = 0.3;
   int best = 0;
   double least = 1e30;
@@ -78,24 +84,25 @@ int find_cluster(const ResidentRoom& room, int64_t rows, int64_t tiles, int mult
     least = cost;
     best = cluster;
   }
-  return best;
+  return {best, std::min<int64_t>(rows, room.clusters[best])};
 }
 
-// By shape, as the same ones come again and again; 0: none of any size holds a row.
+// By shape, as the same ones come again and again; clusters of 0: none of any size holds a row.
 template <auto kKernel>
-int cluster_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device device) {
+ResidentShape shape_for(int64_t rows, int64_t tiles, int64_t element_bytes, Device device) {
   struct Kept {
     int64_t rows = 0, tiles = 0;
-    int device = -1, cluster = 0;
+    int device = -1;
+    ResidentShape shape;
   };
   constexpr size_t kMostKept = 16;
   thread_local Kept kept[kMostKept];
   Kept& entry = kept[static_cast<size_t>(rows + tiles) % kMostKept];
   if (entry.rows != rows || entry.tiles != tiles || entry.device != device.index) {
     const ResidentRoom room = find_resident_room<kKernel>(tiles, element_bytes, device);
-    entry = {rows, tiles, device.index, find_cluster(room, rows, tiles, limits_of(device).multiprocessors)};
+    entry = {rows, tiles, device.index, find_shape(room, rows, tiles, limits_of(device).multiprocessors)};
   }
-  return entry.cluster;
+  return entry.shape;
 }
 
 }  // namespace
@@ -105,15 +112,16 @@ bool launch_resident(DType dtype, const ChainArgs& args, int64_t requests, Devic
                 bytes = bytes_of(dtype);
   const auto launch = [&](auto type) {
     constexpr auto kKernel = resident_kernel<decltype(type)::value>;
-    const int cluster = cluster_for<kKernel>(rows, tiles, bytes, device);
-    if (cluster == 0) return false;
-    const int64_t shared = resident_bytes(tiles, most_own(tiles, cluster), bytes);
+    const ResidentShape shape = shape_for<kKernel>(rows, tiles, bytes, device);
+    if (shape.cluster == 0) return false;
+    const int64_t shared = resident_bytes(tiles, most_own(tiles, shape.cluster), bytes);
     cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = configure(rows, cluster, static_cast<size_t>(shared), attributes[0]);
+    cudaLaunchConfig_t config =
+        configure(shape.clusters, shape.cluster, static_cast<size_t>(shared), attributes[0]);
     config.blockDim = dim3(kRowThreads);
     if (overlaps<kKernel>(device)) attributes[config.numAttrs++] = overlap_attribute();
     config.stream = static_cast<cudaStream_t>(stream.handle);
-    throw_if_failed(cudaLaunchKernelEx(&config, kKernel, args), "launch");
+    throw_if_failed(cudaLaunchKernelEx(&config, kKernel, args, static_cast<uint32_t>(rows)), "launch");
     return true;
   };
   switch (dtype) {

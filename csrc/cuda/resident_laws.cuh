@@ -18,58 +18,34 @@ class ResidentLaws : ResidentGuess<kType> {
   __device__ __forceinline__ ResidentLaws(const ChainArgs& args, unsigned char* memory)
       : Guess(args, memory) {}
 
-  __device__ __forceinline__ void run() {
-    cluster_arrive();
-    find_row();
-    // Before it is known whether anybody asks for the row, where nearly always somebody does.
+  // A cluster takes every so-manyth of the `rows`.
+  __device__ __forceinline__ void run(uint32_t rows) {
+    // Before it is known whether anybody asks for a row, where nearly always somebody does.
     const bool ahead = args_.num_drafts.data == nullptr;
-    if (ahead) this->begin_loading(row_.data);
-    if (!take_row()) {
-      if (ahead) for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
-      cluster_wait();
-      return;
-    }
-    if (!ahead) this->begin_loading(row_.data);
-    if (threadIdx.x == 0 && filters_.min_p > 0.0f && reading_.kind == LawKind::logits) {
-      shared_.least_kept = distance_of_weight(static_cast<double>(filters_.min_p), reading_.scale);
-    }
-    const bool samples_masses = filters_.top_p < 1.0f && !filters_.cuts_count(vocab_);
-    if (samples_masses) this->clear_bins();
-    cluster_wait();  // nobody's memory is written before everybody runs
-    TileStats* const out = args_.samples ? nullptr : args_.stats + number_ * tiles_;
-    // Of what top-k leaves everything is counted anew.
-    bool summed = reading_.kind == LawKind::point || !filters_.cuts_count(vocab_);
-    RowLaw law;
-    bool weighs, filtered;
+    uint32_t number = blockIdx.x / size_;
+    this->begin_barriers();
+    if (ahead) this->begin_loading(place_of(number).data);
     while (true) {
-      RowReading reading = reading_;
-      if (!summed) reading.kind = LawKind::point;
-      this->leave_stats(reading, out, [&](uint32_t local, float largest) {
-        if (samples_masses) this->sample(local, largest, reading_.scale);
-      });
-      cluster_sync();
-      law = law_of_stats(summed);
-      weighs = law.usable && law.kind == LawKind::logits;
-      filtered = weighs && filters_.any(vocab_);
-      if (!filtered && !(weighs && args_.samples)) break;
-      if (find_cut(law, summed, samples_masses)) {
-        if (args_.samples) this->add_list_to_tiles(law);
-        leave_masses(law, filtered, out);
-        cluster_sync();
-        if (filtered) law.mass = this->told();
-        break;
+      __syncwarp();
+      cluster_arrive();
+      const uint32_t next = number + gridDim.x / size_;
+      task_ ^= 1;
+      // By one that has the least to do at the end of a row.
+      if (threadIdx.x == kRowThreads - 1) take_row(number, next < rows && ahead ? next : number);
+      this->begin_search();
+      this->clear_bins();  // a barrier of the block
+      if (!ahead && task().wanted) this->begin_loading(task().row.data);
+      cluster_wait();  // nobody's memory is written before everybody has done with it
+      loads_next_ = task().next != nullptr;
+      if (task().wanted) {
+        settle_row();
+      } else if (ahead) {
+        for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
       }
-      summed = true;
-      cluster_sync();
-      this->marked_from_ = infinity();
+      if (loads_next_) this->begin_loading(task().next);
+      if (next >= rows) return;
+      number = next;
     }
-    if (rank_ != 0) return;
-    if (!weighs && warp_ == 0) {
-      const DeviceRow row = row_;  // whose address is passed on lives in memory
-      law.top = lowest_of(row, stats_, high_);
-    }
-    if (args_.samples) return finish_sample(law, weighs);
-    if (threadIdx.x == 0) write_record(law);
   }
 
  private:
@@ -89,63 +65,131 @@ class ResidentLaws : ResidentGuess<kType> {
   using typename Guess::Collected;
   using typename Guess::Window;
 
-  __device__ __forceinline__ void find_row() {
+  __device__ __forceinline__ const ResidentTask& task() const { return shared_.tasks[task_]; }
+
+  struct Place {
+    uint32_t request, row;
+    bool of_target;
+    uint32_t node;
+    const void* data;
+  };
+  __device__ __forceinline__ Place place_of(uint32_t number) const {
     const uint32_t most = static_cast<uint32_t>(args_.most_drafts);
     const uint32_t rows = static_cast<uint32_t>(rows_of_request(args_));
-    const uint32_t cluster = blockIdx.x / size_;
-    b_ = cluster / rows;
-    const uint32_t row = cluster % rows;
-    number_ = b_ * (2 * args_.most_drafts + 3) + row;
-    of_target_ = row <= most;
-    node_ = of_target_ ? row : row - most - 1;
-    const ChainRowsView& view = of_target_ ? args_.target : args_.draft;
-    const int64_t at = b_ * view.strides[0] + node_ * view.strides[1];
-    row_ = {static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes, kType, vocab_};
+    Place place;
+    place.request = number / rows;
+    place.row = number % rows;
+    place.of_target = place.row <= most;
+    place.node = place.of_target ? place.row : place.row - most - 1;
+    const ChainRowsView& view = place.of_target ? args_.target : args_.draft;
+    const int64_t at = place.request * view.strides[0] + place.node * view.strides[1];
+    place.data = static_cast<const char*>(view.data) + at * RawTile<kType>::kBytes;
+    return place;
+  }
+
+  // By one thread. `next` is the row to load behind this one; itself: none.
+  __device__ __forceinline__ void take_row(uint32_t number, uint32_t next) {
+    const Place place = place_of(number);
+    ResidentTask& taken = shared_.tasks[task_];
+    taken.row = {place.data, kType, vocab_};
+    taken.next = next == number ? nullptr : place_of(next).data;
+    taken.request = place.request;
+    taken.number = place.request * (2 * args_.most_drafts + 3) + place.row;
+    taken.wanted = find_reading(place, taken);
   }
 
   // How the row is read. False: nobody asks for it. The same in the whole cluster.
-  __device__ __forceinline__ bool take_row() {
-    const int64_t slot = args_.slots.data ? read_number(args_.slots, b_) : b_;
+  __device__ __forceinline__ bool find_reading(const Place& place, ResidentTask& taken) const {
+    const int64_t request = place.request,
+                  slot = args_.slots.data ? read_number(args_.slots, request) : request;
     if (slot < 0 || slot >= args_.sampling.size || slot >= args_.draft_sampling.size) {
-      if (args_.samples && rank_ == 0 && threadIdx.x == 0) {
+      if (args_.samples && rank_ == 0) {
         RowLaw none;
         none.usable = false;
-        write_sample(none, -1, kBadRow, -infinity());
+        write_sample(request, none, -1, kBadRow, -infinity());
       }
       return false;
     }
-    seed_ = args_.sampling.seed + slot;
     const int64_t most = args_.most_drafts;
-    int64_t drafts = args_.num_drafts.data ? read_number(args_.num_drafts, b_) : most;
+    int64_t drafts = args_.num_drafts.data ? read_number(args_.num_drafts, request) : most;
     if (drafts == -1) return false;
     if (drafts < 0 || drafts > most) drafts = 0;
     const bool greedy = args_.sampling.temperature[slot] == 0.0f;
-    if (of_target_ ? node_ > drafts : greedy || node_ >= drafts) return false;
-    const SamplingView& sampling = of_target_ ? args_.sampling : args_.draft_sampling;
-    filters_ = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot], sampling.min_p[slot]};
-    reading_ = RowReading::of_logits(filters_.temperature);
-    if (!args_.samples && node_ < drafts) token_ = read_number(args_.draft_tokens, b_, node_);
+    if (place.of_target ? place.node > drafts : greedy || place.node >= drafts) return false;
+    const SamplingView& sampling = place.of_target ? args_.sampling : args_.draft_sampling;
+    const Filters filters{sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
+                          sampling.min_p[slot]};
+    const RowReading reading = RowReading::of_logits(filters.temperature);
+    const bool drafted = !args_.samples && place.node < drafts;
+    taken.token = drafted ? read_number(args_.draft_tokens, request, place.node) : -1;
+    taken.seed = args_.sampling.seed + slot;
+    taken.filters = filters;
+    taken.reading = reading;
+    if (filters.min_p > 0.0f && reading.kind == LawKind::logits)
+      taken.least_kept = distance_of_weight(static_cast<double>(filters.min_p), reading.scale);
     return true;
   }
 
+  // By the whole cluster.
+  __device__ __forceinline__ void settle_row() {
+    TileStats* const out = args_.samples ? nullptr : args_.stats + task().number * tiles_;
+    const bool cuts_count = task().filters.cuts_count(vocab_);
+    const bool samples_masses = task().filters.top_p < 1.0f && !cuts_count;
+    // Of what top-k leaves everything is counted anew.
+    bool summed = task().reading.kind == LawKind::point || !cuts_count;
+    RowLaw law;
+    float high;
+    bool weighs, filtered;
+    while (true) {
+      RowReading reading = task().reading;
+      if (!summed) reading.kind = LawKind::point;
+      this->leave_stats(reading, out, [&](uint32_t local, float largest) {
+        if (samples_masses) this->sample(local, largest, reading.scale);
+      });
+      cluster_sync();
+      law = law_of_stats(summed, high);
+      weighs = law.usable && law.kind == LawKind::logits;
+      filtered = weighs && task().filters.any(vocab_);
+      if (!filtered && !(weighs && args_.samples)) break;
+      if (find_cut(law, summed, samples_masses)) {
+        if (args_.samples) this->add_list_to_tiles(law);
+        leave_masses(law, filtered, out);
+        cluster_sync();
+        if (filtered) law.mass = this->told();
+        break;
+      }
+      summed = true;
+      cluster_sync();
+      this->marked_from_ = infinity();
+    }
+    if (rank_ != 0) return;
+    if (!weighs && warp_ == 0) {
+      const DeviceRow row = task().row;  // whose address is passed on lives in memory
+      law.top = lowest_of(row, stats_, high);
+    }
+    if (args_.samples) return finish_sample(law, weighs);
+    if (threadIdx.x == 0) write_record(law);
+  }
+
   // law_of() of cuda/chain_rows.cuh, in every block; of one that is not drawn from, `top` is left out.
-  __device__ __forceinline__ RowLaw law_of_stats(bool summed) {
-    float high = -infinity();
+  __device__ __forceinline__ RowLaw law_of_stats(bool summed, float& high) const {
+    const LawKind kind = task().reading.kind;
+    high = -infinity();
     bool regular = true;
     for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
       const TileStats found = stats_[index];
       high = fmaxf(high, found.max);
       regular = regular && found.sum <= static_cast<float>(kTile + 1) &&
-                (reading_.kind == LawKind::point || found.max < infinity());
+                (kind == LawKind::point || found.max < infinity());
     }
-    high_ = max_of_warp(high);
+    high = max_of_warp(high);
     RowLaw law;
-    law.usable = __all_sync(kAllLanes, regular) != 0 && high_ > -infinity();
-    if (reading_.kind == LawKind::point || !law.usable) return law;
+    law.usable = __all_sync(kAllLanes, regular) != 0 && high > -infinity();
+    if (kind == LawKind::point || !law.usable) return law;
     law.kind = LawKind::logits;
-    law.max = high_;
-    law.scale = reading_.scale;
-    law.cut = reading_.floor_below(high_);
+    law.max = high;
+    law.scale = task().reading.scale;
+    law.cut = task().reading.floor_below(high);
     if (!summed) return law;
     uint64_t mass = 0;
     for (uint32_t index = threadIdx.x; index < tiles_; index += kRowThreads) {
@@ -162,26 +206,26 @@ class ResidentLaws : ResidentGuess<kType> {
   // then what sampling wants to know. False: the sums of tiles are wanted, which have not been `summed`.
   __device__ __forceinline__ bool find_cut(RowLaw& law, bool summed, bool sampled) {
     const float floor = law.cut, nothing = infinity();
-    const bool cuts_count = filters_.cuts_count(vocab_);
+    const bool cuts_count = task().filters.cuts_count(vocab_);
     float cut = -nothing;
     Window held{nothing, -nothing};  // of which list and masses are
     bool listed = false;             // ... and all from its low end on are listed
 #pragma unroll 1
     for (int stage = 0; stage < 3; ++stage) {
-      if (stage == 0 ? !cuts_count : stage == 1 && !(filters_.top_p < 1.0f)) continue;
+      if (stage == 0 ? !cuts_count : stage == 1 && !(task().filters.top_p < 1.0f)) continue;
       const bool in_number = stage == 0, last = stage == 2;
       if (last) {
-        if (filters_.min_p > 0.0f) cut = fmaxf(cut, law.max + shared_.least_kept);
+        if (task().filters.min_p > 0.0f) cut = fmaxf(cut, law.max + task().least_kept);
         law.cut = fmaxf(floor, cut) + 0.0f;  // as in cpu/rows.cpp: no negative zero
         if (!args_.samples || (held.low <= law.cut && law.cut <= held.high)) break;
       }
       RowLaw whole = law;
       whole.cut = fmaxf(floor, cut);
-      uint64_t need = static_cast<uint64_t>(filters_.top_k), total = law.mass;
+      uint64_t need = static_cast<uint64_t>(task().filters.top_k), total = law.mass;
       Window window{whole.cut, whole.cut};
       const bool guesses = !last && cut == -nothing;
       if (guesses) {
-        if (!in_number) need = needed_mass(filters_.top_p, total);
+        if (!in_number) need = needed_mass(task().filters.top_p, total);
         window = this->guess(whole, in_number, need, sampled);
       }
       const bool collects = guesses ? window.low < window.high : last || !listed;
@@ -194,7 +238,7 @@ class ResidentLaws : ResidentGuess<kType> {
       if (last) break;
       if (!guesses) {
         total = listed ? this->mass_of_list(whole, whole.cut) : found.mass;
-        need = needed_mass(filters_.top_p, total);
+        need = needed_mass(task().filters.top_p, total);
       }
       cut = fmaxf(cut, threshold(whole, in_number, need, guesses && collects, window, found, listed));
       listed = listed && cut >= held.low;
@@ -236,14 +280,17 @@ class ResidentLaws : ResidentGuess<kType> {
     for_own([&](uint32_t local, uint32_t index) {
       TileStats found = stats_[index];
       if (filtered && found.max >= law.cut) {
-        const float cut = fmaxf(law.cut, reading_.floor_below(found.max));
-        if (law.cut > reading_.floor_below(law.max))
+        const float cut = fmaxf(law.cut, task().reading.floor_below(found.max));
+        if (law.cut > task().reading.floor_below(law.max))
           found.sum = sum_of_kept(local, law.cut >= this->marked_from_, found.max, law.scale, cut);
         of_warp += mass_of_stats(found, law);
         if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }
       if (args_.samples && lane_id() == 0) *of_block(masses_ + index, 0) = masses_[index];
+      if (loads_next_) this->begin_loading(task().next, local, index);
     });
+    if (loads_next_) this->loading_begun();
+    loads_next_ = false;
     if (filtered) this->tell(of_warp);
   }
 
@@ -253,7 +300,7 @@ class ResidentLaws : ResidentGuess<kType> {
                                                float cut) const {
     uint32_t kept = marked ? this->marks_of(local) : mark(local, [&](float x) { return x >= cut; });
     const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept)));
-    if (most > kFewMarks) return sum_of_many(local, anchor, scale, cut);
+    if (most > kFewMarks) return this->sum_of_many(local, anchor, scale, cut);
     constexpr int kLevels = 5;
     float open[kLevels] = {}, current = 0.0f;  // left sides of what is not closed yet
     uint32_t last = static_cast<uint32_t>(__ffs(static_cast<int>(kept)) - 1);
@@ -279,48 +326,38 @@ class ResidentLaws : ResidentGuess<kType> {
     return sum_of_warp(current);
   }
 
-  __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
-    PinnedSum sum;
-#pragma unroll 1
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      Eight eight = quarter_of(local, quarter);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) eight.x[j] = weight_of_logit(eight.x[j], anchor, scale, cut);
-      sum.add(quarter, eight);
-    }
-    return sum.total();
-  }
-
   __device__ __forceinline__ void write_record(const RowLaw& law) const {
+    const int64_t token = task().token;
     double prob = 0.0;
-    if (token_ >= 0 && token_ < static_cast<int64_t>(vocab_) && law.usable) {
-      prob = law.kind == LawKind::point ? (token_ == law.top ? 1.0 : 0.0)
-                                        : probability_in(law, element_at(row_, token_));
+    if (token >= 0 && token < static_cast<int64_t>(vocab_) && law.usable) {
+      prob = law.kind == LawKind::point ? (token == law.top ? 1.0 : 0.0)
+                                        : probability_in(law, element_at(task().row, token));
     }
-    args_.laws[number_] = {law, prob};
+    args_.laws[task().number] = {law, prob};
   }
 
   // By all threads of the first block.
   __device__ __forceinline__ void finish_sample(const RowLaw& law, bool weighs) {
     int64_t token = law.top;
     if (weighs) {
-      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, b_));
-      token = draw(law, random_bits(*seed_, base, args_.purpose, args_.step));
+      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, task().request));
+      token = draw(law, random_bits(*task().seed, base, args_.purpose, args_.step));
     }
     if (threadIdx.x != 0) return;
     float logprob = -infinity();
-    if (law.usable) logprob = weighs ? log_probability(law, token, element_at(row_, token)) : 0.0f;
-    write_sample(law, token, law.usable ? 0 : kLawLost, logprob);
+    if (law.usable) logprob = weighs ? log_probability(law, token, element_at(task().row, token)) : 0.0f;
+    write_sample(task().request, law, token, law.usable ? 0 : kLawLost, logprob);
   }
 
-  __device__ __forceinline__ void write_sample(const RowLaw& law, int64_t token, int32_t status,
-                                               float logprob) const {
-    write_number(args_.tokens, token, b_);
-    if (args_.status.data) write_number(args_.status, status, b_);
+  __device__ __forceinline__ void write_sample(int64_t request, const RowLaw& law, int64_t token,
+                                               int32_t status, float logprob) const {
+    write_number(args_.tokens, token, request);
+    if (args_.status.data) write_number(args_.status, status, request);
     if (args_.records != nullptr) {
-      foretoken::write_record(law, args_.records + b_ * args_.record_strides[0], args_.record_strides[1]);
+      foretoken::write_record(law, args_.records + request * args_.record_strides[0],
+                              args_.record_strides[1]);
     }
-    if (args_.logprobs != nullptr) args_.logprobs[b_ * args_.logprob_stride] = logprob;
+    if (args_.logprobs != nullptr) args_.logprobs[request * args_.logprob_stride] = logprob;
   }
 
   struct Running {
@@ -352,7 +389,7 @@ class ResidentLaws : ResidentGuess<kType> {
     const uint32_t at = static_cast<uint32_t>(shared_.tile) * kTile + threadIdx.x;
     const uint64_t in_tile = shared_.left;
     mass = 0;
-    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(row_, at), law.max, law.scale, law.cut));
+    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(task().row, at), law.max, law.scale, law.cut));
     const uint64_t begin = sum_up_to_thread(mass).before;
     if (in_tile >= begin && in_tile - begin < mass) shared_.drawn = static_cast<int32_t>(at);
     __syncthreads();
@@ -361,14 +398,8 @@ class ResidentLaws : ResidentGuess<kType> {
 
   static constexpr unsigned kFewMarks = 8;
 
-  int64_t b_ = 0, number_ = 0, token_ = -1;
-  uint32_t node_ = 0;
-  bool of_target_ = true;
-  const uint64_t* seed_ = nullptr;
-  DeviceRow row_;
-  Filters filters_;
-  RowReading reading_;
-  float high_ = 0.0f;
+  uint32_t task_ = 0;
+  bool loads_next_ = false;  // the tiles of the next row, as soon as there is room
 };
 
 }  // namespace foretoken::cuda

@@ -20,8 +20,22 @@ constexpr int kMostOwn = 128;  // tiles of a block
 static_assert(kMostOwn * kTile * 2 > 228 * 1024);
 constexpr int kOwnList = 2048;  // elements near a threshold that a block may list
 
+// A row and how it is read, which all threads know: kept here, as they have no registers for it.
+struct ResidentTask {
+  DeviceRow row;
+  const void* next;  // the row whose tiles may come as soon as there is room; null: none
+  Filters filters;
+  RowReading reading;
+  float least_kept;  // how far below the largest min-p ends
+  bool wanted;       // somebody asks for it
+  int64_t request, number;
+  int64_t token;  // that was drafted, or -1
+  const uint64_t* seed;
+};
+
 // Fixed part of a block's shared memory.
 struct ResidentShared {
+  ResidentTask tasks[2];                         // the row's and the next one's, in turns
   uint32_t bins[2][kParts][kResidentBins];       // one is read by the cluster while the other is filled
   uint64_t partial[2][kMaxCluster * kRowWarps];  // masses that each warp of the cluster has found
   uint32_t keys[kOwnList];
@@ -35,7 +49,6 @@ struct ResidentShared {
   uint32_t few;
   float window[2];
   float doubt;
-  float least_kept;  // how far below the largest min-p ends
   int32_t tile;
   int32_t drawn;
   uint64_t left;
@@ -95,32 +108,40 @@ class ResidentRow {
     return *reinterpret_cast<const uint4*>(tile(local) + at * kBytes);
   }
 
-  __device__ __forceinline__ void begin_loading(const void* data) const {
-    for_own([&](uint32_t local, uint32_t index) {
-      const uint32_t left = vocab_ - index * kTile, count = left < kTile ? left : kTile;
-      if (args_.aligned) {
-        if (lane_id() == 0) {
-          begin_barrier(&shared_.arrived[local]);
-          copy_ahead(tile(local),
-                     static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes,
-                     count * kBytes, &shared_.arrived[local]);
-        }
-        for (uint32_t i = count * kBytes + lane_id() * 16; i < kTile * kBytes; i += kWarpSize * 16) {
-          *reinterpret_cast<uint4*>(tile(local) + i) = TileOfRow<kType>::load_words(data, 0, 0, true);
-        }
-      } else {
-#pragma unroll 1
-        for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
-          *reinterpret_cast<uint4*>(tile(local) + i * 16) =
-              TileOfRow<kType>::load_words(data, vocab_, index * kTile + i * (16 / kBytes), false);
-        }
+  __device__ __forceinline__ void begin_barriers() const {
+    if (lane_id() == 0) {
+      for_own([&](uint32_t local, uint32_t) { begin_barrier(&shared_.arrived[local]); });
+    }
+  }
+
+  // All tiles of this warp, or one by one what nobody needs any more of the row before.
+  __device__ __forceinline__ void begin_loading(const void* data) {
+    for_own([&](uint32_t local, uint32_t index) { begin_loading(data, local, index); });
+    loading_begun();
+  }
+  __device__ __forceinline__ void loading_begun() { turn_of_copies_ ^= 1; }
+  __device__ __forceinline__ void begin_loading(const void* data, uint32_t local, uint32_t index) const {
+    __syncwarp();
+    const uint32_t left = vocab_ - index * kTile, count = left < kTile ? left : kTile;
+    unsigned char* const to = tile(local);
+    if (args_.aligned) {
+      const char* const from = static_cast<const char*>(data) + static_cast<uint64_t>(index) * kTile * kBytes;
+      if (lane_id() == 0) copy_ahead(to, from, count * kBytes, &shared_.arrived[local]);
+      for (uint32_t i = count * kBytes + lane_id() * 16; i < kTile * kBytes; i += kWarpSize * 16) {
+        *reinterpret_cast<uint4*>(to + i) = TileOfRow<kType>::load_words(data, 0, 0, true);
       }
-    });
+    } else {
+#pragma unroll 1
+      for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
+        *reinterpret_cast<uint4*>(to + i * 16) =
+            TileOfRow<kType>::load_words(data, vocab_, index * kTile + i * (16 / kBytes), false);
+      }
+    }
     __syncwarp();
   }
 
   __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
-    if (args_.aligned) wait_for_copy(&shared_.arrived[local]);
+    if (args_.aligned) wait_for_copy(&shared_.arrived[local], turn_of_copies_);
   }
 
   // The statistics of all tiles, to all blocks; behind a barrier of the cluster. look(number, largest) for
@@ -130,11 +151,8 @@ class ResidentRow {
                                               const Look& look) const {
     for_own([&](uint32_t local, uint32_t index) {
       wait_for_tile(local);
-      RawTile<kType> raw;
-#pragma unroll
-      for (int i = 0; i < 4 * kLoads; ++i) raw.words[i] = words_of(local, i / kLoads, i % kLoads);
       float high = -infinity();
-      const TileStats found = stats_of_tile(raw, reading, high);
+      const TileStats found = stats_of(local, reading, high);
       lane_highs_[local * kWarpSize + lane_id()] = high;
       const float2 words = make_float2(found.max, found.sum);
       if (static_cast<uint32_t>(lane_id()) < size_) {
@@ -143,6 +161,57 @@ class ResidentRow {
       if (out != nullptr && lane_id() == 0) *reinterpret_cast<float2*>(out + index) = words;
       look(local, found.max);
     });
+  }
+
+  // As by TileSummary, but that elements are read again for the sum, for which there are no registers.
+  __device__ __forceinline__ TileStats stats_of(uint32_t local, const RowReading& reading,
+                                                float& lane_max) const {
+    RawTile<kType> raw;
+#pragma unroll
+    for (int i = 0; i < 4 * kLoads; ++i) raw.words[i] = words_of(local, i / kLoads, i % kLoads);
+    const bool sums = reading.kind == LawKind::logits;
+    float low = 0.0f;
+    if (sums) {
+      raw.bounds(lane_max, low);
+      const float max = max_of_warp(lane_max), anchor = max == -infinity() ? 0.0f : max;
+      if (__all_sync(kAllLanes, low >= anchor - reading.surely)) {
+        return {max, sum_of_all(local, anchor, reading.scale)};
+      }
+    } else {
+      const TileStats found = stats_of_greedy(raw, lane_max);
+      if (found.sum != kAgain) return found;
+    }
+    raw.extremes(lane_max, low);
+    lane_max = lane_max == lane_max ? lane_max : -infinity();
+    const float max = max_of_warp(lane_max), anchor = max > -infinity() ? max : 0.0f;
+    if (!sums) return {max, __int_as_float(0x7FC00000)};
+    return {max, sum_of_many(local, anchor, reading.scale, reading.floor_below(anchor))};
+  }
+
+  // Of the weights of a tile in which every element has one.
+  __device__ __forceinline__ float sum_of_all(uint32_t local, float anchor, float scale) const {
+    PinnedSum sum;
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Eight eight = quarter_of(local, quarter);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) eight.x[j] = exp2_scaled(eight.x[j] - anchor, scale);
+      sum.add(quarter, eight);
+    }
+    return sum.total();
+  }
+
+  // Of the weights of those elements of a tile that are not below a cut.
+  __device__ __forceinline__ float sum_of_many(uint32_t local, float anchor, float scale, float cut) const {
+    PinnedSum sum;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Eight eight = quarter_of(local, quarter);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) eight.x[j] = weight_of_logit(eight.x[j], anchor, scale, cut);
+      sum.add(quarter, eight);
+    }
+    return sum.total();
   }
 
   __device__ __forceinline__ Eight quarter_of(uint32_t local, int quarter) const {
@@ -200,6 +269,7 @@ class ResidentRow {
   uint64_t* masses_;    // [tiles]
   float* lane_highs_;   // [own tiles, 32]
   unsigned char* row_;  // [own tiles, a tile]
+  uint32_t turn_of_copies_ = 1;
 };
 
 }  // namespace foretoken::cuda

@@ -31,6 +31,12 @@ class ResidentSearch : protected ResidentRow<kType> {
   __device__ __forceinline__ ResidentSearch(const ChainArgs& args, unsigned char* memory)
       : Row(args, memory) {}
 
+  // Before each row, behind what the one before has left.
+  __device__ __forceinline__ void begin_search() {
+    pulled_ = false;
+    marked_from_ = infinity();
+  }
+
   // Elements in [low, high).
   struct Window {
     float low, high;
