@@ -158,7 +158,8 @@ class RowSampler {
       of_block(&shared_, static_cast<uint32_t>(lane_id()))->law = law;
   }
 
-  // What the leading warp answers, known to the whole cluster. Others may still read what it told them before.
+  // What the leading warp answers, known to the whole cluster. Others may still read what it told them
+  // before.
   __device__ bool tell(bool answer) {
     const int turn = turn_;
     turn_ ^= 1;
