@@ -2,13 +2,13 @@
 // its rows, and then it goes on alone; every block decides the same for itself.
 #pragma once
 
-#include "cuda/chain_draw.cuh"
+#include "cuda/drawn_sums.cuh"
 #include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class DrawnVerifier : ChainDraw<kType, false, true> {
+class DrawnVerifier : DrawnSums<kType> {
  public:
   __device__ __forceinline__ DrawnVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
@@ -28,7 +28,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   }
 
  private:
-  using Base = ChainDraw<kType, false, true>;
+  using Base = DrawnSums<kType>;
   using typename Base::Rows;
   using RowTiles = typename Rows::RowTiles;
   using Base::args_;
@@ -127,7 +127,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
       __syncthreads();
       const ChainStep step = shared_.step;
       if (step.close) return close(step);
-      if (tree().sums) this->sum_residual(step, ++turn);
+      if (tree().sums) sum(step, ++turn);
       if (tree().reads) make_law(static_cast<uint32_t>(step.node));
       if (tree().left_row >= 0) count_left();
       cluster_sync();
@@ -149,6 +149,11 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     uint4* const nodes = reinterpret_cast<uint4*>(&tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
+  }
+
+  __device__ __forceinline__ void sum(const ChainStep& step, int turn) {
+    if (args_.keeps) return this->sum_residuals(step, turn, tree().keeps_other);
+    this->sum_residual(step, turn);
   }
 
   // The laws that drafts were drawn from, from whoever drew.

@@ -57,6 +57,7 @@ struct alignas(16) DrawnTree {
   int32_t status;
   bool climbs, closes;
   bool sums;                      // the step's residuals are wanted
+  bool keeps_other;               // the second of them is more likely to be wanted again
   bool reads;                     // the law of the step's node is, whose row was left out at first
   int32_t left_row;               // what rejected children leave of the law of this node is; none: kNoNode
   double left;                    // that share
