@@ -85,9 +85,10 @@ class Ours:
     """Sessions and calls of one pair."""
 
     def __init__(
-        self, name: str, target: Any, draft: Any, ids: Any, drafts: int, new: int, kind: Any
+        self, name: str, models: tuple[Any, Any], ids: Any, drafts: int, new: int, kind: Any
     ) -> None:
-        self.name, self.target, self.draft, self.ids = name, target, draft, ids
+        self.name, self.ids = name, ids
+        self.target, self.draft = models
         self.drafts, self.new, self.kind = drafts, new, kind
         self.sizes = {"max_batch": 1, "max_length": -(-(PROMPT + new + 8) // 64) * 64}
 

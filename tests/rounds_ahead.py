@@ -84,6 +84,27 @@ class GatherModel:
         self.cache[rows, to] = self.cache[rows, come]
 
 
+class Pattern:
+    """In place of a session's choices: trees, chains and both in a round, whatever they come to."""
+
+    def __init__(self) -> None:
+        self.issued = self.skipped = 0
+
+    def reset(self, slot: int) -> None: ...
+
+    def plan(self, slots: Any) -> list[bool]:
+        turn = self.issued // 2 % 3
+        return [turn == 0 or (turn == 2 and slot % 2 == 0) for slot in slots]
+
+    def skip(self) -> None:
+        self.skipped += 1
+
+    def issue(self, slots: Any) -> None:
+        self.issued += 1
+
+    def settle(self, num_emitted: Any) -> None: ...
+
+
 def sessions_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
     """Makes sessions whose rounds run ahead though their tensors are on the CPU."""
 

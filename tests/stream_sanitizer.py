@@ -3,7 +3,8 @@
 It knows which streams have waited for which, and raises when a tensor that one has written is used by another
 that has not. It sees torch's operations; here also those of foretoken, each told as one that writes all its
 tensors, and replays of whole rounds as one that writes the state. What is captured does not run and is left
-out. Enabled for good once it is imported, so this has to be a process of its own:
+out; so is what a capture begins with, as torch then writes two numbers of its generator on whatever stream
+captures. Enabled for good once it is imported, so this has to be a process of its own:
 
     python stream_sanitizer.py [defect]      # with the waits of captured forwards left out
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,14 +67,28 @@ def watch() -> Touches:
         return record
 
     issue, replay.Replayed.__call__ = replay.Replayed.__call__, replayed  # type: ignore[method-assign]
+    leave_captures_out()
+    return touches
+
+
+def leave_captures_out() -> None:
     handler: Any = _sanitizer.EventHandler
-    seen = handler._handle_kernel_launch
+    seen, begin = handler._handle_kernel_launch, torch.cuda.CUDAGraph.capture_begin
+    beginning: list[object] = []
 
     def launched(self: Any, *arguments: Any) -> Any:
-        return [] if torch.cuda.is_current_stream_capturing() else seen(self, *arguments)
+        captures = beginning or torch.cuda.is_current_stream_capturing()
+        return [] if captures else seen(self, *arguments)
+
+    def begun(self: Any, *arguments: Any, **options: Any) -> None:
+        beginning.append(self)
+        try:
+            begin(self, *arguments, **options)
+        finally:
+            beginning.clear()
 
     handler._handle_kernel_launch = launched
-    return touches
+    torch.cuda.CUDAGraph.capture_begin = begun  # type: ignore[method-assign]
 
 
 def leave_waits_out() -> None:
@@ -84,7 +100,21 @@ def leave_waits_out() -> None:
     captured.CapturedForwards._aside = aside  # type: ignore[method-assign]
 
 
-def main() -> None:
+def described(error: Any) -> str:
+    """Both sides of a race, with the last places of this repository on the way to them."""
+
+    def side(access: Any) -> str:
+        lines = [
+            f"    {Path(frame.filename).name}:{frame.lineno} {frame.name}"
+            for frame in access.stack_trace
+            if "foretoken" in frame.filename or "tests" in frame.filename
+        ]
+        return "\n".join([f"  stream {access.stream:#x}: {access.operator} {access.aliases}", *lines[-7:]])
+
+    return "\n".join(["data race", side(error.current_access), side(error.previous_access)])
+
+
+def main() -> int:
     touches = watch()
     if "defect" in sys.argv:
         leave_waits_out()
@@ -96,13 +126,17 @@ def main() -> None:
         ask.max_new_tokens = 14
     for kind in KINDS:
         for runner, run in (("module", by_parts), ("graph", by_parts), ("graph", ft.decode)):
-            told(*stand(kind, runner, 2), wanted, run)
+            try:
+                told(*stand(kind, runner, 2), wanted, run)
+            except _sanitizer.CUDASanitizerErrors as found:
+                print(f"{kind}, {runner}, {run.__name__}:", *map(described, found.errors))
+                return 1
             print(f"{kind}, {runner}, {run.__name__}: clean")
-    assert {"sample", "verify", "commit", "write_step_inputs", "replay"} <= touches.count.keys(), (
-        touches.count
-    )
+    seen = touches.count.keys()
+    assert {"sample", "verify", "commit", "write_step_inputs", "replay"} <= seen, seen
     print("seen:", " ".join(f"{name}={count}" for name, count in sorted(touches.count.items())))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

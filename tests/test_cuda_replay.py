@@ -15,11 +15,20 @@ from foretoken.generate import advance, settle
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
 from foretoken.tree import TreePlan
-from rounds_ahead import no_waiting
+from rounds_ahead import Pattern, no_waiting
 from toys import GREEDY, Ask
 
 pytestmark = pytest.mark.cuda
-KINDS = ["none", "model", "ngram", "model trees", "ngram trees"]
+KINDS = [
+    "none",
+    "model",
+    "ngram",
+    "model trees",
+    "ngram trees",
+    "model drawn trees",
+    "model auto",
+    "ngram auto",
+]
 
 
 def stand(
@@ -34,8 +43,13 @@ def stand(
         drafter = ModelDrafter(ModuleRunner(draft, runner=runner, **sizes), vocab_size=hf_toys.VOCAB, **sizes)
     drafts: dict[str, Any] = {"num_drafts": 3 if drafter else 0}
     if kind.endswith("trees"):
-        drafts = {"tree": TreePlan(nodes=8, branches=3, depth=3)}
+        draw: Any = "without_replacement" if "drawn" in kind else "deterministic"
+        drafts = {"tree": TreePlan(nodes=8, branches=3, depth=3, draw=draw)}
+    elif kind.endswith("auto"):
+        drafts = {"tree": "auto"}
     session = Session(vocab_size=hf_toys.VOCAB, drafter=drafter, device="cuda", **drafts, **sizes)
+    if kind.endswith("auto"):  # by no clock
+        session._ahead._choices = Pattern()  # type: ignore[union-attr]
     return session, forward
 
 
@@ -87,7 +101,7 @@ def test_one_graph_gives_the_ids_of_its_parts(kind: str, max_batch: int) -> None
         graphs = made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("auto")])
 def test_rounds_launches_and_parts_give_one_text(kind: str) -> None:
     wanted = wanted_of(4)
     texts = [
@@ -117,12 +131,12 @@ def test_a_request_may_come_and_go_between_rounds() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("kind", ["model", "model trees", "ngram trees"])
+@pytest.mark.parametrize("kind", ["model", "model trees", "ngram trees", "model drawn trees", "model auto"])
 def test_a_replayed_round_waits_for_nothing(kind: str) -> None:
     session, forward = stand(kind, "graph", 4)
     for row in range(3):
         session.admit(hf_toys.prompts(1, 5 + row)[0].tolist(), GREEDY, max_new_tokens=120)
-    for _ in range(8):
+    for _ in range(14):  # graphs of all kinds are there
         advance(session, forward)
     count = replayed(session)
     with no_waiting():

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from foretoken.device import replay
+from foretoken.device.drafting import DeviceModel
 from foretoken.generate import advance
 from foretoken.sampling import Sampling
 from foretoken.session import Session, Step
 from foretoken.tree import TreePlan
-from rounds_ahead import LENGTH, GatherModel, asks, nothing_read, pair, sessions_ahead
+from rounds_ahead import LENGTH, GatherModel, Pattern, asks, nothing_read, pair, sessions_ahead
+from rounds_ahead import told as parts_told
 from toys import GREEDY, Ask, TableModel
 
 Pair = list[tuple[Session, Any]]
@@ -62,7 +64,10 @@ class Called:
         self._whole = whole
 
     def __call__(self) -> Tensor:
-        return self._whole()[0]
+        """What the host does in a round is not in a graph of it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DeviceModel, "make_ready", lambda *arguments: None)
+            return self._whole()[0]
 
 
 @pytest.fixture
@@ -115,13 +120,59 @@ def test_trees_are_those_of_the_host(ahead, kind: str, seed: int) -> None:
     assert replays(device[0]).count > 20
 
 
-def test_trees_that_are_drawn_are_issued_by_their_parts(ahead) -> None:
-    """Their laws are the host's, and would stay what they were."""
-    wanted = [Ask([row, 4], 12, Sampling(seed=row)) for row in range(3)]
-    plan = TreePlan(nodes=12, branches=3, depth=4, draw="without_replacement")
-    host, device = seated(ahead, "blurred", tree=plan, max_batch=5)
-    assert told(*device, wanted) == told(*host, wanted)
-    assert replays(device[0]).count == 0
+@pytest.mark.parametrize("draw", ["iid", "without_replacement"])
+def test_trees_that_are_drawn_are_those_of_the_host(ahead, draw: Any) -> None:
+    """Other laws and seeds in the same slots reach the graphs that are there."""
+    laws = [Sampling(seed=7), Sampling(seed=8, temperature=0.5, top_k=6), GREEDY, Sampling(seed=9, top_p=0.8)]
+    plan = TreePlan(nodes=6, branches=3, depth=3, draw=draw)
+    host, device = seated(ahead, "blurred", tree=plan, max_batch=2)
+    for turn in range(2):
+        wanted = [Ask([row + 1, 4], 12, laws[(row + turn) % 4]) for row in range(4)]
+        assert told(*device, wanted) == told(*host, wanted)
+    assert replays(device[0]).count > 3 * Called.made > 0
+
+
+@pytest.mark.parametrize("kind", ["ngram", "blurred"])
+def test_rounds_of_trees_and_of_chains_have_a_graph_each(ahead, kind: str) -> None:
+    """Drawn texts, too, where the choices are the same."""
+    wanted = [Ask([row + 1, 4] * 3, 24 + row, Sampling(seed=row) if row % 2 else GREEDY) for row in range(5)]
+    texts = []
+    for run in (parts_told, told):
+        _, (session, forward) = seated(ahead, kind, tree="auto", max_batch=2)
+        assert session._ahead is not None
+        pattern: Any = Pattern()
+        session._ahead._choices = pattern
+        texts.append([line[0] for line in run(session, forward, wanted)])
+    assert texts[0] == texts[1]
+    assert replays(session).count > 12
+    assert pattern.skipped == len(replays(session)._graphs) > 2  # rounds that were run as they are
+
+
+def test_what_a_capture_takes_is_not_counted(ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("foretoken.device.clock.perf_counter", lambda: clock[0])
+    _, (session, forward) = seated(ahead, "blurred", tree="auto")
+
+    class Slow(Called):
+        def __init__(self, whole: replay.WholeRound, pool: Any) -> None:
+            clock[0] += 1000.0
+            super().__init__(whole, pool)
+
+    def seen(step: Step) -> Tensor:
+        clock[0] += 1.0
+        return forward(step)
+
+    seen.repeatable, seen.max_positions, seen.compact = True, None, forward.compact  # type: ignore[attr-defined]
+    monkeypatch.setattr(replay, "capture", Slow)
+    session.admit([1, 2], GREEDY, max_new_tokens=90)
+    for round_ in range(200):
+        if round_ == 14:  # graphs of two seats
+            session.admit([3], GREEDY, max_new_tokens=60)
+        if advance(session, seen) is None:
+            break
+    choice = session._ahead._choices._choices[0]  # type: ignore[union-attr]
+    assert Called.made >= 3
+    assert all(0 < seconds < 100 for seconds in choice._seconds)
 
 
 def test_rows_that_come_and_go_need_no_new_graphs(ahead) -> None:

@@ -9,6 +9,8 @@ namespace foretoken::cuda {
 
 namespace {
 
+constexpr int kOldestDriver = 12040;  // that reads device code compressed as ours is
+
 // Loading it tells whether this binary has code that a device can run.
 __global__ void probe_kernel() {}
 
@@ -65,6 +67,11 @@ CudaReport report() {
     return fail(report, CudaStatus::old_driver,
                 "the NVIDIA driver serves CUDA " + version_text(report.driver_version) +
                     ", this build needs a driver for CUDA " + version_text(report.runtime_version));
+  }
+  if (status == cudaSuccess && report.driver_version < kOldestDriver) {
+    return fail(report, CudaStatus::old_driver,
+                "the NVIDIA driver serves CUDA " + version_text(report.driver_version) +
+                    ", this build needs a driver for CUDA " + version_text(kOldestDriver));
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
     return fail(report, CudaStatus::no_device,

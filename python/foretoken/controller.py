@@ -106,6 +106,10 @@ class ChoicesAhead:
         self._planned = dict(zip(slots, wanted, strict=True))
         return wanted
 
+    def skip(self) -> None:
+        """The round that was planned says nothing of how long rounds take."""
+        self._planned = {}
+
     def issue(self, slots: Sequence[int]) -> None:
         """The round that was planned ends here, with the rows that are left of it; none were, if it drafted
         nothing.

@@ -364,7 +364,8 @@ class ModelDrafter:
                 context.nodes[active],
                 (context.nodes <= budget)[active],
             )
-            grown = growth.grow(last, drafting, context.base[active], context.sampling)
+            growth.know(context.sampling, drafting.slots.tolist(), last.device)
+            grown = growth.grow(last, drafting, context.base[active])
         self._grown = grown
         return Proposal(**grown.spread(active, rows), draw=plan.draw)
 

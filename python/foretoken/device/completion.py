@@ -179,7 +179,7 @@ class Completions:
         greedy = all(request._greedy for request in requests)
         table = rounds._table
         asks = table.needs_history, table.constrained, table.weighs_rows  # other kernels
-        law = coupled, greedy, rounds._held_open, asks, self._laws_of_trees(slots)
+        law = coupled, greedy, rounds._held_open, asks
         most = 0 if rounds._drafter is None else max(request._terms.num_drafts for request in requests)
         tiers = {drafts: cost for drafts, cost in (job.tiers or {}).items() if drafts <= most} or {most: None}
         way = tuple(tiers.items()), job.tell is not None, id(job.forward)
@@ -190,12 +190,6 @@ class Completions:
             return [Round(rounds, rows, drafts, bound, job.forward, tables) for drafts in tiers]
 
         return key, make, tiers
-
-    def _laws_of_trees(self, slots: Sequence[int]) -> tuple[object, ...]:
-        """What trees are drawn from is told by the host; of other drafts nothing is."""
-        rounds = self._rounds
-        drawn = rounds._tree is not None and rounds._choices is None and rounds._tree.draw != "deterministic"
-        return tuple(rounds._table.get(slot)[:4] for slot in slots) if drawn else ()
 
     def _repeat(self, loop: LoopGraph, job: Job) -> int:
         """Launch until there is something for the host to do; the session goes through the same rounds."""

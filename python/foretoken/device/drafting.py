@@ -218,11 +218,25 @@ class DeviceModel:
         self._draw(last, context, inputs.drafts, k, records)
         return law, records
 
-    def _propose_trees(self, context: DeviceContext, plan: TreePlan, nodes: Tensor, most: int) -> Proposal:
-        growth = self._growth
-        if growth is None:
+    def make_ready(
+        self, requests: list[Any], state: RequestState, sampling: SamplingTable, plan: TreePlan | None
+    ) -> None:
+        """What the host does before requests draft: their prompts, and the laws that trees are drawn from."""
+        with torch.inference_mode():
+            self.take_in_prompts(requests, state)
+            if plan is not None:
+                slots = [request.slot for request in requests if request.slot is not None]
+                self._growth_of(plan).know(sampling, slots, self._device)
+
+    def _growth_of(self, plan: TreePlan) -> Growth:
+        if self._growth is None:
             compact_of(self._drafter.forward)
-            growth = self._growth = growth_of(plan, lambda step: self._fit(self._forward(step)))
+            self._growth = growth_of(plan, lambda step: self._fit(self._forward(step)))
+        return self._growth
+
+    def _propose_trees(self, context: DeviceContext, plan: TreePlan, nodes: Tensor, most: int) -> Proposal:
+        growth = self._growth_of(plan)
+        self.make_ready(context.requests, context.state, context.sampling, plan)
         rows, lengths = context.rows, context.base - 1
         room = self._drafter.max_length - lengths
         depth = growth.depth_in(room).minimum(context.budget).minimum(room).clamp_min(0)
@@ -243,9 +257,8 @@ class DeviceModel:
             node_bound=plan.nodes,
         )
         with torch.inference_mode():
-            self.take_in_prompts(context.requests, context.state)
             last = self._last_of_text(context, depth)
-            grown = growth.grow(last, grown_rows, context.base, context.sampling)
+            grown = growth.grow(last, grown_rows, context.base)
         self._fed = grown.fed
         return Proposal(
             grown.tokens.to(torch.int64),

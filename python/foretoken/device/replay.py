@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foretoken.device.drafting import DeviceModel, TextDrafter
 from foretoken.device.loop import unrolled
-from foretoken.device.rounds import DeviceRounds
+from foretoken.device.rounds import DeviceRounds, Kind
 from foretoken.device.rows import SeatedRows
 from foretoken.drafters import compact_of
 from foretoken.request import Request
@@ -32,6 +32,8 @@ class WholeRound:
         How many every row drafts; how many of them count is known to the device.
     bound
         What no text exceeds.
+    kind
+        What it drafts.
     keeps
         What has to live as long.
     """
@@ -42,17 +44,18 @@ class WholeRound:
         rows: SeatedRows,
         drafts: int,
         bound: int,
+        kind: Kind,
         forward: Forward,
         keeps: tuple[object, ...],
     ) -> None:
         self.rounds, self.rows, self.drafts, self.bound = rounds, rows, drafts, bound
-        self.forward, self.keeps = forward, keeps
+        self.kind, self.forward, self.keeps = kind, forward, keeps
 
     def __call__(self) -> tuple[Tensor, list[object]]:
         """The record that it leaves, and what it works on."""
         rounds, rows = self.rounds, self.rows
         with torch.inference_mode(), unrolled():
-            proposal = rounds._propose(rows, self.drafts, self.bound)
+            proposal = rounds._propose(rows, self.drafts, self.bound, kind=self.kind)
             base = rounds._base_of(rows, proposal)
             step = rounds._step_of(rows, base, proposal, self.bound + proposal.tokens.shape[1])
             logits = self.forward(step)
@@ -94,19 +97,19 @@ class Replays:
     """Steps of a session to their ends: rounds as one graph each where that can be, else by their parts.
 
     A graph serves whatever sits in its seats: slots, lengths, texts, laws and tables are read from the
-    device. A round of fewer rows has padded ones, a round of fewer drafts drafts in vain.
+    device. A round of fewer rows has padded ones, a round of fewer drafts drafts in vain. Where trees and
+    chains are chosen between, rounds with a tree and those without have a graph each.
 
-    Issued by their parts are trees that are drawn, by laws that the host knows, or chosen round by round,
-    rules that differ within a round, forwards that cannot be captured or do not pass over padded rows, and
-    rounds whose parts are timed on the device.
+    Issued by their parts are rules that differ within a round, forwards that cannot be captured or do not
+    pass over padded rows, and rounds whose parts are timed on the device.
     """
 
     def __init__(self, rounds: DeviceRounds) -> None:
         self._rounds = rounds
         self._graphs: dict[tuple[Any, ...], WholeRound | Callable[[], Tensor]] = {}
         self._seats: dict[int, tuple[SeatedRows, int]] = {}
-        # What was found last, for the same rows.
-        self._last: tuple[tuple[Any, ...], tuple[tuple[Any, ...], WholeRound] | None] | None = None
+        # What was found last, for the same rows, with trees and without.
+        self._last: dict[bool, tuple[tuple[Any, ...], tuple[tuple[Any, ...], WholeRound] | None]] = {}
         self.count = 0
         self.why_not: str | None = None
 
@@ -147,8 +150,6 @@ class Replays:
         rounds, drafter = self._rounds, self._rounds._drafter
         if self.why_not is not None or rounds._metrics.device_seconds is not None:
             return False
-        if rounds._tree is not None and (rounds._choices is not None or rounds._tree.draw != "deterministic"):
-            return False
         known = drafter is None or isinstance(drafter, TextDrafter)
         if not (known or (isinstance(drafter, DeviceModel) and repeatable(drafter.forward))):
             return False
@@ -157,26 +158,38 @@ class Replays:
     def _issue(self, shape: Shape, forward: Forward) -> bool:
         """The planned round; False: it is to be issued by its parts."""
         rounds, began = self._rounds, perf_counter()
-        found = self._whole(shape[1], forward)
+        choosing = rounds._choosing()
+        slots = [request.slot for request in rounds._row_requests if request.slot is not None]
+        trees = rounds._tree is not None and rounds._choices is None
+        wanted = [trees] if choosing is None else choosing.plan(slots)
+        found = self._whole(shape[1], forward, any(wanted))
         if found is None:
             return False
         key, whole = found
         if isinstance(rounds._drafter, DeviceModel):
-            with torch.inference_mode():
-                rounds._drafter.take_in_prompts(rounds._row_requests, rounds._state)
+            plan = rounds._tree if whole.kind.trees else None
+            rounds._drafter.make_ready(rounds._row_requests, rounds._state, rounds._table, plan)
+        if whole.kind.chain is not None:
+            whole.rows.choose(wanted)
         rounds._table.bring_to(rounds._state.base)
         rounds._kept = None
         graph = self._graphs.get(key)
         if graph is None:  # as it is, so that what is made once is not made in a graph
             record = whole()[0]
             self._graphs[key] = whole
+            if choosing is not None:
+                choosing.skip()
         else:
             if isinstance(graph, WholeRound):
                 graph = self._captured(key, whole)
                 if graph is None:
                     return False
+                if choosing is not None:  # the clock of the round begins anew
+                    choosing.plan(slots)
             record = graph()
             self.count += 1
+        if choosing is not None:
+            choosing.issue(slots)
         rounds._native.launch()
         rounds._results.post(shape[1], record.shape[1])
         self._settle(began)
@@ -205,19 +218,20 @@ class Replays:
             del self._graphs[old]
         return graph
 
-    def _whole(self, count: int, forward: Any) -> tuple[tuple[Any, ...], WholeRound] | None:
+    def _whole(self, count: int, forward: Any, trees: bool) -> tuple[tuple[Any, ...], WholeRound] | None:
         """The round of what is planned, its rows seated, and what its graph takes for granted."""
         rounds = self._rounds
         state, table = rounds._state, rounds._table
         tables = state.eos_ids, state.stop_ids, rounds._rules, forward
         asks = table.needs_history, table.constrained, table.weighs_rows, rounds._held_open
         here = rounds._version, asks, tuple(map(id, tables))
-        if self._last is None or self._last[0] != here:
-            self._last = here, self._found(count, tables, asks)
-        return self._last[1]
+        last = self._last.get(trees)
+        if last is None or last[0] != here:
+            last = self._last[trees] = here, self._found(count, tables, asks, trees)
+        return last[1]
 
     def _found(
-        self, count: int, tables: tuple[Any, ...], asks: tuple[bool, ...]
+        self, count: int, tables: tuple[Any, ...], asks: tuple[bool, ...], trees: bool
     ) -> tuple[tuple[Any, ...], WholeRound] | None:
         rounds, forward = self._rounds, tables[-1]
         requests, state = rounds._row_requests, rounds._state
@@ -237,9 +251,10 @@ class Replays:
         beyond = longest + ahead > limit
         rows = self._seated(count)
         law = coupled, all(request._greedy for request in requests)
-        key = rows.count, drafts, beyond, law, asks, tuple(map(id, tables))
+        key = rows.count, drafts, beyond, law, asks, trees, tuple(map(id, tables))
         bound = text if beyond else max(min(text, limit - ahead), 1)
-        return key, WholeRound(rounds, rows, drafts, bound, forward, tables)
+        kind = Kind(trees, rows.chains if trees and rounds._choosing() is not None else None)
+        return key, WholeRound(rounds, rows, drafts, bound, kind, forward, tables)
 
     def _seated(self, count: int) -> SeatedRows:
         """Seats for so many rows, in which those of the next round sit."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,12 +36,22 @@ AHEAD = 1
 EMITTED = 1  # kRecordEmitted
 
 
+class Kind(NamedTuple):
+    """What a round drafts."""
+
+    trees: bool
+    chain: Tensor | None = None
+    """bool ``[B]``: rows whose tree is to be a chain; None: no row."""
+
+
 class Choices(Protocol):
     """Between trees and chains, by what rounds have come to."""
 
     def reset(self, slot: int) -> None: ...
 
     def plan(self, slots: Sequence[int]) -> list[bool]: ...
+
+    def skip(self) -> None: ...
 
     def issue(self, slots: Sequence[int]) -> None: ...
 
@@ -233,8 +243,8 @@ class DeviceRounds:
     def _settle(self) -> None:
         record = self._results.receive()
         self._settle_record(record)
-        if self._choices is not None and self.completions is None:
-            self._choices.settle(record[:, EMITTED].tolist())
+        if (choosing := self._choosing()) is not None:
+            choosing.settle(record[:, EMITTED].tolist())
 
     def _settle_record(self, record: Tensor) -> None:
         width = record.shape[1]
@@ -294,26 +304,33 @@ class DeviceRounds:
             return proposal.inputs.base
         return rows.of(self._state.base)
 
-    def _propose(self, rows: Rows, most: int, longest: int, shortfall: Tensor | None = None) -> Proposal:
-        """What the drafter proposes; of chains, and of no drafts, with the step written."""
+    def _propose(
+        self,
+        rows: Rows,
+        most: int,
+        longest: int,
+        shortfall: Tensor | None = None,
+        kind: Kind | None = None,
+    ) -> Proposal:
+        """What the drafter proposes; of chains, and of no drafts, with the step written. Without a kind it is
+        chosen here.
+        """
         drafter = self._drafter if most > 0 else None
         if drafter is None:
             plain = self._inputs_of(rows.count, 0)
             plain.write(self._state, rows.slots)
             return FedProposal(plain.drafts, plain.num_drafts, inputs=plain)
-        wanted = self._wanted(rows)
-        tree = None if wanted is None else self._tree
-        nodes = chain = inputs = None
+        trees, chain = self._kind_of(rows) if kind is None else kind
+        tree = self._tree if trees else None
+        nodes = inputs = None
         if tree is None:
             inputs = self._inputs_of(rows.count, most)
             base, budget = inputs.base, inputs.num_drafts
         else:
             base = rows.of(self._state.base)
             budget = rows.budgets(rows.of(self._state.next_drafts).clamp_max(most))
-        if tree is not None and wanted is not None:
             nodes = self._nodes(base, budget, tree.nodes)
-            if not all(wanted):
-                chain = upload([not one for one in wanted], torch.bool, self._device)
+            if chain is not None:
                 nodes = torch.where(chain, budget, nodes)
         context = DeviceContext(
             rows,
@@ -340,15 +357,19 @@ class DeviceRounds:
             inputs = self._inputs[rows, drafts] = StepInputs(rows, drafts, self._device)
         return inputs
 
-    def _wanted(self, rows: Rows) -> list[bool] | None:
-        """Which rows draft trees, or what holds for all of them; None: no row does."""
-        if self._tree is None:
-            return None
-        wanted = [True]
-        if self._choices is not None:
-            # What a device repeats by itself is a round of one kind.
-            wanted = [False] if self.completions is not None else self._choices.plan(rows.slot_numbers)
-        return wanted if any(wanted) else None
+    def _choosing(self) -> Choices | None:
+        """Who says what each round drafts, if anybody does: what a device repeats is a round of one kind."""
+        return None if self.completions is not None else self._choices
+
+    def _kind_of(self, rows: Rows) -> Kind:
+        """What the round that begins here drafts."""
+        choosing = self._choosing()
+        if choosing is None:
+            return Kind(self._tree is not None and self._choices is None)
+        wanted = choosing.plan(rows.slot_numbers)
+        if all(wanted) or not any(wanted):
+            return Kind(any(wanted))
+        return Kind(True, upload([not one for one in wanted], torch.bool, self._device))
 
     def _nodes(self, base: Tensor, budget: Tensor, most: int) -> Tensor:
         """The most drafts of each row's tree: what its slot has room for."""
@@ -404,8 +425,8 @@ class DeviceRounds:
         if self._planned is None:
             raise RuntimeError("commit: no step is planned")
         verdict, record = self._issue(step, logits, *self._planned)
-        if self._choices is not None and self.completions is None:
-            self._choices.issue(self._planned[0].slot_numbers)
+        if (choosing := self._choosing()) is not None:
+            choosing.issue(self._planned[0].slot_numbers)
         self._native.launch()
         self._results.send(record)
         return verdict

@@ -63,7 +63,13 @@ class Rows:
 
 
 class SeatedRows(Rows):
-    """Rows whose slots are numbers on the device alone, so that captured rounds serve other requests, too."""
+    """Rows whose slots are numbers on the device alone, so that captured rounds serve other requests, too.
+
+    Attributes
+    ----------
+    chains
+        bool ``[B]``: as of `Kind`.
+    """
 
     def __init__(self, count: int, text_length: int, device: torch.device) -> None:
         self.count, self.range, self.slot_numbers = count, None, ()
@@ -74,6 +80,8 @@ class SeatedRows(Rows):
             self.held = torch.zeros_like(self.slots)
             self.index, self._starts = (torch.zeros_like(self.numbers) for _ in range(2))
             self._padded = torch.ones_like(self.slots, dtype=torch.bool)
+            self.chains = torch.zeros_like(self._padded)
+        self._chosen: list[bool] = []
 
     def seat(self, slots: Sequence[int]) -> None:
         """Put slots, ascending, into the first rows; the others are padded from now on."""
@@ -83,6 +91,14 @@ class SeatedRows(Rows):
         self.index.copy_(self.held)
         torch.mul(self.index, self._text_length, out=self._starts)
         torch.lt(self.slots, 0, out=self._padded)
+
+    def choose(self, trees: Sequence[bool]) -> None:
+        """Which of the seated rows draft trees: ``chains`` says so to rounds that have been captured."""
+        if self._chosen != list(trees):
+            self._chosen = list(trees)
+            rest = self.count - len(trees)
+            chains = [*(not one for one in trees), *[False] * rest]
+            self.chains.copy_(upload(chains, torch.bool, self.slots.device))
 
     def budgets(self, most: Tensor) -> Tensor:
         return most.masked_fill(self._padded, PADDED)

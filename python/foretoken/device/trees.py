@@ -29,9 +29,6 @@ class DeviceTreeRows(TreeRows):
     depth_bound: int
     node_bound: int
 
-    def slot_numbers(self) -> list[int]:
-        return list(self.numbers_of_slots)
-
     def most_depth(self) -> int:
         return self.depth_bound
 

@@ -47,8 +47,7 @@ class SampledGrowth:
         more, rest = divmod(plan.nodes - first, max(levels - 1, 1))
         self._widths = [first, *(more + (level < rest) for level in range(levels - 1))]
         self._ends = torch.tensor(self._widths).cumsum(0) + 1  # of each level, in cache rows
-        self._plain: SamplingTable | None = None
-        self._law: _Law | None = None
+        self._laws: _Laws | None = None
 
     def depth_in(self, room: Tensor) -> Tensor:
         """The deepest tree that needs no more than ``room`` cache rows, the root's included."""
@@ -56,19 +55,25 @@ class SampledGrowth:
             self._ends = upload(self._ends, self._ends.dtype, room.device)
         return 1 + torch.searchsorted(self._ends, room, right=True)
 
-    def grow(self, logits: Tensor, rows: Rows, base: Tensor, sampling: SamplingTable) -> GrownTrees:
-        """Trees from the logits behind the roots, ``[A, V]``."""
+    def know(self, sampling: SamplingTable, slots: Sequence[int], device: torch.device) -> None:
+        """Write what has changed of the laws and seeds of some slots to where `grow` reads them, graphs of it
+        included.
+        """
+        if self._laws is None or self._laws.size != sampling.size:
+            self._laws = _Laws(sampling.size, device)
+        self._laws.update(sampling, slots)
+
+    def grow(self, logits: Tensor, rows: Rows, base: Tensor) -> GrownTrees:
+        """Trees from the logits behind the roots, ``[A, V]``, of slots whose laws are known."""
         count, levels = logits.shape[0], min(len(self._widths), rows.most_depth())
         device = logits.device
         widths = self._widths[:levels]
         size, fed_size = sum(widths), sum(widths[:-1])
         support = min(_SUPPORT, logits.shape[-1])
-        slots = rows.slot_numbers()
-        rows_of_law = [sampling.get(slot)[:4] for slot in slots]
-        law = self._law
-        if law is None or law.rows != rows_of_law or law.support != support or law.device != device:
-            law = self._law = _Law(rows_of_law, support, device)
-        plain = self._plain_table(sampling, slots)
+        laws = self._laws
+        if laws is None:
+            raise RuntimeError("grow: expected laws that have been told, got none")
+        law = laws.of(rows.slots, support)
         ids = torch.zeros(count, 1 + fed_size, support, dtype=torch.int64, device=device)
         probs = torch.zeros(count, 1 + fed_size, support, device=device)
         ids[:, 0], probs[:, 0] = law(logits, slice(None))
@@ -96,7 +101,7 @@ class SampledGrowth:
                 wanted &= ~rows.chain | (children[every, parent] == 0)
                 left = open_probs[every, parent]
                 possible = wanted & (left > 0).any(1)
-                column = self._column(left, law, plain, base, rows.slots, draw)
+                column = self._column(left, law, laws.seeds, base, rows.slots, draw)
                 tokens[:, draw] = ids[every, parent, column]
                 parents[:, draw], exists[:, draw] = parent, possible
                 found = reach[every, parent] + probs[every, parent, column].log()
@@ -134,7 +139,7 @@ class SampledGrowth:
         self,
         left: Tensor,
         law: _Law,
-        plain: SamplingTable,
+        seeds: SamplingTable,
         base: Tensor,
         slots: Tensor,
         draw: int,
@@ -142,18 +147,8 @@ class SampledGrowth:
         """Where in its law each row's draw falls; greedy rows take the likeliest that is left."""
         if law.all_greedy:
             return left.argmax(1)
-        drawn = ops.sample(left.log(), sampling=plain, base=base, step=draw, purpose="draft", slots=slots)
+        drawn = ops.sample(left.log(), sampling=seeds, base=base, step=draw, purpose="draft", slots=slots)
         return torch.where(law.greedy, left.argmax(1), drawn)
-
-    def _plain_table(self, sampling: SamplingTable, slots: Sequence[int]) -> SamplingTable:
-        """The requests' seeds, and no law of their own: probabilities are drawn from as they are."""
-        if self._plain is None or self._plain.size != sampling.size:
-            self._plain = SamplingTable(sampling.size)
-        for slot in slots:
-            law = 1.0, 0, 1.0, 0.0, sampling.get(slot)[4]
-            if tuple(self._plain.get(slot)) != law:
-                self._plain.set(slot, *law)
-        return self._plain
 
 
 def _numbered(
@@ -181,13 +176,44 @@ def _numbered(
     )
 
 
-class _Law:
-    """What the rows draw from: their likeliest tokens, by their temperature and filters."""
+class _Laws:
+    """Temperature and filters by slot, where the draws are made, and as the host knows them."""
 
-    def __init__(self, rows: Sequence[tuple[float, ...]], support: int, device: torch.device) -> None:
-        self.rows, self.support, self.device = rows, support, device
-        self.all_greedy = all(row[0] == 0.0 for row in rows)
-        columns = upload(torch.tensor(rows, dtype=torch.float32), torch.float32, device)
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        self.seeds = SamplingTable(size)
+        """No law: probabilities are drawn from as they are."""
+        self._known: list[tuple[float, ...] | None] = [None] * size
+        self._all_greedy = False
+        with torch.inference_mode(False):
+            self._columns = torch.zeros(size, 4, device=device)
+
+    def update(self, sampling: SamplingTable, slots: Sequence[int]) -> None:
+        """Take over what has changed of some slots, which are those that draw next."""
+        laws = {slot: tuple(sampling.get(slot)) for slot in slots}
+        self._all_greedy = all(law[0] == 0.0 for law in laws.values())
+        changed = [slot for slot, law in laws.items() if self._known[slot] != law]
+        if not changed:
+            return
+        for slot in changed:
+            self._known[slot] = law = laws[slot]
+            self.seeds.set(slot, 1.0, 0, 1.0, 0.0, law[4])
+        device = self._columns.device
+        rows = torch.tensor([laws[slot][:4] for slot in changed], dtype=torch.float32)
+        places = upload(changed, torch.int64, device)
+        self._columns.index_copy_(0, places, upload(rows, torch.float32, device))
+        self.seeds.bring_to(places)
+
+    def of(self, slots: Tensor, support: int) -> _Law:
+        """Of rows in these slots."""
+        return _Law(self._columns.index_select(0, slots), support, self._all_greedy)
+
+
+class _Law:
+    """What rows draw from: their likeliest tokens, by their temperature and filters."""
+
+    def __init__(self, columns: Tensor, support: int, all_greedy: bool) -> None:
+        self.support, self.all_greedy = support, all_greedy
         temperature, top_k, self._top_p, self._min_p = columns.unbind(1)
         self.greedy = temperature == 0.0
         self._temperature = temperature.masked_fill(self.greedy, 1.0)

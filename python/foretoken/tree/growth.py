@@ -32,11 +32,6 @@ class Rows:
     chain: Tensor
     """bool ``[A]``: one child each, please."""
 
-    def slot_numbers(self) -> list[int]:
-        """``slots``, on the host."""
-        slots: list[int] = self.slots.tolist()
-        return slots
-
     def most_depth(self) -> int:
         """What no ``depth`` exceeds."""
         return int(self.depth.max())
@@ -169,7 +164,10 @@ class ConfidenceGrowth:
         """The deepest tree that needs no more than ``room`` cache rows, the root's included."""
         return 1 + torch.div(room - 1, self._frontier, rounding_mode="floor")
 
-    def grow(self, logits: Tensor, rows: Rows, base: Tensor, sampling: SamplingTable) -> GrownTrees:
+    def know(self, sampling: SamplingTable, slots: Sequence[int], device: torch.device) -> None:
+        """Nothing is drawn, so by no law."""
+
+    def grow(self, logits: Tensor, rows: Rows, base: Tensor) -> GrownTrees:
         """Trees from the logits behind the roots, ``[A, V]``. No random number is used."""
         count, k, width = logits.shape[0], self._plan.branches, self._frontier
         device = logits.device
