@@ -138,9 +138,9 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
           const Eight other = next_quarter(draft_tile);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            weights.x[j] =
-                residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
-                                weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
+            weights.x[j] = residual_weight(
+                weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
+                weight_of_logit(fminf(other.x[j], draft_max), draft_max, draft_scale, draft_cut), gain);
           }
         }
 #pragma unroll
@@ -244,9 +244,9 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
                                      target.cut);
       if (!kTree && step.gain >= 0.0) {
         const RowLaw& draft = shared_.records[this->law_row(step.node)].law;
-        weight = residual_weight(
-            weight, weight_of_logit(element(this->law_row(step.node), at), draft.max, draft.scale, draft.cut),
-            gain_of(step.gain, step.node));
+        const float logit = fminf(element(this->law_row(step.node), at), draft.max);
+        weight = residual_weight(weight, weight_of_logit(logit, draft.max, draft.scale, draft.cut),
+                                 gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);
     }

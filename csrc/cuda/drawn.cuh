@@ -64,7 +64,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
       return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
-    plan_rows(args_, tree(), b_, drafts_, dense_, !filtered && !given, takes_given);
+    plan_rows(args_, tree(), b_, drafts_, this->reads_laws(), !filtered && !given, takes_given);
     const RowRange share = share_of(owns);
     tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
@@ -114,6 +114,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   __device__ __forceinline__ void verify() {
     const bool filtered = this->any_filter();
     if (rank_ != 0) copy_nodes();
+    if (dense_ && args_.draft_records != nullptr) take_records();
     if (filtered) {
       make_filtered_laws();
     } else {
@@ -148,6 +149,15 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     uint4* const nodes = reinterpret_cast<uint4*>(&tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
+  }
+
+  // The laws that drafts were drawn from, from whoever drew.
+  __device__ __forceinline__ void take_records() {
+    const int32_t row = kThreads - 1 - static_cast<int32_t>(threadIdx.x);  // the first warps make laws
+    if (row >= args_.law_rows) return;
+    const int64_t* const strides = args_.draft_record_strides;
+    shared_.records[this->draft_row(row)].law =
+        read_record(args_.draft_records + b_ * strides[0] + row * strides[1], strides[2], vocab_);
   }
 
   // With filters, behind the reading: each block takes a row at a time, as far as few of its elements matter;

@@ -166,6 +166,7 @@ class DrawnWalk {
       tree_.states[below].prefix = prefix;
       tree_.next[below] = tree_.nodes.index.first_child[below];
       node = below;
+      if (!(prefix > 0.0)) break;  // no coin keeps it, nor anything below
     }
     tree_.node = node;
     if (accepts_fraction(tree_.nodes.coin[node], tree_.states[node].prefix)) return true;

@@ -144,8 +144,8 @@ class ResidentSearch : protected ResidentRow<kType> {
   }
 
  private:
-  static constexpr int kFew = 10;  // of a lane, that are looked at one by one
-  static constexpr int kHeld = 4;  // of a thread, of all that is listed
+  static constexpr int kDigits = 4;  // of the number of elements of a lane that are looked at one by one
+  static constexpr int kHeld = 4;    // of a thread, of all that is listed
 
   // Behind a barrier of the cluster.
   __device__ __forceinline__ float search_list(KeyRange range, uint64_t need, const RowLaw& law,
@@ -249,33 +249,59 @@ class ResidentSearch : protected ResidentRow<kType> {
     const float low = window.low, high = window.high;
     const uint32_t marks = mark(local, [&](float x) { return x >= low; });
     marks_of(local) = marks;
-    const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks)));
-    uint32_t near = 0;
-    LaneMass mass;
-    if (most <= kFew) {
-      for_marked(local, marks, [&](bool there, float x, uint32_t bit) {
-        const float weight = exp2_scaled(x - max, scale);
-        mass.add(there && x >= high ? weight : 0.0f);
-        near |= x < high ? bit : 0;
-      });
-    } else {
-#pragma unroll 1
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const Eight eight = quarter_of(local, quarter);
-        uint32_t above = 0;
+    const uint32_t own = static_cast<uint32_t>(__popc(marks)), lower_lanes = (1u << lane_id()) - 1;
+    uint32_t before = 0, all = 0;  // of lower lanes; of all
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const bool there = eight.x[j] >= high;
-          const float weight = exp2_scaled(eight.x[j] - max, scale);
-          mass.add(there ? weight : 0.0f);
-          if (there) above |= 1u << (4 * j);
-        }
-        near |= above << quarter;
-      }
-      near = marks & ~near;
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const unsigned with_digit = __ballot_sync(kAllLanes, (own >> digit & 1) != 0);
+      before += static_cast<uint32_t>(__popc(with_digit & lower_lanes)) << digit;
+      all += static_cast<uint32_t>(__popc(with_digit)) << digit;
     }
-    list(local, near);
+    LaneMass mass;
+    if (all <= kColumn && !__any_sync(kAllLanes, own >> kDigits != 0)) {
+      float* const column = shared_.columns[warp_];
+#pragma unroll 1
+      for (uint32_t left = marks; left != 0; left &= left - 1) column[before++] = first_marked(local, left);
+      __syncwarp();
+#pragma unroll 1
+      for (uint32_t first = 0; first < all; first += kWarpSize) {
+        const uint32_t at = first + static_cast<uint32_t>(lane_id());
+        const float x = column[at < all ? at : 0];
+        const float weight = exp2_scaled(x - max, scale);
+        mass.add(at < all && x >= high ? weight : 0.0f);
+        list(local, at < all && x < high, x);
+      }
+      __syncwarp();
+      return mass.total();
+    }
+    uint32_t near = 0;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const Eight eight = quarter_of(local, quarter);
+      uint32_t above = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const bool there = eight.x[j] >= high;
+        const float weight = exp2_scaled(eight.x[j] - max, scale);
+        mass.add(there ? weight : 0.0f);
+        if (there) above |= 1u << (4 * j);
+      }
+      near |= above << quarter;
+    }
+    list(local, marks & ~near);
     return mass.total();
+  }
+
+  // By a warp: an element of each lane that has one.
+  __device__ __forceinline__ void list(uint32_t local, bool there, float x) {
+    const unsigned all = __ballot_sync(kAllLanes, there);
+    if (all == 0) return;
+    uint32_t place = 0;
+    if (lane_id() == 0) place = atomicAdd(&shared_.listed, static_cast<uint32_t>(__popc(all)));
+    place = __shfl_sync(kAllLanes, place, 0) + static_cast<uint32_t>(__popc(all & ((1u << lane_id()) - 1)));
+    if (!there || place >= kOwnList) return;
+    shared_.keys[place] = key_of(x);
+    shared_.places[place] = static_cast<uint16_t>(local);
   }
 
   // By a warp: the marked elements of each lane.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/chain_launch.hpp"
@@ -24,9 +25,9 @@ bool takes_drawn_trees(const VerifyArgs& args) {
                      draft.shape[1] >= 1 && draft.shape[1] <= nodes && nodes <= kMostTreeNodes;
   const bool rule = args.rule == Rule::rrs || args.rule == Rule::automatic || args.rule == Rule::traversal;
   const bool drawn = args.draw == Draw::iid || args.draw == Draw::without_replacement;
-  const bool plain = !args.row_offsets && !args.rules && !args.draft_records && !args.vocab_map &&
-                     !args.bitmask && !args.target_constrained && !args.draft_constrained &&
-                     !args.sampling.weighs_rows && !args.draft_sampling.weighs_rows;
+  const bool plain = !args.row_offsets && !args.rules && !args.vocab_map && !args.bitmask &&
+                     !args.target_constrained && !args.draft_constrained && !args.sampling.weighs_rows &&
+                     (args.draft_records || !args.draft_sampling.weighs_rows);
   const bool asked =
       args.processed.chosen || args.processed.top_tokens || args.raw.chosen || args.raw.top_tokens;
   return alike && rule && plain && !asked && drawn && args.tokens.shape[1] <= kThreads;
@@ -47,8 +48,10 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   tree.parents = numbers_of(args.parents);
   tree.most_tokens = static_cast<int32_t>(args.tokens.shape[1]);
   tree.path_rows = numbers_of(args.path_rows);
+  tree.draft_records = static_cast<const int64_t*>(args.draft_records.data);
+  std::copy(args.draft_records.strides, args.draft_records.strides + 3, tree.draft_record_strides);
   // A law for each inner node, most likely, and no row of a leaf.
-  const int64_t rows = std::min<int64_t>(nodes, tree.law_rows) + tree.law_rows;
+  const int64_t rows = std::min<int64_t>(nodes, tree.law_rows) + (args.draft_records ? 0 : tree.law_rows);
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_drawn_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(kShared, device);
