@@ -31,15 +31,51 @@ class ResidentGuess : protected ResidentSearch<kType> {
     sample(local, largest, scale, kTileBits);
   }
 
+  // Whether what was sampled of some tile may lie in bins of other weights.
+  __device__ __forceinline__ bool lies_far_apart(const RowLaw& law) const {
+    bool far = false;
+    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
+      const float apart = (law.max - stats_[index].max) * law.scale;
+      far = far || (apart > kBits - kTileBits && apart < infinity());
+    }
+    return __any_sync(kAllLanes, far) != 0;
+  }
+
+  // Of all blocks' samples, the lightest first: what lies up to each bin, and the squares of the weights.
+  // Behind a barrier of the cluster; each block comes to the same.
+  __device__ __forceinline__ void sum_bins(const RowLaw& law) {
+    const float fine = law.scale * kBinsPerBit;
+    const int bin = lightest_bin(law.max * fine) + static_cast<int>(threadIdx.x);
+    const uint32_t sampled = size_ < kMostSampled ? size_ : kMostSampled;
+    uint32_t found = 0, of_tiles = 0;
+#pragma unroll
+    for (uint32_t rank = 0; rank < kMostSampled; ++rank) {
+      if (rank >= sampled) continue;
+      found += of_block(&shared_.bins[0][0][0], rank)[static_cast<uint32_t>(bin) & (kSampleBins - 1)];
+      of_tiles += (tiles_ - rank + size_ - 1) / size_;
+    }
+    const float of_one = 32.0f * static_cast<float>(tiles_) / static_cast<float>(of_tiles) /
+                         static_cast<float>(samples_of_lane());
+    const float one = of_one * exp2f((static_cast<float>(bin) + 0.5f - law.max * fine) / kBinsPerBit);
+    const float own = static_cast<float>(found) * one;
+    const float up_to = sum_up_to_lane(own), squares = sum_up_to_lane(own * one);
+    float* const sums = sums_of_bins();
+    sums[threadIdx.x] = up_to;
+    sums[kSampleBins + threadIdx.x] = squares;
+    if (lane_id() != kWarpSize - 1) return;
+    shared_.warp_floats[0][warp_] = up_to;
+    shared_.warp_floats[1][warp_] = squares;
+  }
+
   // Elements worth a list; nothing is known if it is empty. `need`: so many elements, or so much mass of
-  // `law.mass`. `sampled`: all tiles were, and there was a barrier of the cluster since.
-  __device__ __forceinline__ Window guess(const RowLaw& law, bool in_number, uint64_t need, bool sampled) {
+  // `law.mass`. `summed`: the bins of all tiles' samples are, and there was a barrier of the block since.
+  __device__ __forceinline__ Window guess(const RowLaw& law, bool in_number, uint64_t need, bool summed) {
     const float nothing = infinity();
     if (tiles_ <= kFewTiles && tiles_ <= 2 * size_) {
       return {in_number ? -3.4028235e38f : law.cut, nothing};
     }
     if (!in_number) {
-      if (!sampled || lies_far_apart(law)) sample_anew(law);
+      if (!summed) sample_anew(law);
       const float rest = static_cast<float>(static_cast<double>(law.mass - need) / kMassUnit);
       const Window window = guess_mass(law, rest);
       return {fmaxf(window.low, law.cut), window.high};
@@ -109,50 +145,22 @@ class ResidentGuess : protected ResidentSearch<kType> {
     }
   }
 
-  // Whether what was sampled of some tile may lie in bins of other weights.
-  __device__ __forceinline__ bool lies_far_apart(const RowLaw& law) const {
-    bool far = false;
-    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
-      const float apart = (law.max - stats_[index].max) * law.scale;
-      far = far || (apart > kBits - kTileBits && apart < infinity());
-    }
-    return __any_sync(kAllLanes, far) != 0;
-  }
-
   __device__ __forceinline__ void sample_anew(const RowLaw& law) {
     cluster_sync();  // the bins may still be read
     this->clear_bins();
     for_own([&](uint32_t local, uint32_t) { sample(local, law.max, law.scale, kBits); });
     cluster_sync();
+    sum_bins(law);
+    __syncthreads();
   }
 
   // Below the threshold `rest` lies, in weights of the row. The window is as wide as the sample is uncertain
   // of what lies below, by the squares of the weights; where that is much, all from there on are listed. An
   // element that is heavy by itself says nothing of those beside it: then all are listed that weigh more than
-  // the others of the sample. Each block comes to the same.
+  // the others of the sample.
   __device__ __forceinline__ Window guess_mass(const RowLaw& law, float rest) {
-    const float fine = law.scale * kBinsPerBit;
-    const int top = __float2int_rd(fmaxf(law.max * fine, -1e9f));
-    const int bin = top - (kSampleBins - 1) + static_cast<int>(threadIdx.x);  // the lightest first
-    const uint32_t sampled = size_ < kMostSampled ? size_ : kMostSampled;
-    uint32_t found = 0, of_tiles = 0;
-#pragma unroll
-    for (uint32_t rank = 0; rank < kMostSampled; ++rank) {
-      if (rank >= sampled) continue;
-      found += of_block(&shared_.bins[0][0][0], rank)[static_cast<uint32_t>(bin) & (kSampleBins - 1)];
-      of_tiles += (tiles_ - rank + size_ - 1) / size_;
-    }
-    const float of_one = 32.0f * static_cast<float>(tiles_) / static_cast<float>(of_tiles) /
-                         static_cast<float>(samples_of_lane());
-    const float one = of_one * exp2f((static_cast<float>(bin) + 0.5f - law.max * fine) / kBinsPerBit);
-    const float own = static_cast<float>(found) * one;
-    const float up_to = sum_up_to_lane(own), squares = sum_up_to_lane(own * one);
-    float* const sums = sums_of_bins();
-    sums[threadIdx.x] = up_to;
-    sums[kSampleBins + threadIdx.x] = squares;
-    __syncthreads();
-    const float of_warp = sums[lane_id() * kWarpSize + kWarpSize - 1], all = sum_up_to_lane(of_warp);
-    const float squares_of_warp = sums[kSampleBins + lane_id() * kWarpSize + kWarpSize - 1];
+    const float of_warp = shared_.warp_floats[0][lane_id()], all = sum_up_to_lane(of_warp);
+    const float squares_of_warp = shared_.warp_floats[1][lane_id()];
     const Sums warps{all - of_warp, all, sum_up_to_lane(squares_of_warp) - squares_of_warp};
     const Edge edge = find_edge(warps, rest);
     float doubt = kMostDoubt, wanted = rest * (1.0f - kMostDoubt);
@@ -162,7 +170,8 @@ class ResidentGuess : protected ResidentSearch<kType> {
     } else {
       wanted = kAllBut * __shfl_sync(kAllLanes, all, kWarpSize - 1);
     }
-    const int lightest = top - (kSampleBins - 1);
+    const float fine = law.scale * kBinsPerBit;
+    const int lightest = lightest_bin(law.max * fine);
     const float low = number_at(find_edge(warps, wanted), wanted, lightest, fine);
     const float more = rest * (1.0f + doubt);
     const float high =
@@ -173,6 +182,10 @@ class ResidentGuess : protected ResidentSearch<kType> {
   // By bin, the lightest first: of it and those before it in its warp, and behind all of these the squares.
   // Where nothing is listed yet.
   __device__ __forceinline__ float* sums_of_bins() const { return reinterpret_cast<float*>(shared_.keys); }
+
+  static __device__ __forceinline__ int lightest_bin(float heaviest) {
+    return __float2int_rd(fmaxf(heaviest, -1e9f)) - (kSampleBins - 1);
+  }
 
   // What a lane knows of the warp of its number.
   struct Sums {
@@ -205,9 +218,9 @@ class ResidentGuess : protected ResidentSearch<kType> {
   // What the threads before this one have.
   __device__ __forceinline__ float run_up(float own) {
     const float up_to = sum_up_to_lane(own);
-    if (lane_id() == kWarpSize - 1) shared_.warp_floats[warp_] = up_to;
+    if (lane_id() == kWarpSize - 1) shared_.warp_floats[0][warp_] = up_to;
     __syncthreads();
-    const float of_warp = shared_.warp_floats[lane_id()];
+    const float of_warp = shared_.warp_floats[0][lane_id()];
     const float warps = __shfl_sync(kAllLanes, sum_up_to_lane(of_warp) - of_warp, static_cast<int>(warp_));
     return warps + up_to - own;
   }

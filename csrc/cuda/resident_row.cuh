@@ -25,7 +25,6 @@ constexpr int kColumn = 96;  // elements of a tile that are looked at one by one
 // A row and how it is read, which all threads know: kept here, as they have no registers for it.
 struct ResidentTask {
   DeviceRow row;
-  const void* next;  // the row whose tiles may come as soon as there is room; null: none
   Filters filters;
   RowReading reading;
   float least_kept;  // how far below the largest min-p ends
@@ -45,7 +44,7 @@ struct ResidentShared {
   float columns[kRowWarps][kColumn];
   CopyBarrier arrived[kMostOwn];
   uint64_t warp_words[kRowWarps];
-  float warp_floats[kRowWarps];
+  float warp_floats[2][kRowWarps];
   uint64_t found[2];
   uint32_t listed;
   uint32_t few_keys[kWarpSize];
