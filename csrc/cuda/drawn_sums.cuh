@@ -28,51 +28,57 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
 
   __device__ __forceinline__ DrawnSums(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
-  // What sum_residual() of chains leaves, of one node or of two. `keeps_other`: where there is room for one
-  // of them, the second is more likely to be asked about again.
+  // What sum_residual() of chains leaves, but for where: masses of tiles are dealt out to the blocks in turn.
+  // `keeps_other`: where there is room for one node's weights, the second is more likely to be asked about
+  // again.
   __device__ __forceinline__ void sum_residuals(const ChainStep& step, int turn, bool keeps_other) {
     const bool two = step.other >= 0;
+    const int32_t first_pair = pair_of(step.node, step.gain), other_pair = two ? pair_of(step.other, 0.0) : 0;
     const uint32_t worker = warp_ * size_ + rank_, workers = size_ * kWarps;
-    const bool apart = workers >= 2 * tiles_;  // each node has warps of its own
+    const uint32_t behind = (tiles_ + size_ - 1) / size_ * size_;
+    const bool apart = behind + tiles_ <= workers;  // each node has warps of its own
     // What is kept is used before it makes room.
-    const bool other_last = held_ == step.node || (two && held_ != step.other && keeps_other);
+    const bool other_last = held_ == first_pair || (two && held_ != other_pair && keeps_other);
     if (apart) {
-      const bool in_place = held_ == step.node || (two && behind_ == step.other);
-      const bool crosswise = behind_ == step.node || (two && held_ == step.other);
-      behind_first_ = crosswise && held_ != step.node ? true : in_place ? false : !behind_first_;
-      if (!behind_first_ || two) held_ = behind_first_ ? step.other : step.node;
-      if (behind_first_ || two) behind_ = behind_first_ ? step.node : step.other;
+      const bool in_place = held_ == first_pair || (two && behind_ == other_pair);
+      const bool crosswise = behind_ == first_pair || (two && held_ == other_pair);
+      behind_first_ = crosswise && held_ != first_pair ? true : in_place ? false : !behind_first_;
+      if (!behind_first_ || two) held_ = behind_first_ ? other_pair : first_pair;
+      if (behind_first_ || two) behind_ = behind_first_ ? first_pair : other_pair;
     }
     uint64_t of_first = 0, of_other = 0;
 #pragma unroll 1
     for (int32_t k = two ? 0 : 1; k < 2; ++k) {
       const bool second = two && (k == 1) == other_last;
-      const int32_t node = second ? step.other : step.node;
-      const uint32_t before = apart && second != behind_first_ ? tiles_ : 0;
-      const float gain = this->gain_of(second ? step.other_gain : step.gain, node);
+      const int32_t pair = second ? other_pair : first_pair, node = pair % kMostTreeNodes;
+      const bool with_draft = pair < kMostTreeNodes;
+      const float gain = with_draft ? this->gain_of(second ? step.other_gain : step.gain, node) : 0.0f;
+      const uint32_t before = apart && second != behind_first_ ? behind : 0;
 #pragma unroll 1
       for (uint32_t index = worker - before; index < tiles_; index += workers) {
-        const uint32_t name = static_cast<uint32_t>(node) * kMaxTiles + index;
-        if (name != kept_) weigh(node, index);
+        const uint32_t name = static_cast<uint32_t>(pair) * kMaxTiles + index;
+        if (name != kept_) weigh(node, with_draft, index);
         kept_ = name;
-        const uint64_t sum = add_up(index, gain, turn, second ? 1 : 0);
-        (second ? of_other : of_first) += sum;
+        (second ? of_other : of_first) += add_up(index, gain, turn, second ? 1 : 0);
       }
-      if (!apart) held_ = node;
+      if (!apart) held_ = pair;
     }
-    if (static_cast<uint32_t>(lane_id()) >= size_) return;
-    DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-    there->sums[turn % 2][0][worker] = of_first;
-    there->sums[turn % 2][1][worker] = of_other;
+    if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? of_first : of_other;
   }
 
  private:
+  // A node with its law, or without.
+  __device__ __forceinline__ static int32_t pair_of(int32_t node, double gain) {
+    return gain >= 0.0 ? node : node + kMostTreeNodes;
+  }
+
   __device__ __forceinline__ KeptTile& kept_tile() const {
     return reinterpret_cast<KeptTile*>(&this->drawn_tree() + 1)[warp_];
   }
 
-  __device__ __forceinline__ void weigh(int32_t node, uint32_t index) {
-    const uint32_t target_row = static_cast<uint32_t>(node), draft_row = this->law_row(node);
+  __device__ __forceinline__ void weigh(int32_t node, bool with_draft, uint32_t index) {
+    const uint32_t target_row = static_cast<uint32_t>(node);
+    const uint32_t draft_row = with_draft ? this->law_row(node) : target_row;
     RawTile<kType> target_tile, draft_tile;
     TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
     TileOfRow<kType>::load(draft_tile, row_data(draft_row), vocab_, index, args_.aligned);
@@ -80,12 +86,14 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
     const auto keep = [&](RawTile<kType>& raw, uint32_t row, float4(&to)[8][kWarpSize], auto of_draft) {
       const RowLaw& law = shared_.records[row].law;
       const float max = law.max, scale = law.scale, cut = law.cut;
+      // A law that was handed over may be another row's: see cpu/row_kernels.inl.
+      const float limit = args_.draft_records != nullptr ? max : infinity();
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter) {
         Eight x = next_quarter(raw);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          if (of_draft.value) x.x[j] = fminf(x.x[j], max);  // a law that was handed over may be another row's
+          if (of_draft.value) x.x[j] = fminf(x.x[j], limit);
           x.x[j] = weight_of_logit(x.x[j], max, scale, cut);
         }
         to[2 * quarter][lane_id()] = make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
@@ -96,7 +104,7 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
     keep(draft_tile, draft_row, kept.draft, std::true_type{});
   }
 
-  // The mass of a tile, to every block; returns what its sum in float32 says.
+  // Keeps the mass of a tile, and returns what its sum in float32 says.
   __device__ __forceinline__ uint64_t add_up(uint32_t index, float gain, int turn, int which) {
     const KeptTile& kept = kept_tile();
     PinnedSum sum;
@@ -118,17 +126,14 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
       sum.add(quarter, weights);
     }
     const uint64_t mass = sum_of_masses(lane_mass.total());
-    const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
-    if (static_cast<uint32_t>(lane_id()) < size_) {
-      DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-      there->masses[turn % 2][which][index] = mass;
-    }
-    return of_sum;
+    if (lane_id() == 0) shared_.draw.masses[turn % 2][which][index] = mass;
+    return mass_of_tile(sum.total(), 1.0f);
   }
 
-  int32_t held_ = kNoNode, behind_ = kNoNode;  // nodes whose tiles are kept: by the first warps, by the next
-  bool behind_first_ = true;                   // these had the first of the last nodes
-  uint32_t kept_ = ~0u;                        // by this warp
+  // Pairs whose tiles are kept by the first warps, and by the next; these had the first of the last two.
+  int32_t held_ = kNoNode, behind_ = kNoNode;
+  bool behind_first_ = true;
+  uint32_t kept_ = ~0u;  // by this warp
 };
 
 }  // namespace foretoken::cuda

@@ -22,8 +22,8 @@ struct SampleShared {
   RaceEntry warp_race[kWarps];
   RaceEntry race[kMaxCluster];
   WaveRow wave;
-  RowLaw law;      // what the first block tells the others ...
-  int32_t answer;  // ... and whether there is something to do for them
+  RowLaw law;         // what the first block tells the others ...
+  int32_t answer[2];  // ... and, in turn, whether there is something to do for them
 };
 
 struct SampleLaunch {
@@ -158,13 +158,16 @@ class RowSampler {
       of_block(&shared_, static_cast<uint32_t>(lane_id()))->law = law;
   }
 
-  // What the leading warp answers, known to the whole cluster.
+  // What the leading warp answers, known to the whole cluster. Others may still read what it told them
+  // before.
   __device__ bool tell(bool answer) {
+    const int turn = turn_;
+    turn_ ^= 1;
     if (leads() && static_cast<uint32_t>(lane_id()) < size_) {
-      of_block(&shared_, static_cast<uint32_t>(lane_id()))->answer = answer ? 1 : 0;
+      of_block(&shared_, static_cast<uint32_t>(lane_id()))->answer[turn] = answer ? 1 : 0;
     }
     cluster_sync();
-    return shared_.answer != 0;
+    return shared_.answer[turn] != 0;
   }
 
   RowTask task_;
@@ -173,6 +176,7 @@ class RowSampler {
   const uint32_t rank_, size_;
   int64_t tiles_;
   bool filtered_;
+  int turn_ = 0;
 };
 
 // One cluster a row.
