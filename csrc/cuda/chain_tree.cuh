@@ -316,6 +316,7 @@ class TreeVerifier : ChainDraw<kType, true> {
     if (!law.usable || greedy_) step.closing = law.top;
     const int64_t token = this->closing_token(step, 0, SeveralRemoved{tree_.removed, tree_.num_removed});
     if (rank_ == 0) write(tree_.depth, token, step.status, tree_.depth + 1);
+    cluster_wait();  // others may still read this block's memory
   }
 
   // `emitted`: the drafts that are kept and the closing token; 0: nothing is. By a block, a thread for each

@@ -122,17 +122,42 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     }
     cluster_sync();
     if (warp_ == 0) walk(-1);
-    int turn = 0;
+    __syncthreads();
+    go_to_end();
+  }
+
+  // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
+  __device__ __forceinline__ void go_to_end() {
+    ChainStep step = shared_.step;
+    SeveralRemoved removed{tree().removed, tree().num_removed};
+    int64_t token;
+    int turn = 0, summed = tree().turn;  // turns so far, and the one whose masses a step that closes has
+#pragma unroll 1
     while (true) {
-      __syncthreads();
-      const ChainStep step = shared_.step;
-      if (step.close) return close(step);
-      if (tree().sums) this->sum_residual(step, ++turn);
-      if (tree().reads) make_law(static_cast<uint32_t>(step.node));
-      if (tree().left_row >= 0) count_left();
-      cluster_sync();
-      if (warp_ == 0) walk(turn);
+      const bool sums = step.close ? this->wants_masses(step) : tree().sums;
+      if (sums) {
+        this->sum_residual(step, ++turn);
+        step.summed = true;
+        summed = turn;
+      }
+      if (!step.close) {
+        if (tree().reads) make_law(static_cast<uint32_t>(step.node));
+        if (tree().left_row >= 0) count_left();
+      }
+      if (sums || !step.close) cluster_sync();
+      if (!step.close) {
+        if (warp_ == 0) walk(turn);
+        __syncthreads();
+        step = shared_.step;
+        summed = tree().turn;
+        removed.count = tree().num_removed;
+      } else if (this->closes(step, summed, removed, token)) {
+        break;
+      }
     }
+    cluster_show_up();
+    if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
+    cluster_wait();  // others may still read this block's memory
   }
 
   __device__ __forceinline__ DrawnTree& tree() const { return this->drawn_tree(); }
@@ -219,12 +244,6 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     cluster_sync();  // what was left before has been looked at
     const uint32_t row = this->law_row(tree().left_row);
     count_what_is_left(tree(), {row_data(row), kType, vocab_}, shared_.records[row].law, left_stats());
-  }
-
-  __device__ __forceinline__ void close(const ChainStep& step) {
-    const SeveralRemoved removed{tree().removed, tree().num_removed};
-    const int64_t token = this->closing_token(step, tree().turn, removed);
-    if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
   }
 };
 

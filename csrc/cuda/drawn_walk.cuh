@@ -48,11 +48,7 @@ class DrawnWalk {
     for (int32_t which = 0; which < 2; ++which) {
       const int32_t node = which == 0 ? shared_.step.node : shared_.step.other;
       if (node < 0) return;
-      uint64_t mass = 0;
-      for (uint32_t i = lane_id(); i < cluster_size() * kWarps; i += kWarpSize) {
-        mass += shared_.draw.sums[turn % 2][which][i];
-      }
-      mass = sum_of_masses(mass);
+      const uint64_t mass = mass_of_turn(shared_.draw, turn, which);
       if (lane_id() != 0) continue;
       tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass, turn, which};
       tree_.turn = turn;

@@ -126,7 +126,10 @@ class ResidentLaws : ResidentGuess<kType> {
     const RowReading reading = RowReading::of_logits(filters.temperature);
     const bool drafted = !args_.samples && place.node < drafts;
     taken.token = drafted ? read_number(args_.draft_tokens, request, place.node) : -1;
-    taken.seed = args_.sampling.seed + slot;
+    if (args_.samples) {
+      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, request));
+      taken.bits = random_bits(args_.sampling.seed[slot], base, args_.purpose, args_.step);
+    }
     taken.filters = filters;
     taken.reading = reading;
     if (filters.min_p > 0.0f && reading.kind == LawKind::logits)
@@ -349,13 +352,11 @@ class ResidentLaws : ResidentGuess<kType> {
   // By all threads of the first block.
   __device__ __forceinline__ void finish_sample(const RowLaw& law, bool weighs) {
     int64_t token = law.top;
-    if (weighs) {
-      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, task().request));
-      token = draw(law, random_bits(*task().seed, base, args_.purpose, args_.step));
-    }
+    if (weighs) token = draw(law, task().bits);
     if (threadIdx.x != 0) return;
     float logprob = -infinity();
-    if (law.usable) logprob = weighs ? log_probability(law, token, element_at(task().row, token)) : 0.0f;
+    if (args_.logprobs != nullptr && law.usable)
+      logprob = weighs ? log_probability(law, token, shared_.of_drawn) : 0.0f;
     write_sample(task().request, law, token, law.usable ? 0 : kLawLost, logprob);
   }
 
@@ -398,10 +399,14 @@ class ResidentLaws : ResidentGuess<kType> {
     __syncthreads();
     const uint32_t at = static_cast<uint32_t>(shared_.tile) * kTile + threadIdx.x;
     const uint64_t in_tile = shared_.left;
+    const float x = at < vocab_ ? element_at(task().row, at) : -infinity();
     mass = 0;
-    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(task().row, at), law.max, law.scale, law.cut));
+    if (at < vocab_) mass = mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
     const uint64_t begin = sum_up_to_thread(mass).before;
-    if (in_tile >= begin && in_tile - begin < mass) shared_.drawn = static_cast<int32_t>(at);
+    if (in_tile >= begin && in_tile - begin < mass) {
+      shared_.drawn = static_cast<int32_t>(at);
+      shared_.of_drawn = x;
+    }
     __syncthreads();
     return shared_.drawn;
   }

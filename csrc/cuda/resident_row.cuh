@@ -31,7 +31,7 @@ struct ResidentTask {
   bool wanted;       // somebody asks for it
   int64_t request, number;
   int64_t token;  // that was drafted, or -1
-  const uint64_t* seed;
+  uint64_t bits;  // to draw with
 };
 
 // Fixed part of a block's shared memory.
@@ -52,6 +52,7 @@ struct ResidentShared {
   float window;
   int32_t tile;
   int32_t drawn;
+  float of_drawn;
   uint64_t left;
 };
 
