@@ -239,13 +239,11 @@ __global__ void __launch_bounds__(kLanes* kRowsPerBlock)
     commit_and_end_kernel(const __grid_constant__ CommitArgs args, const __grid_constant__ LoopGraphArgs loop,
                           MappedWords mapped, LoopHandles handles) {
   __shared__ HostWords words;
-  // Nothing of these is the work of the kernels before in this round.
-  fetch(mapped, words);
-  const RoundNumbers numbers = numbers_of(loop);
+  fetch(mapped, words);  // of the host, so the kernel before has nothing to do with it
   take_turn();
   commit_rows(args);
   if (comes_last(static_cast<int32_t*>(loop.progress.data) + kLoopArrived)) {
-    end_round(loop, mapped, handles, words, numbers);
+    end_round(loop, mapped, handles, words);
   }
 }
 

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kEndThreads)
     loop_end_kernel(const __grid_constant__ LoopGraphArgs args, MappedWords mapped, LoopHandles handles) {
   __shared__ HostWords words;
   fetch(mapped, words);
-  end_round(args, mapped, handles, words, numbers_of(args));
+  end_round(args, mapped, handles, words);
 }
 
 }  // namespace foretoken::cuda

@@ -110,30 +110,12 @@ __device__ inline void fetch(MappedWords mapped, HostWords& words) {
   }
 }
 
-// What is settled before a round begins.
-struct RoundNumbers {
-  int64_t round, most, least_live;
-  uint32_t written;
-  int32_t tier;
-};
-
-__device__ inline RoundNumbers numbers_of(const LoopGraphArgs& args) {
-  RoundNumbers numbers{};
-  numbers.round = read_index(args.progress, kLoopRounds);
-  numbers.most = read_index(args.limits, kMostRounds);
-  numbers.least_live = read_index(args.limits, kLeastLive);
-  numbers.written = static_cast<uint32_t>(read_index(args.progress, kLoopWritten));
-  numbers.tier = args.tier_count > 1 ? static_cast<int32_t>(read_index(args.progress, kLoopTier)) : 0;
-  return numbers;
-}
-
-__device__ inline LoopEnd end_of(const LoopGraphArgs& args, const HostWords& words,
-                                 const RoundNumbers& numbers, int64_t live) {
+__device__ inline LoopEnd end_of(const LoopGraphArgs& args, const HostWords& words, int64_t live,
+                                 int64_t rounds, uint32_t written) {
   if (live == 0) return LoopEnd::finished;
-  if (live < numbers.least_live) return LoopEnd::vacant;
-  if (numbers.round + 1 >= numbers.most) return LoopEnd::limit;
+  if (live < read_index(args.limits, kLeastLive)) return LoopEnd::vacant;
+  if (rounds >= read_index(args.limits, kMostRounds)) return LoopEnd::limit;
   if (words.cancelled) return LoopEnd::cancelled;
-  const uint32_t written = numbers.written + 1;
   const bool full = args.ring != nullptr && written - words.taken >= static_cast<uint64_t>(args.ring_rounds);
   return full ? LoopEnd::full : LoopEnd::none;
 }
@@ -141,26 +123,29 @@ __device__ inline LoopEnd end_of(const LoopGraphArgs& args, const HostWords& wor
 // Behind each round: keeps its record, tells whether there is another, and of which tier. `words`, in shared
 // memory, are known to all once they meet.
 __device__ inline void end_round(const LoopGraphArgs& args, MappedWords mapped, LoopHandles handles,
-                                 const HostWords& words, const RoundNumbers& numbers) {
+                                 const HostWords& words) {
   const bool has_ring = mapped.ring != nullptr;
-  const TensorView& record = args.tiers[numbers.tier].record;
+  const int64_t round = read_index(args.progress, kLoopRounds);
+  const int32_t tier = args.tier_count > 1 ? static_cast<int32_t>(read_index(args.progress, kLoopTier)) : 0;
+  const uint32_t written = static_cast<uint32_t>(read_index(args.progress, kLoopWritten));
+  const TensorView& record = args.tiers[tier].record;
   if (record) {
-    int32_t* const entry = entry_of(args, const_cast<int32_t*>(mapped.ring), numbers.round, numbers.written);
-    if (entry != nullptr) write_entry(args, record, numbers.tier, entry);
+    int32_t* const entry = entry_of(args, const_cast<int32_t*>(mapped.ring), round, written);
+    if (entry != nullptr) write_entry(args, record, tier, entry);
     if (args.tier_count > 1) note_acceptance(args, record);
   }
   if (has_ring) __threadfence_system();  // each thread's part of the entry is there before it is announced
   const int64_t live = live_rows(args);
-  __syncthreads();  // the host's words are there
+  __syncthreads();  // every thread has read what the first is going to write, which knows the host's words
   if (threadIdx.x == 0) {
-    const LoopEnd end = end_of(args, words, numbers, live);
+    const LoopEnd end = end_of(args, words, live, round + 1, written + 1);
     if (has_ring) {
       __threadfence_system();
-      mapped.ring[kRingWritten] = static_cast<int32_t>(numbers.written + 1);
+      mapped.ring[kRingWritten] = static_cast<int32_t>(written + 1);
     }
-    write_index(args.progress, numbers.round + 1, kLoopRounds);
+    write_index(args.progress, round + 1, kLoopRounds);
     write_index(args.progress, static_cast<int32_t>(end), kLoopEnd);
-    write_index(args.progress, static_cast<int32_t>(numbers.written + 1), kLoopWritten);
+    write_index(args.progress, static_cast<int32_t>(written + 1), kLoopWritten);
     cudaGraphSetConditional(handles.again, end == LoopEnd::none ? 1u : 0u);
   }
   if (args.tier_count > 1) choose_tier(args, handles);
