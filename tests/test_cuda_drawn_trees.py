@@ -89,6 +89,15 @@ class Drawn:
         points = places < 0
         self.tokens[points, node - 1] = likeliest[points]
 
+    def records(self) -> torch.Tensor:
+        """Of the laws, as whoever draws from them hands them on."""
+        records = torch.full((*self.laws.shape[:2], 4), -7)
+        for row in range(self.laws.shape[1]):
+            ft.ops.sample(
+                self.laws[:, row].clone(), sampling=self.table, base=self.base, records=records[:, row]
+            )
+        return records
+
     @property
     def depth(self) -> int:
         longest = 0
@@ -184,6 +193,42 @@ def test_statistics_that_were_given(mirror: Mirror):
     for rule in RULES:
         verdict = ft.ops.verify(**trees.call(rule=rule, target_stats=stats))
         assert verdict.status.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("drawn", "filters"), [*(("iid", name) for name in (*FILTERS, "top_p")), ("without_replacement", "none")]
+)
+def test_laws_that_were_handed_over(mirror: Mirror, drawn: str, filters: str):
+    """Sound records, also beside statistics of the target's tiles; then one with half its mass, one of
+    another row, whose largest element is less, one of a point law, and one that is none.
+    """
+    for seed, (batch, nodes, vocab) in enumerate(SIZES[1:4]):
+        dtype = (torch.bfloat16, torch.float32, torch.float16)[seed % 3]
+        law = filters if filters in FILTERS else "none"
+        trees = Drawn(seed, "wide", batch, nodes, vocab, dtype, law, points=0.3 * (seed % 2), drawn=drawn)
+        records = trees.records()
+        # Thresholds of laws that were handed over are nobody's business.
+        drafter = ft.Sampling(top_p=0.9) if filters == "top_p" else None
+        for rule in RULES:
+            call = trees.call(rule=rule, draft_records=records, draft_sampling=drafter)
+            verdict = ft.ops.verify(**call)
+            assert verdict.status.eq(0).all()
+        stats = ft.ops.tile_stats(trees.target, sampling=trees.table)
+        ft.ops.verify(**trees.call(rule="traversal", draft_records=records, target_stats=stats))
+        place = [max(int(trees.rows[b, 0]), 0) for b in range(batch)]
+        for b in range(batch):
+            record = records[b, place[b]]
+            if b % 4 == 0:
+                record[2] //= 2
+            elif b % 4 == 1:
+                record[:] = records[b - 1, place[b - 1]]
+                record[0] -= 1 << 52  # of the largest element's exponent
+            elif b % 4 == 2:
+                record[:] = torch.tensor([1 << 8, 0, 0, int(trees.tokens[b, 0])])
+            else:
+                record[0] = 0
+        for rule in RULES:
+            ft.ops.verify(**trees.call(rule=rule, draft_records=records))
 
 
 DAMAGE: dict[str, Callable[[Drawn], None]] = {

@@ -119,12 +119,20 @@ def test_rows_that_do_not_fit():
         assert_rows_equal(logits, table_of(2, ft.Sampling(seed=5, **FILTERS[filters])))
 
 
-def assert_chains_equal(target: Tensor, draft: Tensor | None, table: Any, **more: Any) -> None:
+def assert_chains_equal(
+    target: Tensor, draft: Tensor | None, table: Any, *, hands_over: bool = False, **more: Any
+) -> None:
+    """`hands_over`: the laws that drafts were drawn from come with them."""
     size, drafts = len(target), target.shape[1] - 1
     more |= {"base": 1 + 7 * torch.arange(size), "slots": torch.arange(size, dtype=torch.int32)}
     source = target if draft is None else draft
     rows = {"sampling": table, "base": more["base"], "slots": more["slots"], "purpose": "draft"}
-    tokens = torch.stack([ft.ops.sample(source[:, i], step=i, **rows) for i in range(drafts)], 1)
+    records = torch.zeros(size, drafts, 4, dtype=torch.int64)
+    tokens = torch.stack(
+        [ft.ops.sample(source[:, i], step=i, records=records[:, i], **rows) for i in range(drafts)], 1
+    )
+    if hands_over:
+        more["draft_records"] = records
     wanted = ft.ops.verify(target, tokens, draft_logits=draft, sampling=table, **more)
     more = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in more.items()}
     laws = None if draft is None else draft.cuda()
@@ -145,6 +153,32 @@ def test_chains(filters: str, rule: str, dtype: torch.dtype):
     counts = torch.tensor([3, 3, 2, 0, 1, -1, 3, 3, 3, 7, 3, 3, 2, 3], dtype=torch.int32)
     assert_chains_equal(target.to(dtype), draft, table, rule=rule, num_drafts=counts)
     assert_chains_equal(target.to(dtype), None, table, rule=rule)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chains_whose_laws_come_along(rule: str, dtype: torch.dtype):
+    torch.manual_seed(6)
+    rows = rows_of_every_kind(20_000)
+    target = torch.stack([rows, rows.roll(1, 0), 3 * torch.randn_like(rows)], 1)
+    draft = (target[:, :2] + 0.5 * torch.randn(14, 2, 20_000)).to(dtype)
+    table = table_of(14, ft.Sampling(seed=3, temperature=[1.0, 0.8] * 6 + [0.0] * 2, top_p=[0.9, 0.6] * 7))
+    counts = torch.tensor([2, 2, 1, 0, 1, -1, 2, 2, 2, 7, 2, 2, 1, 2], dtype=torch.int32)
+    for more in ({}, {"num_drafts": counts}):
+        assert_chains_equal(target.to(dtype), draft, table, rule=rule, hands_over=True, **more)
+
+
+@pytest.mark.parametrize("size", [70, 200])
+def test_more_rows_than_fit(size: int):
+    """Each cluster takes several, some of which nobody asks for."""
+    torch.manual_seed(size)
+    target = (3.0 * torch.randn(size, 3, 30_000)).to(torch.bfloat16)
+    target[::5, 1] = 1.5
+    draft = (target[:, :2] + 0.5 * torch.randn(size, 2, 30_000)).to(torch.bfloat16)
+    table = table_of(size, ft.Sampling(seed=5, top_p=[(0.9, 0.5, 1.0, 0.99)[i % 4] for i in range(size)]))
+    counts = (torch.arange(size) % 4 - 1).to(torch.int32)
+    assert_chains_equal(target, draft, table, rule="token")
+    assert_chains_equal(target, draft, table, rule="block", num_drafts=counts)
 
 
 def test_rows_without_a_filter_beside_filtered_ones():

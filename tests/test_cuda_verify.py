@@ -118,8 +118,8 @@ def test_layouts(mirror: Mirror, row: Large, layout: int):
 @pytest.mark.parametrize("filters", ["none", "top_p", "mixed", "greedy"])
 @pytest.mark.parametrize("rule", ["auto", "rrs", "traversal", "target_only"])
 def test_laws_handed_over_by_who_drew(mirror: Mirror, rule: str, filters: str):
-    """Sound records; then one that is none, one with the mass of another row, and one of a point law between
-    laws of logits; then beside statistics of the target's tiles.
+    """Sound records; then one that is none, one with another mass, one of a point law between laws of logits,
+    and one of another row; then beside statistics of the target's tiles.
     """
     for dtype, vocab in (("float32", 1000), ("bfloat16", 32_000), ("float16", 128_256)):
         row = dataclasses.replace(
@@ -132,6 +132,7 @@ def test_laws_handed_over_by_who_drew(mirror: Mirror, rule: str, filters: str):
         records[0, 2] = 0
         records[1, 1, 2] //= 2
         records[2, 1] = torch.tensor([1 << 8, 0, 0, int(tokens[2, 1])])
+        records[3, 2] = records[4, 1].clone()
         ft.ops.verify(**arguments)
         given = {name: arguments[name] for name in ("sampling", "slots") if name in arguments}
         stats = ft.ops.tile_stats(arguments["target_logits"], **given)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import foretoken as ft
+import hf_toys
 from foretoken import ops
 from foretoken.drafters import Proposal
 from foretoken.sampling import Sampling
@@ -74,6 +76,20 @@ def test_greedy_rounds_have_none(ahead, watched: Watched, side: int) -> None:
     without, with_them = watched.both(lambda: told(*pair(ahead, "model", num_drafts=3)[side], wanted))
     assert with_them == without
     assert watched.rows == 0
+
+
+def test_generated_texts_do_not_depend_on_records(watched: Watched) -> None:
+    target, draft = hf_toys.llama(), hf_toys.disturbed(hf_toys.llama(), 0.05)
+    ids = hf_toys.prompts(2, 6)
+    options: dict[str, Any] = {"drafter": draft, "max_new_tokens": 20}
+
+    def run() -> Texts:
+        found: Texts = ft.generate(target, ids, sampling=Sampling(seed=4, top_p=0.9), **options).tolist()
+        return found
+
+    without, with_them = watched.both(run)
+    assert watched.rows > 5
+    assert with_them == without
 
 
 def test_records_follow_their_rows() -> None:

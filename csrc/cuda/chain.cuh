@@ -17,6 +17,7 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
   __device__ __forceinline__ void run() {
+    cluster_show_up();
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
     const bool given = args_.given != nullptr;
@@ -28,22 +29,24 @@ class ChainVerifier : ChainDraw<kType, false> {
                                   tiles_);
     RawTile<kType> raw;
     if (!scouts && !args_.prepared && tiles.any()) this->load(tiles.row(), tiles.index(), raw);
-    if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
     const bool filtered = !args_.prepared && this->any_filter();
+    ChainNode node{};
     if (scouts) {
-      this->look_ahead();
+      node = this->look_ahead();
     } else if (!filtered && !args_.prepared) {
       this->stream(raw, tiles);
     }
+    cluster_wait();  // nobody's memory is written before everybody runs
+    if (scouts) hand_out(node);
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) {
-      node_ = *of_block(&shared_.nodes[lane_id()], 0);
+      node_ = shared_.nodes[lane_id()];
       if (dense_ && args_.draft_records != nullptr) take_records();
     }
     if (args_.prepared || (filtered && args_.clusters > 1)) {
@@ -51,17 +54,14 @@ class ChainVerifier : ChainDraw<kType, false> {
     } else if (!filtered) {
       this->make_laws();
     }
-    cluster_sync();
-    if (warp_ == 0) begin();
-    int turn = 0;
-    while (true) {
-      __syncthreads();
-      const ChainStep step = shared_.step;
-      if (step.close) return close(step, turn);
-      this->sum_residual(step, ++turn);
+    if (this->tells_laws() || filtered) {
       cluster_sync();
-      if (warp_ == 0) go_on(turn);
+    } else {
+      __syncthreads();
     }
+    if (warp_ == 0) begin();
+    __syncthreads();
+    go_to_end();
   }
 
  private:
@@ -90,6 +90,39 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ bool walks_up() const {
     return !greedy_ && drafts_ > 0 &&
            (args_.rule == Rule::traversal || (args_.rule == Rule::automatic && dense_));
+  }
+
+  // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
+  __device__ __forceinline__ void go_to_end() {
+    ChainStep step = shared_.step;
+    OneRemoved removed{step.removed, step.removed_mass};
+    int64_t token;
+    int turn = 0;
+#pragma unroll 1
+    while (true) {
+      if (this->wants_masses(step)) {
+        this->sum_residual(step, ++turn);
+        cluster_sync();
+        step.summed = true;
+      }
+      if (!step.close) {
+        if (warp_ == 0) go_on(turn);
+        __syncthreads();
+        step = shared_.step;
+        removed = {step.removed, step.removed_mass};
+      } else if (this->closes(step, turn, removed, token)) {
+        break;
+      }
+    }
+    cluster_show_up();
+    if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
+    cluster_wait();  // others may still read this block's memory
+  }
+
+  // What is known of the nodes, to every block. By one warp.
+  __device__ __forceinline__ void hand_out(const ChainNode& node) const {
+#pragma unroll 1
+    for (uint32_t block = 0; block < size_; ++block) *of_block(&shared_.nodes[lane_id()], block) = node;
   }
 
   // The laws that drafts were drawn from, from whoever drew. By the first warp of each block.
@@ -217,11 +250,7 @@ class ChainVerifier : ChainDraw<kType, false> {
 #pragma unroll 1
     for (int32_t which = 0; which < count; ++which) {
       const int32_t at = last_candidate(candidates_);
-      uint64_t mass = 0;
-      for (uint32_t i = lane_id(); i < size_ * kWarps; i += kWarpSize) {
-        mass += shared_.draw.sums[turn % 2][which][i];
-      }
-      mass = sum_of_masses(mass);
+      const uint64_t mass = mass_of_turn(shared_.draw, turn, which);
       if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
         return close_at_candidate(true, which);
       }
@@ -252,12 +281,6 @@ class ChainVerifier : ChainDraw<kType, false> {
       step.removed_mass = removed_mass(last);
     }
     then(step);
-  }
-
-  __device__ __forceinline__ void close(const ChainStep& step, int turn) {
-    const int64_t token = this->closing_token(step, turn, OneRemoved{step.removed, step.removed_mass});
-    if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
-    if (args_.stats == nullptr) cluster_sync();  // the others may still read the first block's memory
   }
 
   // `emitted`: the drafts that are kept and the closing token; 0: nothing is. By a block, a warp for each

@@ -68,33 +68,47 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   __device__ __forceinline__ ChainDraw(const ChainArgs& args, ChainShared& shared) : Laws(args, shared) {}
 
   // The token of a step that closes. Every block draws for itself, so that all know whether the row has to be
-  // read once more.
+  // read once more. The caller waits for the cluster before it leaves: others may still read its memory.
   template <class Removed>
   __device__ __forceinline__ int64_t closing_token(ChainStep step, int turn, Removed removed) {
-    int64_t token = step.closing;
-    bool exact = step.gain >= 0.0, whole = false;
-#pragma unroll 1
-    while (token < 0) {
-      if (exact && !step.summed) {
-        step.other = -1;
-        step.which = 0;
+    int64_t token;
+    do {
+      if (wants_masses(step)) {
         sum_residual(step, ++turn);
         cluster_sync();
         step.summed = true;
       }
-      token = draw(step, turn, exact, removed);
-      if (token == kUndecided && !exact) {
-        exact = true;
-      } else if (token < 0 && whole) {  // statistics of another row were given: any token will do
-        return 0;
-      } else if (token < 0) {  // both laws agree to the last bit: what is left to draw from is the target
-        step.gain = -1.0;
-        whole = true;
-        removed.clear();
-        step.summed = false;
-      }
-    }
+    } while (!closes(step, turn, removed, token));
+    cluster_show_up();
     return token;
+  }
+
+  static __device__ __forceinline__ bool wants_masses(const ChainStep& step) {
+    return !step.summed && (!step.close || (step.closing < 0 && (step.exact || step.gain >= 0.0)));
+  }
+
+  // Whether a step that closes has its token; else the masses are wanted of what is in the step now.
+  template <class Removed>
+  __device__ __forceinline__ bool closes(ChainStep& step, int turn, Removed& removed, int64_t& token) {
+    token = step.closing;
+    if (token >= 0) return true;
+    step.exact = step.exact || step.gain >= 0.0;
+    token = draw(step, turn, step.exact, removed);
+    if (token >= 0) return true;
+    if (!step.exact) {
+      step.exact = true;
+    } else if (step.whole) {  // statistics of another row were given: any token will do
+      token = 0;
+      return true;
+    } else {  // both laws agree to the last bit: what is left to draw from is the target
+      step.gain = -1.0;
+      step.whole = true;
+      removed.clear();
+    }
+    step.summed = false;
+    step.other = -1;
+    step.which = 0;
+    return false;
   }
 
   __device__ __forceinline__ float gain_of(double gain, int32_t node) const {
@@ -102,63 +116,157 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
                            shared_.records[this->law_row(node)].law.mass);
   }
 
-  // The masses of the tiles of [target - gain * draft]+, to every block; without a draft's row, of the
-  // target. Of one node, or of two.
+  // Of one residual, or of two that are added up together.
+  struct Sides {
+    const void *target, *draft;
+    float gain, target_max, target_scale, target_cut, draft_max, draft_scale, draft_cut;
+  };
+  __device__ __forceinline__ Sides sides_of(const ChainStep& step, bool second) const {
+    const int32_t node = second ? step.other : step.node;
+    const double gain = second ? step.other_gain : step.gain;
+    const bool with_draft = !kTree && gain >= 0.0;
+    const uint32_t row = static_cast<uint32_t>(node), other = with_draft ? this->law_row(node) : row;
+    const RowLaw &target = shared_.records[row].law, &draft = shared_.records[other].law;
+    return {row_data(row), row_data(other), with_draft ? gain_of(gain, node) : 0.0f,
+            target.max,    target.scale,    target.cut,
+            draft.max,     draft.scale,     draft.cut};
+  }
+
+  // What is left of a quarter, in place.
+  __device__ __forceinline__ void take_away(Eight& weights, Eight& other, const Sides& sides) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      weights.x[j] = weight_of_logit(weights.x[j], sides.target_max, sides.target_scale, sides.target_cut);
+    if constexpr (!kTree) {
+      if (args_.draft_records != nullptr) {  // of a law that is not this row's: see cpu/row_kernels.inl
+#pragma unroll
+        for (int j = 0; j < 8; ++j) other.x[j] = fminf(other.x[j], sides.draft_max);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        weights.x[j] = residual_weight(
+            weights.x[j], weight_of_logit(other.x[j], sides.draft_max, sides.draft_scale, sides.draft_cut),
+            sides.gain);
+      }
+    }
+  }
+
+  // Where the mass of a tile is, and that of the same tile of the other residual: tiles that can be read 16
+  // bytes at a time are dealt out to all warps of the cluster, and then the others, the last warp first.
+  __device__ __forceinline__ uint32_t whole_tiles() const { return args_.aligned ? vocab_ / kTile : 0; }
+  __device__ __forceinline__ uint32_t owner_of(uint32_t index, bool second) const {
+    const uint32_t whole = whole_tiles();
+    if (kDrawn && args_.keeps) return index % size_;  // see DrawnSums
+    if (index < whole) return (index + (second ? whole : 0)) % size_;
+    return size_ - 1 - (index - whole + (second ? tiles_ - whole : 0)) % size_;
+  }
+  __device__ __forceinline__ uint64_t mass_at(int turn, int32_t which, uint32_t index) const {
+    return of_block(&shared_.draw, owner_of(index, which != 0))->masses[turn % 2][which][index];
+  }
+
+  // The masses of the tiles of [target - gain * draft]+; without a draft's row, of the target. Of one node,
+  // or of two. They stay with the block that added them up: to tell them to all takes longer than all take to
+  // look.
   __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
-    const bool with_draft = !kTree && step.gain >= 0.0, two = !kTree && step.other >= 0;
-    const float first_gain = with_draft ? gain_of(step.gain, step.node) : 0.0f;
-    const float other_gain = two ? gain_of(step.other_gain, step.other) : 0.0f;
-    uint64_t of_warp = 0, of_other = 0;
+    const uint32_t count = !kTree && step.other >= 0 ? 2 : 1;
+    uint64_t sums[2] = {0, 0};
+    sum_whole_tiles(step, turn, count, sums);
+    sum_other_tiles(step, turn, count, sums);
+    if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? sums[0] : sums[1];
+  }
+
+  __device__ __forceinline__ void keep(const ChainStep& step, int turn, bool second, uint32_t index,
+                                       const LaneMass& lane_mass, const PinnedSum& sum, uint64_t (&sums)[2]) {
+    const uint64_t mass = sum_of_masses(lane_mass.total());
+    if (lane_id() == 0) shared_.draw.masses[turn % 2][second ? 1 : 0][index] = mass;
+    if (step.close) return;  // a token is drawn from the masses alone
+    const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
+    (second ? sums[1] : sums[0]) += of_sum;
+  }
+
+  // While a tile is summed the next one is on its way, into the registers that it leaves free.
+  __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
+                                                  uint64_t (&sums)[2]) {
+    constexpr int kLoads = RawTile<kType>::kLoads;
+    const uint32_t whole = whole_tiles(), items = count * whole, workers = size_ * kWarps;
+    uint32_t item = warp_ * size_ + rank_;
+    if (item >= items) return;
+    const auto load = [](const void* row, uint32_t index, int quarter, uint4* words) {
+      constexpr int kBytes = RawTile<kType>::kBytes;
+      const char* const base =
+          static_cast<const char*>(row) +
+          (static_cast<uint64_t>(index) * kTile + static_cast<uint32_t>(quarter * 256 + lane_id() * 8)) *
+              kBytes;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(base) + i);
+    };
+    const auto unpack = [](const uint4* words) {
+      Eight eight;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) unpack_words<kType>(words[i], eight.x + i * (8 / kLoads));
+      return eight;
+    };
+    bool second = item >= whole;
+    Sides sides = sides_of(step, second);
+    uint4 of_target[4][kLoads], of_draft[4][kLoads];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      load(sides.target, second ? item - whole : item, q, of_target[q]);
+      if constexpr (!kTree) load(sides.draft, second ? item - whole : item, q, of_draft[q]);
+    }
 #pragma unroll 1
-    for (uint32_t item = warp_ * size_ + rank_; item < (two ? 2 : 1) * tiles_; item += size_ * kWarps) {
-      const bool second = two && item >= tiles_;
-      const uint32_t index = second ? item - tiles_ : item;
-      const int32_t node = second ? step.other : step.node;
-      const uint32_t target_row = static_cast<uint32_t>(node),
-                     other_row = with_draft ? this->law_row(node) : target_row;
-      RawTile<kType> target_tile, draft_tile;
-      TileOfRow<kType>::load(target_tile, row_data(target_row), vocab_, index, args_.aligned);
-      if constexpr (!kTree)
-        TileOfRow<kType>::load(draft_tile, row_data(other_row), vocab_, index, args_.aligned);
-      const float gain = second ? other_gain : first_gain;
-      const RowLaw& target = shared_.records[target_row].law;
-      const RowLaw& draft = shared_.records[other_row].law;
-      const float target_max = target.max, target_scale = target.scale, target_cut = target.cut;
-      const float draft_max = draft.max, draft_scale = draft.scale, draft_cut = draft.cut;
+    while (true) {
+      const uint32_t next = item + workers;
+      const bool more = next < items, next_second = more && next >= whole;
+      const Sides coming = next_second != second ? sides_of(step, true) : sides;
+      const uint32_t next_index = next_second ? next - whole : next;
       PinnedSum sum;
       LaneMass lane_mass;
-#pragma unroll 2
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        Eight weights = next_quarter(target_tile);
-        if constexpr (kTree) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j)
-            weights.x[j] = weight_of_logit(weights.x[j], target_max, target_scale, target_cut);
-        } else {
-          const Eight other = next_quarter(draft_tile);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            weights.x[j] =
-                residual_weight(weight_of_logit(weights.x[j], target_max, target_scale, target_cut),
-                                weight_of_logit(other.x[j], draft_max, draft_scale, draft_cut), gain);
-          }
+      for (int q = 0; q < 4; ++q) {
+        Eight weights = unpack(of_target[q]), other{};
+        if (more) load(coming.target, next_index, q, of_target[q]);
+        if constexpr (!kTree) {
+          other = unpack(of_draft[q]);
+          if (more) load(coming.draft, next_index, q, of_draft[q]);
         }
+        take_away(weights, other, sides);
 #pragma unroll
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
-        sum.add(quarter, weights);
+        sum.add(q, weights);
       }
-      const uint64_t mass = sum_of_masses(lane_mass.total());
-      const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
-      if (static_cast<uint32_t>(lane_id()) < size_) {
-        DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-        there->masses[turn % 2][second ? 1 : 0][index] = mass;
-      }
-      (second ? of_other : of_warp) += of_sum;
+      keep(step, turn, second, second ? item - whole : item, lane_mass, sum, sums);
+      if (!more) return;
+      item = next;
+      second = next_second;
+      sides = coming;
     }
-    if (static_cast<uint32_t>(lane_id()) >= size_) return;
-    DrawScratch* there = of_block(&shared_.draw, static_cast<uint32_t>(lane_id()));
-    there->sums[turn % 2][0][warp_ * size_ + rank_] = of_warp;
-    there->sums[turn % 2][1][warp_ * size_ + rank_] = of_other;
+  }
+
+  // Tiles that are cut by the end of a row, or lie across 16 bytes.
+  __device__ __forceinline__ void sum_other_tiles(const ChainStep& step, int turn, uint32_t count,
+                                                  uint64_t (&sums)[2]) {
+    const uint32_t whole = whole_tiles(), of_row = tiles_ - whole, workers = size_ * kWarps;
+#pragma unroll 1
+    for (uint32_t item = workers - 1 - (warp_ * size_ + rank_); item < count * of_row; item += workers) {
+      const bool second = item >= of_row;
+      const uint32_t index = whole + (second ? item - of_row : item);
+      const Sides sides = sides_of(step, second);
+      TileReader<false> target({sides.target, kType, vocab_}, index, false);
+      TileReader<false> draft({sides.draft, kType, vocab_}, index, false);
+      PinnedSum sum;
+      LaneMass lane_mass;
+#pragma unroll 1
+      for (int q = 0; q < 4; ++q) {
+        Eight weights = target.next(), other{};
+        if constexpr (!kTree) other = draft.next();
+        take_away(weights, other, sides);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
+        sum.add(q, weights);
+      }
+      keep(step, turn, second, index, lane_mass, sum, sums);
+    }
   }
 
   struct Running {
@@ -196,7 +304,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       mass[i] = 0;
       if (index >= tiles_) continue;
       if (exact) {
-        mass[i] = shared_.draw.masses[turn % 2][step.which][index];
+        mass[i] = mass_at(turn, step.which, index);
       } else {
         const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
         mass[i] = mass_of_stats({found.x, found.y}, law);
@@ -244,9 +352,9 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
                                      target.cut);
       if (!kTree && step.gain >= 0.0) {
         const RowLaw& draft = shared_.records[this->law_row(step.node)].law;
-        weight = residual_weight(
-            weight, weight_of_logit(element(this->law_row(step.node), at), draft.max, draft.scale, draft.cut),
-            gain_of(step.gain, step.node));
+        const float logit = fminf(element(this->law_row(step.node), at), draft.max);
+        weight = residual_weight(weight, weight_of_logit(logit, draft.max, draft.scale, draft.cut),
+                                 gain_of(step.gain, step.node));
       }
       if (!removed.holds(at)) mass[i] = mass_of(weight);
     }

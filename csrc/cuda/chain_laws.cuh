@@ -50,11 +50,23 @@ class ChainLaws : protected ChainRows<kType, kTree, kDrawn> {
     return this->is_filtered(0) || (this->reads_laws() && this->is_filtered(1));
   }
 
-  // Without filters: the rows are dealt out to the warps of all blocks.
+  // Whether laws of rows without filters are dealt out to the blocks. A block that has a warp for each row
+  // makes them all for itself, and waits for nobody.
+  __device__ __forceinline__ bool tells_laws() const { return kDrawn || rows() > kWarps; }
+
+  // Without filters.
   __device__ __forceinline__ void make_laws() {
+    const bool tells = tells_laws();
+    const uint32_t first = tells ? warp_ * size_ + rank_ : warp_, step = tells ? size_ * kWarps : kWarps;
 #pragma unroll 1
-    for (uint32_t row = warp_ * size_ + rank_; row < rows(); row += size_ * kWarps) {
-      if (is_wanted(row)) this->publish(row, this->law_of(row), this->node_of(row));
+    for (uint32_t row = first; row < rows(); row += step) {
+      if (!is_wanted(row)) continue;
+      const RowLaw law = this->law_of(row);
+      if (tells) {
+        this->publish(row, law, this->node_of(row));
+      } else if (lane_id() == 0) {
+        shared_.records[row] = this->record_of(row, law, this->node_of(row));
+      }
     }
   }
 

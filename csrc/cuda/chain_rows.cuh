@@ -242,7 +242,7 @@ class ChainRows {
   }
 
   // What can be known of the nodes before any law is. By one warp, a lane for each node.
-  __device__ __forceinline__ void look_ahead() {
+  __device__ __forceinline__ ChainNode look_ahead() const {
     const int32_t node = lane_id();
     ChainNode found{};
     found.token = -1;
@@ -258,7 +258,7 @@ class ChainRows {
     found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
     found.closing_bits = args_.samples ? random_bits(seed, base, args_.purpose, args_.step)
                                        : random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
-    shared_.nodes[node] = found;
+    return found;
   }
 
   // Whether this cluster is the one that goes on: all others of the request have read their share.
@@ -280,8 +280,7 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_))
-      return *of_block(&shared_.nodes[node], 0);
+    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_)) return shared_.nodes[node];
     ChainNode none{};
     none.token = -1;
     return none;
@@ -357,15 +356,21 @@ class ChainRows {
            (place == ~0u ? 0 : place);  // none: statistics of another row
   }
 
-  // The law of a row, and what it says of the drafted token, to every block. By one warp.
-  __device__ __forceinline__ ChainRecord publish(uint32_t row, const RowLaw& law, const ChainNode& node) {
+  // The law of a row, and what it says of the drafted token.
+  __device__ __forceinline__ ChainRecord record_of(uint32_t row, const RowLaw& law,
+                                                   const ChainNode& node) const {
     double prob = 0.0;
     if (node.token >= 0 && law.usable) {
       prob = law.kind == LawKind::point
                  ? (node.token == law.top ? 1.0 : 0.0)
                  : probability_in(law, of_target(row) ? node.of_target : node.of_draft);
     }
-    const ChainRecord record{law, prob};
+    return {law, prob};
+  }
+
+  // To every block. By one warp.
+  __device__ __forceinline__ ChainRecord publish(uint32_t row, const RowLaw& law, const ChainNode& node) {
+    const ChainRecord record = record_of(row, law, node);
     if (static_cast<uint32_t>(lane_id()) < size_)
       *of_block(&shared_.records[row], static_cast<uint32_t>(lane_id())) = record;
     return record;

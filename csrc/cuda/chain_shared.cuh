@@ -37,15 +37,25 @@ struct ChainStep {
   // Of the mass of a residual: the one that will be wanted next if this one is not enough; -1: none.
   int32_t other = -1;
   double other_gain = 0.0;
-  int32_t which = 0;  // of those two that was summed
+  int32_t which = 0;   // of those two that was summed
+  bool exact = false;  // without a draft's row: the masses are wanted, as the row's statistics do not decide
+  bool whole = false;  // the residual had no mass
 };
 
-// Two buffers in turns: whoever is late may still read the one before.
+// Of what this block has added up. Two buffers in turns: whoever is late may still read the one before.
 struct DrawScratch {
-  uint64_t masses[2][2][kMaxTiles];           // of a residual's tiles, to the last unit; of another's
-  uint64_t sums[2][2][kMaxCluster * kWarps];  // of each warp's, as the sums of weights in float32 have it
+  uint64_t masses[2][2][kMaxTiles];  // of a residual's tiles, to the last unit; of another's
+  uint64_t sums[2][2][kWarps];       // of each warp's, as the sums of weights in float32 have it
   uint64_t warp_words[kWarps];
 };
+
+// The mass of a residual that all blocks of a cluster have added up. By one warp; the same in every lane.
+__device__ __forceinline__ uint64_t mass_of_turn(DrawScratch& draw, int turn, int32_t which) {
+  uint64_t mass = 0;
+  for (uint32_t i = static_cast<uint32_t>(lane_id()); i < cluster_size() * kWarps; i += kWarpSize)
+    mass += of_block(&draw, i / kWarps)->sums[turn % 2][which][i % kWarps];
+  return sum_of_masses(mass);
+}
 
 // Where the threshold of a filtered row is.
 enum class Threshold : int32_t {
@@ -74,8 +84,8 @@ struct ChainShared {
     DrawScratch draw;      // behind that
   };
   ChainRecord records[kMostChainRows];
-  ChainNode nodes[kWarpSize];  // in the first block
-  RowReading reading[2];       // of the target, and of the drafts
+  ChainNode nodes[kWarpSize];
+  RowReading reading[2];  // of the target, and of the drafts
   Filters filters[2];
   ChainStep step;
   int64_t drawn;
@@ -113,7 +123,7 @@ struct TreeShared {
   int32_t length;   // drafts that count
   int32_t read;     // rows below were read first ...
   int32_t guessed;  // ... this one beside the last; -1: none
-  int32_t made;     // of filtered rows those below have laws
+  int32_t made;     // rows below have laws before the walk begins
   int32_t node, depth;
   int32_t num_removed;
   int32_t next;   // the child that is kept; -1: none

@@ -30,8 +30,10 @@ __device__ inline uint32_t cluster_size() {
   return size;
 }
 
-// Also a barrier of the block, and orders its shared memory, its neighbours' and global memory.
+// Also a barrier of the block, and orders its shared memory, its neighbours' and global memory: every thread
+// waits until what it has written has arrived. A block alone has nobody to wait for.
 __device__ inline void cluster_sync() {
+  if (cluster_size() == 1) return __syncthreads();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -40,6 +42,11 @@ __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The first of them where no memory is to be ordered, so that none is waited for.
+__device__ inline void cluster_show_up() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 
 // The same for warps whose threads may have come apart on their way, as in a walk: the other form asks all
 // threads of a warp for one instruction.
@@ -61,6 +68,7 @@ __device__ inline uint32_t cluster_rank() { return 0; }
 __device__ inline uint32_t cluster_size() { return 1; }
 __device__ inline void cluster_sync() { block_sync(); }
 __device__ inline void cluster_arrive() {}
+__device__ inline void cluster_show_up() {}
 __device__ inline void cluster_wait() { block_sync(); }
 __device__ inline void cluster_sync_apart() { block_sync(); }
 template <class T>

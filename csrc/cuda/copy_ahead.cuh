@@ -10,13 +10,18 @@ namespace foretoken::cuda {
 // In shared memory; of one copy at a time.
 using CopyBarrier = uint64_t;
 
-// By the thread that asks for the copy; others may wait behind a barrier of their own with it.
+// By the thread that asks for the copy, and behind all of its barriers barriers_begun(); others may wait
+// behind a barrier of their own with it.
 __device__ __forceinline__ void begin_barrier(CopyBarrier* barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-      "fence.mbarrier_init.release.cluster;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+      "mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
       : "memory");
+#endif
+}
+__device__ __forceinline__ void barriers_begun() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 

@@ -2,13 +2,13 @@
 // its rows, and then it goes on alone; every block decides the same for itself.
 #pragma once
 
-#include "cuda/chain_draw.cuh"
+#include "cuda/drawn_sums.cuh"
 #include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class DrawnVerifier : ChainDraw<kType, false, true> {
+class DrawnVerifier : DrawnSums<kType> {
  public:
   __device__ __forceinline__ DrawnVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
@@ -28,7 +28,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   }
 
  private:
-  using Base = ChainDraw<kType, false, true>;
+  using Base = DrawnSums<kType>;
   using typename Base::Rows;
   using RowTiles = typename Rows::RowTiles;
   using Base::args_;
@@ -64,7 +64,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
       return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
-    plan_rows(args_, tree(), b_, drafts_, dense_, !filtered && !given, takes_given);
+    plan_rows(args_, tree(), b_, drafts_, this->reads_laws(), !filtered && !given, takes_given);
     const RowRange share = share_of(owns);
     tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
@@ -114,6 +114,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   __device__ __forceinline__ void verify() {
     const bool filtered = this->any_filter();
     if (rank_ != 0) copy_nodes();
+    if (dense_ && args_.draft_records != nullptr) take_records();
     if (filtered) {
       make_filtered_laws();
     } else {
@@ -121,17 +122,42 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     }
     cluster_sync();
     if (warp_ == 0) walk(-1);
-    int turn = 0;
+    __syncthreads();
+    go_to_end();
+  }
+
+  // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
+  __device__ __forceinline__ void go_to_end() {
+    ChainStep step = shared_.step;
+    SeveralRemoved removed{tree().removed, tree().num_removed};
+    int64_t token;
+    int turn = 0, summed = tree().turn;  // turns so far, and the one whose masses a step that closes has
+#pragma unroll 1
     while (true) {
-      __syncthreads();
-      const ChainStep step = shared_.step;
-      if (step.close) return close(step);
-      if (tree().sums) this->sum_residual(step, ++turn);
-      if (tree().reads) make_law(static_cast<uint32_t>(step.node));
-      if (tree().left_row >= 0) count_left();
-      cluster_sync();
-      if (warp_ == 0) walk(turn);
+      const bool sums = step.close ? this->wants_masses(step) : tree().sums;
+      if (sums) {
+        sum(step, ++turn);
+        step.summed = true;
+        summed = turn;
+      }
+      if (!step.close) {
+        if (tree().reads) make_law(static_cast<uint32_t>(step.node));
+        if (tree().left_row >= 0) count_left();
+      }
+      if (sums || !step.close) cluster_sync();
+      if (!step.close) {
+        if (warp_ == 0) walk(turn);
+        __syncthreads();
+        step = shared_.step;
+        summed = tree().turn;
+        removed.count = tree().num_removed;
+      } else if (this->closes(step, summed, removed, token)) {
+        break;
+      }
     }
+    cluster_show_up();
+    if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
+    cluster_wait();  // others may still read this block's memory
   }
 
   __device__ __forceinline__ DrawnTree& tree() const { return this->drawn_tree(); }
@@ -148,6 +174,20 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     uint4* const nodes = reinterpret_cast<uint4*>(&tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
+  }
+
+  __device__ __forceinline__ void sum(const ChainStep& step, int turn) {
+    if (args_.keeps) return this->sum_residuals(step, turn, tree().keeps_other);
+    this->sum_residual(step, turn);
+  }
+
+  // The laws that drafts were drawn from, from whoever drew.
+  __device__ __forceinline__ void take_records() {
+    const int32_t row = kThreads - 1 - static_cast<int32_t>(threadIdx.x);  // the first warps make laws
+    if (row >= args_.law_rows) return;
+    const int64_t* const strides = args_.draft_record_strides;
+    shared_.records[this->draft_row(row)].law =
+        read_record(args_.draft_records + b_ * strides[0] + row * strides[1], strides[2], vocab_);
   }
 
   // With filters, behind the reading: each block takes a row at a time, as far as few of its elements matter;
@@ -209,12 +249,6 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     cluster_sync();  // what was left before has been looked at
     const uint32_t row = this->law_row(tree().left_row);
     count_what_is_left(tree(), {row_data(row), kType, vocab_}, shared_.records[row].law, left_stats());
-  }
-
-  __device__ __forceinline__ void close(const ChainStep& step) {
-    const SeveralRemoved removed{tree().removed, tree().num_removed};
-    const int64_t token = this->closing_token(step, tree().turn, removed);
-    if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
   }
 };
 

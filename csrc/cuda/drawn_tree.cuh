@@ -57,6 +57,7 @@ struct alignas(16) DrawnTree {
   int32_t status;
   bool climbs, closes;
   bool sums;                      // the step's residuals are wanted
+  bool keeps_other;               // the second of them is more likely to be wanted again
   bool reads;                     // the law of the step's node is, whose row was left out at first
   int32_t left_row;               // what rejected children leave of the law of this node is; none: kNoNode
   double left;                    // that share
@@ -68,8 +69,8 @@ struct alignas(16) DrawnTree {
 
 constexpr int16_t kBadLawRow = -2;
 
-// Which rows are read at first. `lazily`: those of leaves are not, as only a closing token is ever drawn from
-// them. `given`: none of the target's. By a block, a thread for each node.
+// Which rows are read at first. `drawn`: those of laws are. `lazily`: those of leaves are not, as only a
+// closing token is ever drawn from them. `given`: none of the target's. By a block, a thread for each node.
 inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, int64_t b,
                                               int32_t drafts, bool drawn, bool lazily, bool given) {
   const int32_t node = static_cast<int32_t>(threadIdx.x);

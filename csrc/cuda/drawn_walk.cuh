@@ -48,11 +48,7 @@ class DrawnWalk {
     for (int32_t which = 0; which < 2; ++which) {
       const int32_t node = which == 0 ? shared_.step.node : shared_.step.other;
       if (node < 0) return;
-      uint64_t mass = 0;
-      for (uint32_t i = lane_id(); i < cluster_size() * kWarps; i += kWarpSize) {
-        mass += shared_.draw.sums[turn % 2][which][i];
-      }
-      mass = sum_of_masses(mass);
+      const uint64_t mass = mass_of_turn(shared_.draw, turn, which);
       if (lane_id() != 0) continue;
       tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass, turn, which};
       tree_.turn = turn;
@@ -166,6 +162,7 @@ class DrawnWalk {
       tree_.states[below].prefix = prefix;
       tree_.next[below] = tree_.nodes.index.first_child[below];
       node = below;
+      if (!(prefix > 0.0)) break;  // no coin keeps it, nor anything below
     }
     tree_.node = node;
     if (accepts_fraction(tree_.nodes.coin[node], tree_.states[node].prefix)) return true;
@@ -268,6 +265,7 @@ class DrawnWalk {
     const int64_t tiles = tiles_of(args_.vocab);
     const bool idle = tiles <= 2 * static_cast<int64_t>(cluster_size()) * kWarps;
     if (goes_on && idle && tree_.climbs) look_up(step, row);
+    tree_.keeps_other = tree_.climbs && tree_.next[row] == kNoNode;
     tree_.sums = true;
     shared_.step = step;
   }

@@ -20,30 +20,34 @@ class ResidentLaws : ResidentGuess<kType> {
 
   // A cluster takes every so-manyth of the `rows`.
   __device__ __forceinline__ void run(uint32_t rows) {
-    // Before it is known whether anybody asks for a row, where nearly always somebody does.
-    const bool ahead = args_.num_drafts.data == nullptr;
     uint32_t number = blockIdx.x / size_;
+    // Before it is known whether anybody asks for the row, where nearly always somebody does.
+    const bool ahead = args_.num_drafts.data == nullptr;
     this->begin_barriers();
     if (ahead) this->begin_loading(place_of(number).data);
+    take_row(number, task_);
+    __syncthreads();
+    if (!ahead && task().wanted) this->begin_loading(task().row.data);
+    bool loaded = ahead || task().wanted;
     while (true) {
       __syncwarp();
       cluster_arrive();
       const uint32_t next = number + gridDim.x / size_;
-      task_ ^= 1;
-      // By one that has the least to do at the end of a row.
-      if (threadIdx.x == kRowThreads - 1) take_row(number, next < rows && ahead ? next : number);
       this->begin_search();
-      this->clear_bins();  // a barrier of the block
-      if (!ahead && task().wanted) this->begin_loading(task().row.data);
+      this->clear_bins();
       cluster_wait();  // nobody's memory is written before everybody has done with it
-      loads_next_ = task().next != nullptr;
+      next_loaded_ = next >= rows;
+      if (!next_loaded_) take_row(next, task_ ^ 1);
       if (task().wanted) {
         settle_row();
-      } else if (ahead) {
-        for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
+      } else {
+        if (loaded) for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
+        __syncthreads();
       }
-      if (loads_next_) this->begin_loading(task().next);
       if (next >= rows) return;
+      task_ ^= 1;
+      loaded = task().wanted;
+      if (loaded && !next_loaded_) this->begin_loading(task().row.data);
       number = next;
     }
   }
@@ -87,12 +91,12 @@ class ResidentLaws : ResidentGuess<kType> {
     return place;
   }
 
-  // By one thread. `next` is the row to load behind this one; itself: none.
-  __device__ __forceinline__ void take_row(uint32_t number, uint32_t next) {
+  // By the thread that has the least to do with a row, for all that come behind a barrier.
+  __device__ __forceinline__ void take_row(uint32_t number, uint32_t task) const {
+    if (threadIdx.x != kRowThreads - 1) return;
     const Place place = place_of(number);
-    ResidentTask& taken = shared_.tasks[task_];
+    ResidentTask& taken = shared_.tasks[task];
     taken.row = {place.data, kType, vocab_};
-    taken.next = next == number ? nullptr : place_of(next).data;
     taken.request = place.request;
     taken.number = place.request * (2 * args_.most_drafts + 3) + place.row;
     taken.wanted = find_reading(place, taken);
@@ -122,7 +126,10 @@ class ResidentLaws : ResidentGuess<kType> {
     const RowReading reading = RowReading::of_logits(filters.temperature);
     const bool drafted = !args_.samples && place.node < drafts;
     taken.token = drafted ? read_number(args_.draft_tokens, request, place.node) : -1;
-    taken.seed = args_.sampling.seed + slot;
+    if (args_.samples) {
+      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, request));
+      taken.bits = random_bits(args_.sampling.seed[slot], base, args_.purpose, args_.step);
+    }
     taken.filters = filters;
     taken.reading = reading;
     if (filters.min_p > 0.0f && reading.kind == LawKind::logits)
@@ -147,11 +154,12 @@ class ResidentLaws : ResidentGuess<kType> {
         if (samples_masses) this->sample(local, largest, reading.scale);
       });
       cluster_sync();
-      law = law_of_stats(summed, high);
+      bool sampled = samples_masses;
+      law = law_of_stats(summed, high, sampled);
       weighs = law.usable && law.kind == LawKind::logits;
       filtered = weighs && task().filters.any(vocab_);
       if (!filtered && !(weighs && args_.samples)) break;
-      if (find_cut(law, summed, samples_masses)) {
+      if (find_cut(law, summed, sampled)) {
         if (args_.samples) this->add_list_to_tiles(law);
         leave_masses(law, filtered, out);
         cluster_sync();
@@ -172,7 +180,8 @@ class ResidentLaws : ResidentGuess<kType> {
   }
 
   // law_of() of cuda/chain_rows.cuh, in every block; of one that is not drawn from, `top` is left out.
-  __device__ __forceinline__ RowLaw law_of_stats(bool summed, float& high) const {
+  // `sampled`: the sample is summed up too, if it is of use.
+  __device__ __forceinline__ RowLaw law_of_stats(bool summed, float& high, bool& sampled) {
     const LawKind kind = task().reading.kind;
     high = -infinity();
     bool regular = true;
@@ -197,6 +206,8 @@ class ResidentLaws : ResidentGuess<kType> {
     }
     mass = sum_of_masses(mass);
     if (lane_id() == 0) shared_.warp_words[warp_] = mass;
+    sampled = sampled && !this->lies_far_apart(law);
+    if (sampled) this->sum_bins(law);
     __syncthreads();
     law.mass = sum_of_masses(shared_.warp_words[lane_id()]);
     return law;
@@ -276,6 +287,8 @@ class ResidentLaws : ResidentGuess<kType> {
   // Masses of the tiles under the law, the sums of the first pass containing what the filters have removed
   // since; behind a barrier of the cluster, and for sampling in the first block.
   __device__ __forceinline__ void leave_masses(const RowLaw& law, bool filtered, TileStats* out) {
+    const ResidentTask& next = shared_.tasks[task_ ^ 1];
+    const bool loads = !next_loaded_ && next.wanted;
     uint64_t of_warp = 0;
     for_own([&](uint32_t local, uint32_t index) {
       TileStats found = stats_[index];
@@ -287,10 +300,10 @@ class ResidentLaws : ResidentGuess<kType> {
         if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }
       if (args_.samples && lane_id() == 0) *of_block(masses_ + index, 0) = masses_[index];
-      if (loads_next_) this->begin_loading(task().next, local, index);
+      if (loads) this->begin_loading(next.row.data, local, index);
     });
-    if (loads_next_) this->loading_begun();
-    loads_next_ = false;
+    if (loads) this->loading_begun();
+    next_loaded_ = true;
     if (filtered) this->tell(of_warp);
   }
 
@@ -339,13 +352,11 @@ class ResidentLaws : ResidentGuess<kType> {
   // By all threads of the first block.
   __device__ __forceinline__ void finish_sample(const RowLaw& law, bool weighs) {
     int64_t token = law.top;
-    if (weighs) {
-      const uint64_t base = static_cast<uint64_t>(read_number(args_.base, task().request));
-      token = draw(law, random_bits(*task().seed, base, args_.purpose, args_.step));
-    }
+    if (weighs) token = draw(law, task().bits);
     if (threadIdx.x != 0) return;
     float logprob = -infinity();
-    if (law.usable) logprob = weighs ? log_probability(law, token, element_at(task().row, token)) : 0.0f;
+    if (args_.logprobs != nullptr && law.usable)
+      logprob = weighs ? log_probability(law, token, shared_.of_drawn) : 0.0f;
     write_sample(task().request, law, token, law.usable ? 0 : kLawLost, logprob);
   }
 
@@ -388,10 +399,14 @@ class ResidentLaws : ResidentGuess<kType> {
     __syncthreads();
     const uint32_t at = static_cast<uint32_t>(shared_.tile) * kTile + threadIdx.x;
     const uint64_t in_tile = shared_.left;
+    const float x = at < vocab_ ? element_at(task().row, at) : -infinity();
     mass = 0;
-    if (at < vocab_) mass = mass_of(weight_of_logit(element_at(task().row, at), law.max, law.scale, law.cut));
+    if (at < vocab_) mass = mass_of(weight_of_logit(x, law.max, law.scale, law.cut));
     const uint64_t begin = sum_up_to_thread(mass).before;
-    if (in_tile >= begin && in_tile - begin < mass) shared_.drawn = static_cast<int32_t>(at);
+    if (in_tile >= begin && in_tile - begin < mass) {
+      shared_.drawn = static_cast<int32_t>(at);
+      shared_.of_drawn = x;
+    }
     __syncthreads();
     return shared_.drawn;
   }
@@ -399,7 +414,7 @@ class ResidentLaws : ResidentGuess<kType> {
   static constexpr unsigned kFewMarks = 8;
 
   uint32_t task_ = 0;
-  bool loads_next_ = false;  // the tiles of the next row, as soon as there is room
+  bool next_loaded_ = true;  // the tiles of the next row are on their way; or there is none
 };
 
 }  // namespace foretoken::cuda

@@ -19,18 +19,19 @@ static_assert(kSampleBins <= 2 * kParts * kResidentBins && kListBins <= 2 * kRes
 constexpr int kMostOwn = 128;  // tiles of a block
 static_assert(kMostOwn * kTile * 2 > 228 * 1024);
 constexpr int kOwnList = 2048;  // elements near a threshold that a block may list
+static_assert(2 * kSampleBins <= kOwnList);
+constexpr int kColumn = 96;  // elements of a tile that are looked at one by one
 
 // A row and how it is read, which all threads know: kept here, as they have no registers for it.
 struct ResidentTask {
   DeviceRow row;
-  const void* next;  // the row whose tiles may come as soon as there is room; null: none
   Filters filters;
   RowReading reading;
   float least_kept;  // how far below the largest min-p ends
   bool wanted;       // somebody asks for it
   int64_t request, number;
   int64_t token;  // that was drafted, or -1
-  const uint64_t* seed;
+  uint64_t bits;  // to draw with
 };
 
 // Fixed part of a block's shared memory.
@@ -40,6 +41,7 @@ struct ResidentShared {
   uint64_t partial[2][kMaxCluster * kRowWarps];  // masses that each warp of the cluster has found
   uint32_t keys[kOwnList];
   uint16_t places[kOwnList];  // tiles of the block that they lie in
+  float columns[kRowWarps][kColumn];
   CopyBarrier arrived[kMostOwn];
   uint64_t warp_words[kRowWarps];
   float warp_floats[2][kRowWarps];
@@ -47,10 +49,10 @@ struct ResidentShared {
   uint32_t listed;
   uint32_t few_keys[kWarpSize];
   uint32_t few;
-  float window[2];
-  float doubt;
+  float window;
   int32_t tile;
   int32_t drawn;
+  float of_drawn;
   uint64_t left;
 };
 
@@ -111,6 +113,7 @@ class ResidentRow {
   __device__ __forceinline__ void begin_barriers() const {
     if (lane_id() == 0) {
       for_own([&](uint32_t local, uint32_t) { begin_barrier(&shared_.arrived[local]); });
+      barriers_begun();
     }
   }
 

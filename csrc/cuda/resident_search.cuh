@@ -144,22 +144,34 @@ class ResidentSearch : protected ResidentRow<kType> {
   }
 
  private:
-  static constexpr int kFew = 10;  // of a lane, that are looked at one by one
-  static constexpr int kHeld = 4;  // of a thread, of all that is listed
+  static constexpr int kDigits = 4;  // of the number of elements of a lane that are looked at one by one
+  static constexpr int kHeld = 4;    // of a thread, of all that is listed
 
   // Behind a barrier of the cluster.
   __device__ __forceinline__ float search_list(KeyRange range, uint64_t need, const RowLaw& law,
                                                bool in_number) {
-    uint32_t keys[kHeld];
-    const uint32_t listed = take_lists(keys);
+    const auto amount_of = [&](uint32_t key) -> uint64_t {
+      return in_number ? 1 : mass_of(weight_of_logit(value_of(key), law.max, law.scale, law.cut));
+    };
+    const uint32_t lane = static_cast<uint32_t>(lane_id());
+    const uint32_t of_rank = lane < size_ ? *of_block(&shared_.listed, lane) : 0;  // of the lane's number
+    const uint32_t listed = __reduce_add_sync(kAllLanes, of_rank);
     pulled_ = true;
+    if (listed <= kWarpSize) {
+      const uint32_t key = listed_key(of_rank, lane);
+      return among_few(range.holds(key), key, need, amount_of);
+    }
+    uint32_t keys[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      keys[i] = kNoKey;
+      if (i * kRowThreads + warp_ * kWarpSize < listed)
+        keys[i] = listed_key(of_rank, i * kRowThreads + threadIdx.x);
+    }
     uint32_t* const bins = &shared_.bins[0][0][0];  // [kParts, kListBins]
 #pragma unroll
     for (int part = 0; part < kParts; ++part) bins[part * kListBins + threadIdx.x] = 0;
     __syncthreads();
-    const auto amount_of = [&](uint32_t key) -> uint64_t {
-      return in_number ? 1 : mass_of(weight_of_logit(value_of(key), law.max, law.scale, law.cut));
-    };
     while (true) {
       const int shift = range.shift();
 #pragma unroll
@@ -188,17 +200,24 @@ class ResidentSearch : protected ResidentRow<kType> {
       const uint32_t few = shared_.few;
       if (shift <= kGrain) return value_of(shared_.few_keys[0]);  // all of a bin are the same
       if (few > kWarpSize) continue;
-      const uint32_t lane = static_cast<uint32_t>(lane_id());
-      const uint32_t key = lane < few ? shared_.few_keys[lane] : 0;
-      const uint64_t own = lane < few ? amount_of(key) : 0;
-      uint64_t from_there = 0;
-#pragma unroll 1
-      for (uint32_t i = 0; i < few; ++i) {
-        const uint64_t amount = __shfl_sync(kAllLanes, own, static_cast<int>(i));
-        if (__shfl_sync(kAllLanes, key, static_cast<int>(i)) >= key) from_there += amount;
-      }
-      return value_of(__reduce_max_sync(kAllLanes, lane < few && from_there >= need ? key : 0));
+      return among_few(lane < few, lane < few ? shared_.few_keys[lane] : kNoKey, need, amount_of);
     }
+  }
+
+  // The same of at most one element of each lane. By a warp.
+  template <class AmountOf>
+  __device__ __forceinline__ float among_few(bool there, uint32_t key, uint64_t need,
+                                             const AmountOf& amount_of) const {
+    const uint64_t own = there ? amount_of(key) : 0;
+    uint64_t from_there = 0;
+#pragma unroll 1
+    for (unsigned lanes = __ballot_sync(kAllLanes, there); lanes != 0; lanes &= lanes - 1) {
+      const int other = __ffs(static_cast<int>(lanes)) - 1;
+      const uint64_t amount = __shfl_sync(kAllLanes, own, other);
+      if (__shfl_sync(kAllLanes, key, other) >= key) from_there += amount;
+    }
+    const uint32_t reached = __reduce_max_sync(kAllLanes, there && from_there >= need ? key : 0);
+    return reached != 0 ? value_of(reached) : -infinity();
   }
 
   __device__ __forceinline__ float search_row(KeyRange range, uint64_t need, const RowLaw& law,
@@ -218,29 +237,20 @@ class ResidentSearch : protected ResidentRow<kType> {
     }
   }
 
-  // What all blocks have listed, dealt out to the threads of this one; how many there are.
-  __device__ __forceinline__ uint32_t take_lists(uint32_t (&keys)[kHeld]) const {
-    uint32_t listed = 0;
-    if (static_cast<uint32_t>(lane_id()) < size_)
-      listed = *of_block(&shared_.listed, static_cast<uint32_t>(lane_id()));
-    const uint32_t all = __reduce_add_sync(kAllLanes, listed);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      keys[i] = key_of(-infinity());
-      if (i * kRowThreads + warp_ * kWarpSize >= all) continue;
-      uint32_t at = i * kRowThreads + threadIdx.x, owner = size_, place = 0;
+  // An element among all that blocks have listed, `of_rank` being how many the block of the lane's number
+  // has. By a warp; beyond the last there is one that is in no range.
+  __device__ __forceinline__ uint32_t listed_key(uint32_t of_rank, uint32_t at) const {
+    uint32_t owner = size_, place = 0;
 #pragma unroll 1
-      for (uint32_t rank = 0; rank < size_; ++rank) {
-        const uint32_t of_rank = __shfl_sync(kAllLanes, listed, static_cast<int>(rank));
-        if (at < of_rank && owner == size_) {
-          owner = rank;
-          place = at;
-        }
-        at -= of_rank;  // beyond all once it was found
+    for (uint32_t rank = 0; rank < size_; ++rank) {
+      const uint32_t count = __shfl_sync(kAllLanes, of_rank, static_cast<int>(rank));
+      if (at < count && owner == size_) {
+        owner = rank;
+        place = at;
       }
-      if (owner < size_) keys[i] = of_block(shared_.keys, owner)[place];
+      at -= count;  // beyond all once it was found
     }
-    return all;
+    return owner < size_ ? of_block(shared_.keys, owner)[place] : kNoKey;
   }
 
   // By a warp: the masses that this lane has found.
@@ -249,33 +259,59 @@ class ResidentSearch : protected ResidentRow<kType> {
     const float low = window.low, high = window.high;
     const uint32_t marks = mark(local, [&](float x) { return x >= low; });
     marks_of(local) = marks;
-    const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(marks)));
-    uint32_t near = 0;
-    LaneMass mass;
-    if (most <= kFew) {
-      for_marked(local, marks, [&](bool there, float x, uint32_t bit) {
-        const float weight = exp2_scaled(x - max, scale);
-        mass.add(there && x >= high ? weight : 0.0f);
-        near |= x < high ? bit : 0;
-      });
-    } else {
-#pragma unroll 1
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const Eight eight = quarter_of(local, quarter);
-        uint32_t above = 0;
+    const uint32_t own = static_cast<uint32_t>(__popc(marks)), lower_lanes = (1u << lane_id()) - 1;
+    uint32_t before = 0, all = 0;  // of lower lanes; of all
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const bool there = eight.x[j] >= high;
-          const float weight = exp2_scaled(eight.x[j] - max, scale);
-          mass.add(there ? weight : 0.0f);
-          if (there) above |= 1u << (4 * j);
-        }
-        near |= above << quarter;
-      }
-      near = marks & ~near;
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const unsigned with_digit = __ballot_sync(kAllLanes, (own >> digit & 1) != 0);
+      before += static_cast<uint32_t>(__popc(with_digit & lower_lanes)) << digit;
+      all += static_cast<uint32_t>(__popc(with_digit)) << digit;
     }
-    list(local, near);
+    LaneMass mass;
+    if (all <= kColumn && !__any_sync(kAllLanes, own >> kDigits != 0)) {
+      float* const column = shared_.columns[warp_];
+#pragma unroll 1
+      for (uint32_t left = marks; left != 0; left &= left - 1) column[before++] = first_marked(local, left);
+      __syncwarp();
+#pragma unroll 1
+      for (uint32_t first = 0; first < all; first += kWarpSize) {
+        const uint32_t at = first + static_cast<uint32_t>(lane_id());
+        const float x = column[at < all ? at : 0];
+        const float weight = exp2_scaled(x - max, scale);
+        mass.add(at < all && x >= high ? weight : 0.0f);
+        list(local, at < all && x < high, x);
+      }
+      __syncwarp();
+      return mass.total();
+    }
+    uint32_t near = 0;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const Eight eight = quarter_of(local, quarter);
+      uint32_t above = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const bool there = eight.x[j] >= high;
+        const float weight = exp2_scaled(eight.x[j] - max, scale);
+        mass.add(there ? weight : 0.0f);
+        if (there) above |= 1u << (4 * j);
+      }
+      near |= above << quarter;
+    }
+    list(local, marks & ~near);
     return mass.total();
+  }
+
+  // By a warp: an element of each lane that has one.
+  __device__ __forceinline__ void list(uint32_t local, bool there, float x) {
+    const unsigned all = __ballot_sync(kAllLanes, there);
+    if (all == 0) return;
+    uint32_t place = 0;
+    if (lane_id() == 0) place = atomicAdd(&shared_.listed, static_cast<uint32_t>(__popc(all)));
+    place = __shfl_sync(kAllLanes, place, 0) + static_cast<uint32_t>(__popc(all & ((1u << lane_id()) - 1)));
+    if (!there || place >= kOwnList) return;
+    shared_.keys[place] = key_of(x);
+    shared_.places[place] = static_cast<uint16_t>(local);
   }
 
   // By a warp: the marked elements of each lane.
@@ -387,6 +423,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   }
 
   static constexpr uint64_t kNothing = ~uint64_t{0};
+  static constexpr uint32_t kNoKey = 0x007FFFFF;  // of the least there is
   // Two elements are the same if their keys differ by less than a power of two.
   static constexpr int kGrain = kType == DType::float32 ? 0 : kType == DType::bfloat16 ? 16 : 13;
 
