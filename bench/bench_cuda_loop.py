@@ -61,7 +61,7 @@ def ops_us(rows: int, drafts: int, vocab: int, dtype: torch.dtype, law: dict[str
     for row in range(rows):
         state.seat(row, [7] * PROMPT, max_new_tokens=1 << 15, num_drafts=drafts)
     drawn = torch.empty(rows, dtype=torch.int64, device="cuda")
-    draft_logits = logits[:, :drafts].contiguous() if drafts else None
+    draft_logits = logits[:, :drafts].clone() if drafts else None
     records = torch.zeros(rows, drafts, 4, dtype=torch.int64, device="cuda") if drafts else None
     inputs = StepInputs(rows, drafts, logits.device)
     seats = torch.arange(rows, dtype=torch.int32, device="cuda")

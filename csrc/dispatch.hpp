@@ -189,14 +189,6 @@ class LoopGraph {
 #endif
   }
 
-  bool ends_in_commit() const {
-#ifdef FORETOKEN_HAS_CUDA
-    return graph_->ends_in_commit();
-#else
-    return false;
-#endif
-  }
-
  private:
   [[maybe_unused]] Device device_;
 #ifdef FORETOKEN_HAS_CUDA

@@ -16,7 +16,6 @@ from foretoken.drafters import ModelDrafter
 from foretoken.generate import complete, interrupt
 from foretoken.hf.runner import ModuleRunner
 from foretoken.session import Session
-from foretoken.tree import TreePlan
 from rounds_ahead import GatherModel, asks, pair
 from toys import GREEDY, Ask
 
@@ -64,7 +63,6 @@ def test_a_loop_ends_when_every_slot_has() -> None:
     counting = Counting([3, 9, 1])
     loop = counting.loop(50)
     assert loop.nodes >= 3
-    assert not loop.ends_in_commit
     for _ in range(3):
         counting.reset()
         loop.launch()
@@ -72,33 +70,6 @@ def test_a_loop_ends_when_every_slot_has() -> None:
         assert loop.history is not None
         assert loop.history[:9, 1, 2].tolist() == list(range(1, 10))
         assert int(counting.count) == 9
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "tiers"),
-    [
-        ("none", {}, None),
-        ("model", {"num_drafts": 3}, None),
-        ("model", {"num_drafts": 3}, {1: 1.0, 3: 1.5}),
-        ("ngram", {"tree": TreePlan(nodes=6, branches=2, depth=2)}, None),
-    ],
-    ids=["plain", "chains", "tiers", "trees"],
-)
-def test_rounds_that_end_in_their_commit_need_no_other_kernel(kind: str, options: Any, tiers: Any) -> None:
-    """Behind trees rows are moved, so their rounds do not."""
-    models = GatherModel, lambda *arguments: GatherModel(*arguments, device="cuda")
-    host, device = pair(lambda **o: Session(device="cuda", **o), kind, models=models, **options)
-    session, forward = device
-    wanted = [Ask([number, 5], 50) for number in range(2)]
-    requests = [ask.admit(session) for ask in wanted]
-    complete(session, forward, draft_tiers=tiers)
-    assert [session.generated(request) for request in requests] == [
-        line[0] for line in told(*host, wanted, False)
-    ]
-    ahead: Any = session._ahead
-    loops = [loop for loop in ahead.completions._loops.values() if isinstance(loop, LoopGraph)]
-    assert loops
-    assert all(loop.ends_in_commit == ("tree" not in options) for loop in loops)
 
 
 def test_a_loop_ends_at_its_limit_and_goes_on() -> None:

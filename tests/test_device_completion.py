@@ -204,7 +204,7 @@ def test_arguments_of_a_loop_are_checked() -> None:
     def make(**changes: Any) -> Any:
         arguments = {
             "tiers": [(1, 2, 5, ints(2, 8))], "next_drafts": ints(3), "slots": ints(2), "acceptance": None,
-            "history": ints(5, 20), "ring": 0, "ring_rounds": 0, "limits": ints(2), "progress": ints(5),
+            "history": ints(5, 20), "ring": 0, "ring_rounds": 0, "limits": ints(2), "progress": ints(4),
         } | changes  # fmt: skip
         return _core.LoopGraph(**arguments)
 
@@ -227,7 +227,7 @@ def test_arguments_of_a_loop_are_checked() -> None:
         ({"history": None}, "history: expected one, or a ring, beside records, and none without"),
         ({"ring": 64, "ring_rounds": 6}, "ring_rounds: expected a power of two, got 6"),
         ({"history": ints(5, 19)}, "history: expected int32"),
-        ({"progress": ints(1)}, r"progress: expected int32 \[5\]"),
+        ({"progress": ints(1)}, r"progress: expected int32 \[4\]"),
         ({"limits": ints(1)}, r"limits: expected int32 \[2\]"),
         ({"next_drafts": torch.zeros(3)}, r"next_drafts: expected int32"),
     ):

@@ -110,9 +110,7 @@ void register_loop_graph(py::module_& module) {
            "On a stream, given by its handle.")
       .def("cancel", &dispatch::LoopGraph::cancel, "End after the round that runs.")
       .def("is_done", &dispatch::LoopGraph::is_done, "Whether the last launch has ended; waits for nothing.")
-      .def_property_readonly("nodes", &dispatch::LoopGraph::nodes, "Of the rounds.")
-      .def_property_readonly("ends_in_commit", &dispatch::LoopGraph::ends_in_commit,
-                             "Whether commits end the rounds; else a kernel behind them does.");
+      .def_property_readonly("nodes", &dispatch::LoopGraph::nodes, "Of the rounds.");
   module.def("loop_takes_tiers", &dispatch::LoopGraph::takes_tiers,
              "Whether build and driver let the device choose among rounds.");
   module.def(

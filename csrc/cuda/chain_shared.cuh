@@ -84,8 +84,8 @@ struct ChainShared {
     DrawScratch draw;      // behind that
   };
   ChainRecord records[kMostChainRows];
-  ChainNode nodes[kWarpSize];
-  RowReading reading[2];  // of the target, and of the drafts
+  ChainNode nodes[kWarpSize];  // in the first block
+  RowReading reading[2];       // of the target, and of the drafts
   Filters filters[2];
   ChainStep step;
   int64_t drawn;

@@ -1,7 +1,5 @@
 #include "cuda/commit.hpp"
 
-#include "cuda/commit_end.hpp"
-#include "cuda/errors.hpp"
 #include "cuda/overlap.cuh"
 #include "cuda/views.cuh"
 #include "ops/sampling.hpp"
@@ -201,8 +199,10 @@ __device__ void move_outbox_on(const CommitArgs& args) {
       static_cast<int32_t>(static_cast<uint32_t>(args.outbox_state[kOutboxWritten]) + 1);
 }
 
-// One warp a row; rows of a batch never share a slot. The whole block.
-__device__ __forceinline__ void commit_rows(const CommitArgs& args) {
+// One warp a row; rows of a batch never share a slot.
+__global__ void __launch_bounds__(kLanes* kRowsPerBlock)
+    commit_kernel(const __grid_constant__ CommitArgs args) {
+  take_turn();
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanes;
   int32_t* const posted = outbox_of(args);
   if (b < args.tokens.shape[0]) {  // the same for the whole warp
@@ -213,111 +213,7 @@ __device__ __forceinline__ void commit_rows(const CommitArgs& args) {
   if (posted != nullptr) move_outbox_on(args);
 }
 
-__global__ void __launch_bounds__(kLanes* kRowsPerBlock)
-    commit_kernel(const __grid_constant__ CommitArgs args) {
-  take_turn();
-  commit_rows(args);
-}
-
-// Whether this is the last block to get here, which then sees what all the others have written. The whole
-// block asks.
-__device__ bool comes_last(int32_t* arrived) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrived, 1) + 1 == static_cast<int32_t>(gridDim.x);
-    if (last) *arrived = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// As the last kernel of a round that the device repeats.
-__global__ void __launch_bounds__(kLanes* kRowsPerBlock)
-    commit_and_end_kernel(const __grid_constant__ CommitArgs args, const __grid_constant__ LoopGraphArgs loop,
-                          MappedWords mapped, LoopHandles handles) {
-  __shared__ HostWords words;
-  fetch(mapped, words);  // of the host, so the kernel before has nothing to do with it
-  take_turn();
-  commit_rows(args);
-  if (comes_last(static_cast<int32_t*>(loop.progress.data) + kLoopArrived)) {
-    end_round(loop, mapped, handles, words);
-  }
-}
-
-bool is_commit(const cudaKernelNodeParams& params) {
-  cudaFunction_t function = nullptr;
-  cudaKernel_t kernel = nullptr;
-  const void* const symbol = reinterpret_cast<const void*>(commit_kernel);
-  const bool by_function = cudaGetFuncBySymbol(&function, symbol) == cudaSuccess && params.func == function;
-  const bool by_kernel = cudaGetKernel(&kernel, symbol) == cudaSuccess && params.func == kernel;
-  return params.func == symbol || by_function || by_kernel;
-}
-
-bool has_nothing_behind(cudaGraphNode_t node) {
-  size_t count = 0;
-#if CUDART_VERSION >= 13000
-  throw_if_failed(cudaGraphNodeGetDependentNodes(node, nullptr, nullptr, &count), "nodes of the round");
-#else
-  throw_if_failed(cudaGraphNodeGetDependentNodes(node, nullptr, &count), "nodes of the round");
-#endif
-  return count == 0;
-}
-
-// The commit that a round ends in, if it leaves what the loop looks at; null: there is none.
-cudaGraphNode_t closing_commit(cudaGraph_t round, const LoopGraphArgs& loop, const TensorView& record) {
-  size_t count = 0;
-  throw_if_failed(cudaGraphGetNodes(round, nullptr, &count), "nodes of the round");
-  std::vector<cudaGraphNode_t> nodes(count);
-  if (count > 0) throw_if_failed(cudaGraphGetNodes(round, nodes.data(), &count), "nodes of the round");
-  cudaGraphNode_t found = nullptr;
-  int ends = 0;
-  for (const cudaGraphNode_t node : nodes) {
-    if (!has_nothing_behind(node)) continue;
-    ++ends;
-    cudaGraphNodeType type{};
-    throw_if_failed(cudaGraphNodeGetType(node, &type), "nodes of the round");
-    cudaKernelNodeParams params{};
-    if (type != cudaGraphNodeTypeKernel || cudaGraphKernelNodeGetParams(node, &params) != cudaSuccess)
-      continue;
-    if (!is_commit(params) || params.kernelParams == nullptr) continue;
-    const auto* const args = static_cast<const CommitArgs*>(params.kernelParams[0]);
-    const bool same = args->next_drafts.data == loop.next_drafts.data && args->record.data == record.data &&
-                      args->tokens.shape[0] == loop.slots.shape[0];
-    if (same) found = node;
-  }
-  cudaGetLastError();  // of kernels that are another runtime's
-  return ends == 1 ? found : nullptr;
-}
-
 }  // namespace
-
-bool end_in_commits(const std::vector<cudaGraph_t>& rounds, LoopGraphArgs loop, MappedWords mapped,
-                    LoopHandles handles) {
-  std::vector<cudaGraphNode_t> commits;
-  for (size_t t = 0; t < rounds.size(); ++t) {
-    commits.push_back(closing_commit(rounds[t], loop, loop.tiers[t].record));
-    if (commits.back() == nullptr) return false;
-  }
-  for (const cudaGraphNode_t node : commits) {
-    cudaKernelNodeParams params{};
-    throw_if_failed(cudaGraphKernelNodeGetParams(node, &params), "commit of the round");
-    CommitArgs args = *static_cast<const CommitArgs*>(params.kernelParams[0]);
-    void* given[] = {&args, &loop, &mapped, &handles};
-    params.func = reinterpret_cast<void*>(commit_and_end_kernel);
-    params.kernelParams = given;
-    params.extra = nullptr;
-    const cudaError_t done = cudaGraphKernelNodeSetParams(node, &params);
-    if (done != cudaSuccess && node == commits.front()) {  // a driver that does not take it
-      cudaGetLastError();
-      return false;
-    }
-    throw_if_failed(done, "commit of the round");
-  }
-  return true;
-}
 
 void commit(const CommitArgs& args, Device device, Stream stream) {
   const int64_t rows = args.tokens.shape[0];

@@ -2,13 +2,13 @@
 // its rows, and then it goes on alone; every block decides the same for itself.
 #pragma once
 
-#include "cuda/chain_draw.cuh"
+#include "cuda/drawn_sums.cuh"
 #include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class DrawnVerifier : ChainDraw<kType, false, true> {
+class DrawnVerifier : DrawnSums<kType> {
  public:
   __device__ __forceinline__ DrawnVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
@@ -28,7 +28,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
   }
 
  private:
-  using Base = ChainDraw<kType, false, true>;
+  using Base = DrawnSums<kType>;
   using typename Base::Rows;
   using RowTiles = typename Rows::RowTiles;
   using Base::args_;
@@ -59,12 +59,13 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     RawTile<kType> raw;
     const bool begins = !scouts && tiles.any();
     if (begins) this->load(tiles.row(), tiles.index(), raw);
+    const NodeLinks links = read_links(args_, b_);
     if (!this->read_header()) {
       if (owns && rank_ == 0) write_drawn_tree(args_, tree(), b_, -1, status_, false);
       return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
-    plan_rows(args_, tree(), b_, drafts_, this->reads_laws(), !filtered && !given, takes_given);
+    plan_rows(args_, tree(), links, drafts_, this->reads_laws(), !filtered && !given, takes_given);
     const RowRange share = share_of(owns);
     tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
@@ -136,7 +137,7 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     while (true) {
       const bool sums = step.close ? this->wants_masses(step) : tree().sums;
       if (sums) {
-        this->sum_residual(step, ++turn);
+        sum(step, ++turn);
         step.summed = true;
         summed = turn;
       }
@@ -174,6 +175,11 @@ class DrawnVerifier : ChainDraw<kType, false, true> {
     uint4* const nodes = reinterpret_cast<uint4*>(&tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
+  }
+
+  __device__ __forceinline__ void sum(const ChainStep& step, int turn) {
+    if (args_.keeps) return this->sum_residuals(step, turn, tree().keeps_other);
+    this->sum_residual(step, turn);
   }
 
   // The laws that drafts were drawn from, from whoever drew.

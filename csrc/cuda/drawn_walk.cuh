@@ -265,6 +265,7 @@ class DrawnWalk {
     const int64_t tiles = tiles_of(args_.vocab);
     const bool idle = tiles <= 2 * static_cast<int64_t>(cluster_size()) * kWarps;
     if (goes_on && idle && tree_.climbs) look_up(step, row);
+    tree_.keeps_other = tree_.climbs && tree_.next[row] == kNoNode;
     tree_.sums = true;
     shared_.step = step;
   }

@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "cuda/commit_end.hpp"
 #include "cuda/errors.hpp"
 #include "cuda/loop_end.cuh"
 
@@ -141,7 +140,7 @@ struct LoopGraph::State {
   LoopGraphArgs args;
   Device device;
   int64_t nodes = 0;
-  bool launched = false, ends_in_commit = false;
+  bool launched = false;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   cudaEvent_t done = nullptr;
@@ -174,35 +173,32 @@ struct LoopGraph::State {
     cudaGraph_t* bodies = nullptr;
     add_conditional(graph, begin, handles.again, cudaGraphCondTypeWhile, 1, "WHILE node", bodies);
     const cudaGraph_t body = bodies[0];
-    std::vector<cudaGraph_t> clones;
-    const cudaGraphNode_t work = add_rounds(body, rounds, handles.tier, clones);
-    ends_in_commit = end_in_commits(clones, args, mapped, handles);
-    if (!ends_in_commit) {
-      void* end_params[] = {&args, &mapped, &handles};
-      add_kernel(body, work, reinterpret_cast<const void*>(loop_end_kernel), end_params);
-    }
+    const cudaGraphNode_t work = add_rounds(body, rounds, handles.tier);
+    void* end_params[] = {&args, &mapped, &handles};
+    add_kernel(body, work, reinterpret_cast<const void*>(loop_end_kernel), end_params);
     throw_if_failed(cudaGraphInstantiate(&executable, graph, 0), "instantiation of the loop");
-  }
-
-  static cudaGraphNode_t add_clone(cudaGraph_t body, void* round, std::vector<cudaGraph_t>& clones) {
-    cudaGraphNode_t clone = nullptr;
-    throw_if_failed(cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, static_cast<cudaGraph_t>(round)),
-                    "clone of the round");
-    throw_if_failed(cudaGraphChildGraphNodeGetGraph(clone, &clones.emplace_back()), "clone of the round");
-    return clone;
   }
 
   // A clone of the round; of several, one that the SWITCH node chooses.
   static cudaGraphNode_t add_rounds(cudaGraph_t body, const std::vector<void*>& rounds,
-                                    [[maybe_unused]] cudaGraphConditionalHandle tier,
-                                    std::vector<cudaGraph_t>& clones) {
-    if (rounds.size() == 1) return add_clone(body, rounds[0], clones);
+                                    [[maybe_unused]] cudaGraphConditionalHandle tier) {
+    cudaGraphNode_t clone = nullptr;
+    if (rounds.size() == 1) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, body, nullptr, 0, static_cast<cudaGraph_t>(rounds[0])),
+          "clone of the round");
+      return clone;
+    }
 #if CUDART_VERSION >= 12080
     cudaGraph_t* tiers = nullptr;
     const cudaGraphNode_t choice =
         add_conditional(body, nullptr, tier, cudaGraphCondTypeSwitch, static_cast<unsigned>(rounds.size()),
                         "SWITCH node", tiers);
-    for (size_t t = 0; t < rounds.size(); ++t) add_clone(tiers[t], rounds[t], clones);
+    for (size_t t = 0; t < rounds.size(); ++t) {
+      throw_if_failed(
+          cudaGraphAddChildGraphNode(&clone, tiers[t], nullptr, 0, static_cast<cudaGraph_t>(rounds[t])),
+          "clone of a round");
+    }
     return choice;
 #else
     throw std::invalid_argument("rounds: expected one, as this build is older than CUDA 12.8");
@@ -264,7 +260,5 @@ bool LoopGraph::is_done() const {
 void LoopGraph::cancel() { *state_->cancelled = 1; }
 
 int64_t LoopGraph::nodes() const { return state_->nodes; }
-
-bool LoopGraph::ends_in_commit() const { return state_->ends_in_commit; }
 
 }  // namespace foretoken::cuda

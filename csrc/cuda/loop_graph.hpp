@@ -22,7 +22,6 @@ class LoopGraph {
   void cancel();  // from any thread: the launch that runs, if one does, ends after its round
   bool is_done() const;
   int64_t nodes() const;
-  bool ends_in_commit() const;  // which then ends its round; else a kernel behind it does
 
   static bool takes_tiers();  // whether build and driver can choose among rounds
 

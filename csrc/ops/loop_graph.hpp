@@ -8,9 +8,8 @@ namespace foretoken {
 // Why it stopped; none: it runs. vacant: fewer texts go on than were asked for; full: the ring is.
 enum class LoopEnd : int32_t { none, finished, limit, cancelled, vacant, full };
 
-// What a launch leaves behind. All but the first two are kept from launch to launch; of blocks that have come
-// to the end of a round none are left behind it.
-enum LoopField : int32_t { kLoopRounds, kLoopEnd, kLoopTier, kLoopWritten, kLoopArrived, kLoopFields };
+// What a launch leaves behind. The last three are kept from launch to launch.
+enum LoopField : int32_t { kLoopRounds, kLoopEnd, kLoopTier, kLoopWritten, kLoopFields };
 
 enum LoopLimit : int32_t { kMostRounds, kLeastLive, kLoopLimits };  // of a launch
 

@@ -202,11 +202,6 @@ class LoopGraph:
         On a stream, given by its handle.
         """
     @property
-    def ends_in_commit(self) -> bool:
-        """
-        Whether commits end the rounds; else a kernel behind them does.
-        """
-    @property
     def nodes(self) -> int:
         """
         Of the rounds.

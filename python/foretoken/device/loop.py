@@ -53,8 +53,7 @@ class LoopGraph:
     """A captured round that the device repeats until nobody is decoding: many rounds, one launch.
 
     The round becomes the body of a WHILE node; a small kernel behind it keeps its record, counts, and decides
-    whether there is another round. Where the round ends in `ops.commit` of this record, that kernel's last
-    block does so. Needs a driver for CUDA 12.4. Of several rounds, tiers that differ in how
+    whether there is another round. Needs a driver for CUDA 12.4. Of several rounds, tiers that differ in how
     much they draft, a SWITCH node in that body runs the one from which most tokens for its cost are expected,
     by what the rows' last rounds accepted; that needs CUDA 12.8.
 
@@ -91,8 +90,6 @@ class LoopGraph:
         Of the tiers' records.
     nodes : int
         Nodes of the rounds.
-    ends_in_commit : bool
-        Whether the rounds' own commits end them, which saves a kernel in each.
 
     Raises
     ------
@@ -130,7 +127,7 @@ class LoopGraph:
             self.history = entries[:, ENTRY_FIELDS:].view(max_rounds, rows, width)
         self._device = device
         self._limits = torch.tensor([max_rounds, 1], dtype=torch.int32, device=device)
-        self._progress = torch.zeros(5, dtype=torch.int32, device=device)
+        self._progress = torch.zeros(4, dtype=torch.int32, device=device)
         dearest = max((tier.cost for tier in tiers), default=1.0)
         self._native = _core.LoopGraph(
             [
@@ -153,11 +150,6 @@ class LoopGraph:
     def nodes(self) -> int:
         """Nodes of the rounds."""
         return self._native.nodes
-
-    @property
-    def ends_in_commit(self) -> bool:
-        """Whether the rounds' own commits end them, which saves a kernel in each."""
-        return self._native.ends_in_commit
 
     def launch(self, rounds: int | None = None, least_live: int = 1) -> None:
         """Run on the current stream; waits for nothing.
