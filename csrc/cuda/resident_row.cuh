@@ -139,12 +139,12 @@ class ResidentRow {
     }
     __syncwarp();
   }
-  static __device__ __noinline__ void load_by_elements(unsigned char* to, const void* data, uint32_t vocab,
+  static __device__ __noinline__ void load_by_elements(unsigned char* to, const void* data, int64_t vocab,
                                                        uint32_t index) {
 #pragma unroll 1
     for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
-      *reinterpret_cast<uint4*>(to + i * 16) =
-          TileOfRow<kType>::load_words(data, vocab, index * kTile + i * (16 / kBytes), false);
+      *reinterpret_cast<uint4*>(to + i * 16) = TileOfRow<kType>::load_words(
+          data, static_cast<uint32_t>(vocab), index * kTile + i * (16 / kBytes), false);
     }
   }
 
