@@ -17,7 +17,6 @@ class ChainVerifier : ChainDraw<kType, false> {
   __device__ __forceinline__ ChainVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
   __device__ __forceinline__ void run() {
-    cluster_show_up();
     const bool scouts = rank_ == 0 && warp_ == 0;
     const uint32_t clusters = static_cast<uint32_t>(args_.clusters);
     const bool given = args_.given != nullptr;
@@ -29,24 +28,22 @@ class ChainVerifier : ChainDraw<kType, false> {
                                   tiles_);
     RawTile<kType> raw;
     if (!scouts && !args_.prepared && tiles.any()) this->load(tiles.row(), tiles.index(), raw);
+    if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
       if (part_ == 0 && rank_ == 0) write(0, -1, status_, 0);
       return;
     }
     const bool filtered = !args_.prepared && this->any_filter();
-    ChainNode node{};
     if (scouts) {
-      node = this->look_ahead();
+      this->look_ahead();
     } else if (!filtered && !args_.prepared) {
       this->stream(raw, tiles);
     }
-    cluster_wait();  // nobody's memory is written before everybody runs
-    if (scouts) hand_out(node);
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
     if (!this->goes_on()) return;
     if (warp_ == 0) {
-      node_ = shared_.nodes[lane_id()];
+      node_ = *of_block(&shared_.nodes[lane_id()], 0);
       if (dense_ && args_.draft_records != nullptr) take_records();
     }
     if (args_.prepared || (filtered && args_.clusters > 1)) {
@@ -117,12 +114,6 @@ class ChainVerifier : ChainDraw<kType, false> {
     cluster_show_up();
     if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
     cluster_wait();  // others may still read this block's memory
-  }
-
-  // What is known of the nodes, to every block. By one warp.
-  __device__ __forceinline__ void hand_out(const ChainNode& node) const {
-#pragma unroll 1
-    for (uint32_t block = 0; block < size_; ++block) *of_block(&shared_.nodes[lane_id()], block) = node;
   }
 
   // The laws that drafts were drawn from, from whoever drew. By the first warp of each block.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/chain_laws.cuh"
+#include "cuda/copy_ahead.cuh"
 
 namespace foretoken::cuda {
 
@@ -184,62 +185,67 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     (second ? sums[1] : sums[0]) += of_sum;
   }
 
-  // While a tile is summed the next one is on its way, into the registers that it leaves free.
+  // A quarter is on its way while the one before is summed. No more of the loops is unrolled: where a warp
+  // has a tile or two, it waits for instructions that come for the first time.
   __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
-    constexpr int kLoads = RawTile<kType>::kLoads;
+    constexpr int kLoads = RawTile<kType>::kLoads, kBytes = RawTile<kType>::kBytes;
     const uint32_t whole = whole_tiles(), items = count * whole, workers = size_ * kWarps;
     uint32_t item = warp_ * size_ + rank_;
     if (item >= items) return;
-    const auto load = [](const void* row, uint32_t index, int quarter, uint4* words) {
-      constexpr int kBytes = RawTile<kType>::kBytes;
-      const char* const base =
-          static_cast<const char*>(row) +
+    uint4 of_target[kLoads], of_draft[kLoads];
+    const auto load = [&](const Sides& sides, uint32_t index, int quarter) {
+      const uint64_t at =
           (static_cast<uint64_t>(index) * kTile + static_cast<uint32_t>(quarter * 256 + lane_id() * 8)) *
-              kBytes;
+          kBytes;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(base) + i);
+      for (int i = 0; i < kLoads; ++i) {
+        of_target[i] =
+            __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(sides.target) + at) + i);
+        if constexpr (!kTree)
+          of_draft[i] =
+              __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(sides.draft) + at) + i);
+      }
     };
-    const auto unpack = [](const uint4* words) {
-      Eight eight;
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) unpack_words<kType>(words[i], eight.x + i * (8 / kLoads));
-      return eight;
+    // Rows may have left the second-level cache since they were read.
+    const auto send_for = [&](const Sides& sides, uint32_t index) {
+      const uint64_t at = static_cast<uint64_t>(index) * kTile * kBytes;
+      if (lane_id() == 0) bring_closer(static_cast<const char*>(sides.target) + at, kTile * kBytes);
+      if (!kTree && lane_id() == 1) bring_closer(static_cast<const char*>(sides.draft) + at, kTile * kBytes);
     };
     bool second = item >= whole;
     Sides sides = sides_of(step, second);
-    uint4 of_target[4][kLoads], of_draft[4][kLoads];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      load(sides.target, second ? item - whole : item, q, of_target[q]);
-      if constexpr (!kTree) load(sides.draft, second ? item - whole : item, q, of_draft[q]);
-    }
+    send_for(sides, second ? item - whole : item);
+    load(sides, second ? item - whole : item, 0);
 #pragma unroll 1
     while (true) {
-      const uint32_t next = item + workers;
-      const bool more = next < items, next_second = more && next >= whole;
-      const Sides coming = next_second != second ? sides_of(step, true) : sides;
-      const uint32_t next_index = next_second ? next - whole : next;
+      const uint32_t index = second ? item - whole : item;
+      if (index + workers < whole) send_for(sides, index + workers);
       PinnedSum sum;
       LaneMass lane_mass;
-#pragma unroll
+#pragma unroll 1
       for (int q = 0; q < 4; ++q) {
-        Eight weights = unpack(of_target[q]), other{};
-        if (more) load(coming.target, next_index, q, of_target[q]);
-        if constexpr (!kTree) {
-          other = unpack(of_draft[q]);
-          if (more) load(coming.draft, next_index, q, of_draft[q]);
+        Eight weights, other{};
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          unpack_words<kType>(of_target[i], weights.x + i * (8 / kLoads));
+          if constexpr (!kTree) unpack_words<kType>(of_draft[i], other.x + i * (8 / kLoads));
         }
+        if (q < 3) load(sides, index, q + 1);
         take_away(weights, other, sides);
 #pragma unroll
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
       }
-      keep(step, turn, second, second ? item - whole : item, lane_mass, sum, sums);
-      if (!more) return;
-      item = next;
-      second = next_second;
-      sides = coming;
+      const bool of_second = second;
+      item += workers;
+      if (item < items) {
+        if (!second && item >= whole) sides = sides_of(step, true);
+        second = item >= whole;
+        load(sides, second ? item - whole : item, 0);
+      }
+      keep(step, turn, of_second, index, lane_mass, sum, sums);
+      if (item >= items) return;
     }
   }
 

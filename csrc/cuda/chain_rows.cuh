@@ -242,7 +242,7 @@ class ChainRows {
   }
 
   // What can be known of the nodes before any law is. By one warp, a lane for each node.
-  __device__ __forceinline__ ChainNode look_ahead() const {
+  __device__ __forceinline__ void look_ahead() {
     const int32_t node = lane_id();
     ChainNode found{};
     found.token = -1;
@@ -258,7 +258,7 @@ class ChainRows {
     found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
     found.closing_bits = args_.samples ? random_bits(seed, base, args_.purpose, args_.step)
                                        : random_bits(seed, base, Purpose::close, static_cast<uint32_t>(node));
-    return found;
+    shared_.nodes[node] = found;
   }
 
   // Whether this cluster is the one that goes on: all others of the request have read their share.
@@ -280,7 +280,8 @@ class ChainRows {
   // The node whose token was drawn behind a row.
   __device__ __forceinline__ ChainNode node_of(uint32_t row) const {
     const uint32_t node = (of_target(row) ? row : row - draft_row(0)) + 1;
-    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_)) return shared_.nodes[node];
+    if (!kTree && !kDrawn && node <= static_cast<uint32_t>(drafts_))
+      return *of_block(&shared_.nodes[node], 0);
     ChainNode none{};
     none.token = -1;
     return none;

@@ -84,8 +84,8 @@ struct ChainShared {
     DrawScratch draw;      // behind that
   };
   ChainRecord records[kMostChainRows];
-  ChainNode nodes[kWarpSize];
-  RowReading reading[2];  // of the target, and of the drafts
+  ChainNode nodes[kWarpSize];  // in the first block
+  RowReading reading[2];       // of the target, and of the drafts
   Filters filters[2];
   ChainStep step;
   int64_t drawn;
@@ -123,7 +123,7 @@ struct TreeShared {
   int32_t length;   // drafts that count
   int32_t read;     // rows below were read first ...
   int32_t guessed;  // ... this one beside the last; -1: none
-  int32_t made;     // rows below have laws before the walk begins
+  int32_t made;     // of filtered rows those below have laws
   int32_t node, depth;
   int32_t num_removed;
   int32_t next;   // the child that is kept; -1: none

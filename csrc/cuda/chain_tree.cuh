@@ -1,8 +1,8 @@
 // Verification of trees whose drafts were chosen, not drawn, and of chains of such: the walk from the root
 // that decides on each node by its own target row alone, see walk_siblings() of math/tree_walk.hpp. The first
-// rows are read by all clusters of a request; then one of them goes on alone, makes their laws, and reads a
-// row when the walk has come to it, so that rows beside the path cost nothing. Every block makes the law of
-// such a row for itself, from the statistics that all have left, and decides for itself.
+// rows are read by all clusters of a request; then one of them goes on alone and reads a row when the walk
+// has come to it, so that rows beside the path cost nothing. Every block makes the law of the row for itself,
+// from the statistics that all have left, and decides for itself.
 #pragma once
 
 #include "cuda/chain_draw.cuh"
@@ -30,7 +30,6 @@ class TreeVerifier : ChainDraw<kType, true> {
     if (!this->goes_on()) return;
     judge();
     if (this->is_filtered(0)) return walk_filtered(args_, tree_);
-    make_laws_at_once();
     walk<false>();
   }
 
@@ -155,23 +154,11 @@ class TreeVerifier : ChainDraw<kType, true> {
     cluster_sync();
   }
 
-  // Of the rows that were read first, a warp for each.
-  __device__ __forceinline__ void make_laws_at_once() {
-    const int32_t rows = tree_.read < tree_.length + 1 ? tree_.read : tree_.length + 1;
-#pragma unroll 1
-    for (uint32_t row = warp_ * size_ + rank_; row < static_cast<uint32_t>(rows); row += size_ * kWarps)
-      this->publish(row, this->law_of(row), this->node_of(row));
-    if (threadIdx.x == 0) tree_.made = rows;
-    cluster_sync();
-  }
-
   template <bool kFiltered>
   __device__ __forceinline__ void walk() {
     while (true) {
       const int32_t node = tree_.node;
-      if (node < tree_.made) {
-        __syncthreads();  // all know the last decision
-      } else if constexpr (kFiltered) {
+      if constexpr (kFiltered) {
         make_filtered_law(node);
       } else {
         make_law(node);
@@ -191,6 +178,7 @@ class TreeVerifier : ChainDraw<kType, true> {
   }
 
   __device__ __forceinline__ void make_filtered_law(int32_t node) {
+    if (node < tree_.made) return __syncthreads();  // all know the last decision
     const uint32_t row = static_cast<uint32_t>(node);
     Base::make_filtered_laws(args_, shared_, row, row + 1, drafts_);
     cluster_sync();

@@ -1,4 +1,4 @@
-// Copies from global into shared memory by the copy engine, that are on their way while their warp goes on.
+// Copies from global memory by the copy engine, that are on their way while their warp goes on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,6 +55,13 @@ __device__ __forceinline__ void wait_for_copy(CopyBarrier* barrier, uint32_t tur
         : "r"(behind), "r"(turn)
         : "memory");
   }
+#endif
+}
+
+// The same bytes only as near as the second-level cache.
+__device__ __forceinline__ void bring_closer(const void* global, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
 }
 

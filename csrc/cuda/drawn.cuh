@@ -59,12 +59,13 @@ class DrawnVerifier : DrawnSums<kType> {
     RawTile<kType> raw;
     const bool begins = !scouts && tiles.any();
     if (begins) this->load(tiles.row(), tiles.index(), raw);
+    const NodeLinks links = read_links(args_, b_);
     if (!this->read_header()) {
       if (owns && rank_ == 0) write_drawn_tree(args_, tree(), b_, -1, status_, false);
       return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
-    plan_rows(args_, tree(), b_, drafts_, this->reads_laws(), !filtered && !given, takes_given);
+    plan_rows(args_, tree(), links, drafts_, this->reads_laws(), !filtered && !given, takes_given);
     const RowRange share = share_of(owns);
     tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);

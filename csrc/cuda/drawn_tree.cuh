@@ -69,22 +69,32 @@ struct alignas(16) DrawnTree {
 
 constexpr int16_t kBadLawRow = -2;
 
+// Of the node that is a thread's, whether it counts or not.
+struct NodeLinks {
+  int64_t law_row = kNoNode, parent = kNoNode;
+};
+__device__ __forceinline__ NodeLinks read_links(const ChainArgs& args, int64_t b) {
+  const int32_t node = static_cast<int32_t>(threadIdx.x);
+  NodeLinks links;
+  if (node > args.most_drafts) return links;
+  links.law_row = args.draft_rows.data ? read_number(args.draft_rows, b, node) : node;
+  if (node > 0) links.parent = args.parents.data ? read_number(args.parents, b, node - 1) : node - 1;
+  return links;
+}
+
 // Which rows are read at first. `drawn`: those of laws are. `lazily`: those of leaves are not, as only a
 // closing token is ever drawn from them. `given`: none of the target's. By a block, a thread for each node.
-inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, int64_t b,
+inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, NodeLinks links,
                                               int32_t drafts, bool drawn, bool lazily, bool given) {
   const int32_t node = static_cast<int32_t>(threadIdx.x);
   static_assert(kThreads >= 2 * kMostTreeNodes);
   const bool there = node <= drafts;
-  int64_t law_row = kNoNode, parent = kNoNode;
-  if (there && drawn) law_row = args.draft_rows.data ? read_number(args.draft_rows, b, node) : node;
-  if (there && node > 0) parent = args.parents.data ? read_number(args.parents, b, node - 1) : node - 1;
   if (node < 2 * kMostTreeNodes) tree.wanted[node] = node == 0;
   __syncthreads();
-  if (parent >= 0 && parent < node) tree.wanted[parent] = true;
+  if (there && links.parent >= 0 && links.parent < node) tree.wanted[links.parent] = true;
   __syncthreads();
-  if (there && tree.wanted[node] && law_row >= 0 && law_row < args.law_rows)
-    tree.wanted[kMostTreeNodes + law_row] = true;
+  if (there && drawn && tree.wanted[node] && links.law_row >= 0 && links.law_row < args.law_rows)
+    tree.wanted[kMostTreeNodes + links.law_row] = true;
   __syncthreads();
   if (there && !lazily) tree.wanted[node] = true;
   __syncthreads();

@@ -288,14 +288,14 @@ inline __device__ __noinline__ void load_tile(const DeviceRow& row, int64_t inde
 // The pinned sum of a tile whose quarters come one after the other.
 class PinnedSum {
  public:
-  __device__ void add(int quarter, const Eight& eight) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float pair = held_.x[j] + eight.x[j];
-      if (quarter == 1) half_.x[j] = pair;
-      if (quarter == 3) half_.x[j] += pair;
-      held_.x[j] = eight.x[j];
+  __device__ __forceinline__ void add(int quarter, const Eight& eight) {
+    if (quarter % 2 == 0) {
+      held_ = eight;
+      return;
     }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      half_.x[j] += held_.x[j] + eight.x[j];  // at first to zero, which changes nothing
   }
   // The same value in every lane.
   __device__ float total() const {

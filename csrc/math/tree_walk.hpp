@@ -174,6 +174,7 @@ FORETOKEN_HD_OUTLINE int32_t climb(Rows& rows, const TreeIndex& tree, int32_t to
       states[below].prefix = extend_prefix(state.prefix, target, left_of_draft(rows, node, state, below));
       next[below] = tree.first_child[below];
       node = below;
+      if (!(states[node].prefix > 0.0)) break;  // no coin keeps it, nor anything below
     }
     if (decide.fraction(node, states[node].prefix)) return node;
     const int32_t parent = tree.parent[node];
