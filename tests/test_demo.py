@@ -36,7 +36,7 @@ def whole():
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = out, err
     try:
-        status = main(["demo", "--quick", "--json", "--max-new-tokens", "16", "--num-drafts", "3"])
+        status = main(["demo", "--quick", "--json", "--max-new-tokens", "9", "--num-drafts", "3"])
     finally:
         sys.stdout, sys.stderr = before
     assert status == 0, err.getvalue()
@@ -53,7 +53,7 @@ def test_json_has_every_method_at_both_temperatures(whole):
     for temperature in (0.0, 0.8):
         assert rows_of(whole, temperature).keys() == keys
     assert whole["machine"]["packages"]["torch"]
-    assert whole["new_tokens"] == 16
+    assert whole["new_tokens"] == 9
     assert whole["checks"] == []
 
 

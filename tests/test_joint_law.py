@@ -51,7 +51,7 @@ SENSITIVE = [Generations("block", CHAIN), Generations("traversal", FORK)]
 @pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.long)], ids=["short", "long"])
 def test_first_four_tokens(case, many, figure):
-    sequences = 2_000_000 if many else 40_000 if case in SENSITIVE else 10_000
+    sequences = 2_000_000 if many else 40_000 if case in SENSITIVE else 6_000
     found = assert_fits(joint_fit(generated(case, sequences)), name(case))
     figure("detectable_tv", found.detectable)
 

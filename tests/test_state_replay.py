@@ -112,7 +112,9 @@ def check_fronts(fronts, texts):
 
 
 @pytest.mark.parametrize("entries", [3, 6])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in (4, 5))]
+)
 def test_random_programs_against_token_lists(entries, seed):
     """Prompts in chunks, rounds with any accepted counts and none drafted, drafts of a model taken back, rows
     that sit out, failures half way, slots reused and forked.
