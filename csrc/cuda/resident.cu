@@ -66,10 +66,10 @@ ResidentRoom find_resident_room(int64_t tiles, int64_t element_bytes, Device dev
   return room;
 }
 
-// Rows are taken in waves. A row takes so long by itself, and a multiprocessor that has several blocks so
-// long for its tiles; in us on an H200, estimated.
+// Rows are taken in waves. A row takes so long by itself, more the more blocks have to wait for each other,
+// and a multiprocessor that has several blocks so long for its tiles; in us on an H200, measured.
 ResidentShape find_shape(const ResidentRoom& room, int64_t rows, int64_t tiles, int multiprocessors) {
-  constexpr double kOfRow = 7.0, kOfOwnTile = 0.3;
+  constexpr double kOfRow = 14.0, kOfBlock = 0.6, kOfOwnTile = 0.3;
   int best = 0;
   double least = 1e30;
   for (int cluster = 1; cluster <= kMaxCluster; ++cluster) {
@@ -78,8 +78,8 @@ ResidentShape find_shape(const ResidentRoom& room, int64_t rows, int64_t tiles, 
     const int64_t waves = (rows + room.clusters[cluster] - 1) / room.clusters[cluster];
     const int64_t beside = (at_once * cluster + multiprocessors - 1) / multiprocessors;
     const double own = kOfOwnTile * static_cast<double>(most_own(tiles, cluster));
-    const double cost =
-        static_cast<double>(waves) * std::max(kOfRow + own, own * static_cast<double>(beside));
+    const double cost = static_cast<double>(waves) *
+                        std::max(kOfRow + kOfBlock * cluster + own, own * static_cast<double>(beside));
     if (cost >= least) continue;
     least = cost;
     best = cluster;

@@ -31,14 +31,10 @@ class ResidentGuess : protected ResidentSearch<kType> {
     sample(local, largest, scale, kTileBits);
   }
 
-  // Whether what was sampled of some tile may lie in bins of other weights.
-  __device__ __forceinline__ bool lies_far_apart(const RowLaw& law) const {
-    bool far = false;
-    for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
-      const float apart = (law.max - stats_[index].max) * law.scale;
-      far = far || (apart > kBits - kTileBits && apart < infinity());
-    }
-    return __any_sync(kAllLanes, far) != 0;
+  // Whether what was sampled of some tile may lie in bins of other weights, `least` being the smallest of the
+  // tiles' largest elements.
+  __device__ __forceinline__ bool lies_far_apart(const RowLaw& law, float least) const {
+    return (law.max - least) * law.scale > kBits - kTileBits;
   }
 
   // Of all blocks' samples, the lightest first: what lies up to each bin, and the squares of the weights.
@@ -159,24 +155,28 @@ class ResidentGuess : protected ResidentSearch<kType> {
   // element that is heavy by itself says nothing of those beside it: then all are listed that weigh more than
   // the others of the sample.
   __device__ __forceinline__ Window guess_mass(const RowLaw& law, float rest) {
-    const float of_warp = shared_.warp_floats[0][lane_id()], all = sum_up_to_lane(of_warp);
-    const float squares_of_warp = shared_.warp_floats[1][lane_id()];
-    const Sums warps{all - of_warp, all, sum_up_to_lane(squares_of_warp) - squares_of_warp};
-    const Edge edge = find_edge(warps, rest);
-    float doubt = kMostDoubt, wanted = rest * (1.0f - kMostDoubt);
-    if (edge.there) {
-      doubt = fminf(fmaxf(kDoubt * sqrtf(edge.squares) / rest, kLeastDoubt), kMostDoubt);
-      wanted = edge.own > kHeavy * rest ? kAllBut * edge.below : rest * (1.0f - doubt);
-    } else {
-      wanted = kAllBut * __shfl_sync(kAllLanes, all, kWarpSize - 1);
+    if (warp_ == 0) {
+      const float of_warp = shared_.warp_floats[0][lane_id()], all = sum_up_to_lane(of_warp);
+      const float squares_of_warp = shared_.warp_floats[1][lane_id()];
+      const Sums warps{all - of_warp, all, sum_up_to_lane(squares_of_warp) - squares_of_warp};
+      const Edge edge = find_edge(warps, rest);
+      float doubt = kMostDoubt, wanted = kAllBut * __shfl_sync(kAllLanes, all, kWarpSize - 1);
+      if (edge.there) {
+        doubt = fminf(fmaxf(kDoubt * sqrtf(edge.squares) / rest, kLeastDoubt), kMostDoubt);
+        wanted = edge.own > kHeavy * rest ? kAllBut * edge.below : rest * (1.0f - doubt);
+      }
+      const float fine = law.scale * kBinsPerBit, more = rest * (1.0f + doubt);
+      const int lightest = lightest_bin(law.max * fine);
+      const float low = number_at(find_edge(warps, wanted), wanted, lightest, fine);
+      const float high =
+          doubt <= kWideDoubt ? number_at(find_edge(warps, more), more, lightest, fine) : infinity();
+      if (lane_id() == 0) {
+        shared_.edges[0] = low;
+        shared_.edges[1] = high;
+      }
     }
-    const float fine = law.scale * kBinsPerBit;
-    const int lightest = lightest_bin(law.max * fine);
-    const float low = number_at(find_edge(warps, wanted), wanted, lightest, fine);
-    const float more = rest * (1.0f + doubt);
-    const float high =
-        doubt <= kWideDoubt ? number_at(find_edge(warps, more), more, lightest, fine) : infinity();
-    return {low, high};
+    __syncthreads();
+    return {shared_.edges[0], shared_.edges[1]};
   }
 
   // By bin, the lightest first: of it and those before it in its warp, and behind all of these the squares.

@@ -20,35 +20,36 @@ class ResidentLaws : ResidentGuess<kType> {
 
   // A cluster takes every so-manyth of the `rows`.
   __device__ __forceinline__ void run(uint32_t rows) {
-    uint32_t number = blockIdx.x / size_;
+    uint32_t next = blockIdx.x / size_;
     // Before it is known whether anybody asks for the row, where nearly always somebody does.
-    const bool ahead = args_.num_drafts.data == nullptr;
+    bool ahead = args_.num_drafts.data == nullptr;
     this->begin_barriers();
-    if (ahead) this->begin_loading(place_of(number).data);
-    take_row(number, task_);
-    __syncthreads();
-    if (!ahead && task().wanted) this->begin_loading(task().row.data);
-    bool loaded = ahead || task().wanted;
+    if (threadIdx.x < 2) shared_.reached[threadIdx.x] = 0;
+    if (ahead) this->begin_loading(place_of(next).data);
+    bool wanted = false, loaded = false;  // of the row whose turn it is; none yet
+#pragma unroll 1
     while (true) {
       __syncwarp();
       cluster_arrive();
-      const uint32_t next = number + gridDim.x / size_;
       this->begin_search();
       this->clear_bins();
       cluster_wait();  // nobody's memory is written before everybody has done with it
-      next_loaded_ = next >= rows;
-      if (!next_loaded_) take_row(next, task_ ^ 1);
-      if (task().wanted) {
+      const bool more = next < rows;
+      next_loaded_ = !more || ahead;
+      if (more) take_row(next, task_ ^ 1);
+      if (wanted) {
         settle_row();
       } else {
         if (loaded) for_own([&](uint32_t local, uint32_t) { this->wait_for_tile(local); });
         __syncthreads();
       }
-      if (next >= rows) return;
+      if (!more) return;
       task_ ^= 1;
-      loaded = task().wanted;
-      if (loaded && !next_loaded_) this->begin_loading(task().row.data);
-      number = next;
+      wanted = task().wanted;
+      loaded = wanted || ahead;
+      if (wanted && !next_loaded_) this->begin_loading(task().row.data);
+      next += gridDim.x / size_;
+      ahead = false;
     }
   }
 
@@ -183,11 +184,14 @@ class ResidentLaws : ResidentGuess<kType> {
   // `sampled`: the sample is summed up too, if it is of use.
   __device__ __forceinline__ RowLaw law_of_stats(bool summed, float& high, bool& sampled) {
     const LawKind kind = task().reading.kind;
+    float least = infinity();
     high = -infinity();
     bool regular = true;
+#pragma unroll 1
     for (uint32_t index = lane_id(); index < tiles_; index += kWarpSize) {
       const TileStats found = stats_[index];
       high = fmaxf(high, found.max);
+      least = fminf(least, found.max > -infinity() ? found.max : infinity());
       regular = regular && found.sum <= static_cast<float>(kTile + 1) &&
                 (kind == LawKind::point || found.max < infinity());
     }
@@ -206,7 +210,7 @@ class ResidentLaws : ResidentGuess<kType> {
     }
     mass = sum_of_masses(mass);
     if (lane_id() == 0) shared_.warp_words[warp_] = mass;
-    sampled = sampled && !this->lies_far_apart(law);
+    sampled = sampled && !this->lies_far_apart(law, -max_of_warp(-least));
     if (sampled) this->sum_bins(law);
     __syncthreads();
     law.mass = sum_of_masses(shared_.warp_words[lane_id()]);
@@ -315,13 +319,15 @@ class ResidentLaws : ResidentGuess<kType> {
     const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(__popc(kept)));
     if (most > kFewMarks) return this->sum_of_many(local, anchor, scale, cut);
     constexpr int kLevels = 5;
-    float open[kLevels] = {}, current = 0.0f;  // left sides of what is not closed yet
-    uint32_t last = static_cast<uint32_t>(__ffs(static_cast<int>(kept)) - 1);
+    float open[kLevels] = {}, current = 0.0f;  // right sides of what is not closed yet
+    int last = this->last_bit(kept);
 #pragma unroll 1
-    for (unsigned i = 0; i < most; ++i, kept &= kept - 1) {
-      const float weight = weight_of_logit(this->first_marked(local, kept), anchor, scale, cut);
+    for (unsigned i = 0; i < most; ++i) {
       if (kept == 0) continue;
-      const uint32_t place = static_cast<uint32_t>(__ffs(static_cast<int>(kept)) - 1), apart = place ^ last;
+      const int place = this->last_bit(kept);
+      kept ^= 1u << place;
+      const float x = this->element_of_lane(local, place % 4, place / 4);
+      const uint32_t apart = static_cast<uint32_t>(place ^ last);
 #pragma unroll
       for (int level = 0; level < kLevels; ++level) {
         if (apart >> (level + 1) != 0) {
@@ -331,7 +337,7 @@ class ResidentLaws : ResidentGuess<kType> {
           open[level] = current;
         }
       }
-      current = weight;
+      current = weight_of_logit(x, anchor, scale, cut);
       last = place;
     }
 #pragma unroll

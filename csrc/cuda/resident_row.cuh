@@ -49,7 +49,8 @@ struct ResidentShared {
   uint32_t listed;
   uint32_t few_keys[kWarpSize];
   uint32_t few;
-  float window;
+  uint32_t reached[2];  // keys; 0: none, as both are to begin with
+  float window, edges[2];
   int32_t tile;
   int32_t drawn;
   float of_drawn;
@@ -134,13 +135,17 @@ class ResidentRow {
         *reinterpret_cast<uint4*>(to + i) = TileOfRow<kType>::load_words(data, 0, 0, true);
       }
     } else {
-#pragma unroll 1
-      for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
-        *reinterpret_cast<uint4*>(to + i * 16) =
-            TileOfRow<kType>::load_words(data, vocab_, index * kTile + i * (16 / kBytes), false);
-      }
+      load_by_elements(to, data, vocab_, index);
     }
     __syncwarp();
+  }
+  static __device__ __noinline__ void load_by_elements(unsigned char* to, const void* data, int64_t vocab,
+                                                       uint32_t index) {
+#pragma unroll 1
+    for (uint32_t i = lane_id(); i < kTile * kBytes / 16; i += kWarpSize) {
+      *reinterpret_cast<uint4*>(to + i * 16) = TileOfRow<kType>::load_words(
+          data, static_cast<uint32_t>(vocab), index * kTile + i * (16 / kBytes), false);
+    }
   }
 
   __device__ __forceinline__ void wait_for_tile(uint32_t local) const {
@@ -248,6 +253,9 @@ class ResidentRow {
       }
     }
     return marks;
+  }
+  static __device__ __forceinline__ int last_bit(uint32_t marks) {
+    return 31 - __clz(static_cast<int>(marks));
   }
   // The first marked element; without any mark just one.
   __device__ __forceinline__ float first_marked(uint32_t local, uint32_t marks) const {

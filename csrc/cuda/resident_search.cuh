@@ -13,10 +13,12 @@ class ResidentSearch : protected ResidentRow<kType> {
  protected:
   using Row = ResidentRow<kType>;
   using Row::args_;
+  using Row::element_of_lane;
   using Row::first_marked;
   using Row::for_marked;
   using Row::for_own;
   using Row::lane_highs_;
+  using Row::last_bit;
   using Row::mark;
   using Row::masses_;
   using Row::quarter_of;
@@ -144,8 +146,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   }
 
  private:
-  static constexpr int kDigits = 4;  // of the number of elements of a lane that are looked at one by one
-  static constexpr int kHeld = 4;    // of a thread, of all that is listed
+  static constexpr int kHeld = 4;  // of a thread, of all that is listed
 
   // Behind a barrier of the cluster.
   __device__ __forceinline__ float search_list(KeyRange range, uint64_t need, const RowLaw& law,
@@ -204,19 +205,17 @@ class ResidentSearch : protected ResidentRow<kType> {
     }
   }
 
-  // The same of at most one element of each lane. By a warp.
+  // The same of at most one element of each lane, all warps knowing the same ones and looking at one each.
   template <class AmountOf>
   __device__ __forceinline__ float among_few(bool there, uint32_t key, uint64_t need,
-                                             const AmountOf& amount_of) const {
-    const uint64_t own = there ? amount_of(key) : 0;
-    uint64_t from_there = 0;
-#pragma unroll 1
-    for (unsigned lanes = __ballot_sync(kAllLanes, there); lanes != 0; lanes &= lanes - 1) {
-      const int other = __ffs(static_cast<int>(lanes)) - 1;
-      const uint64_t amount = __shfl_sync(kAllLanes, own, other);
-      if (__shfl_sync(kAllLanes, key, other) >= key) from_there += amount;
-    }
-    const uint32_t reached = __reduce_max_sync(kAllLanes, there && from_there >= need ? key : 0);
+                                             const AmountOf& amount_of) {
+    const uint32_t of_warp = __shfl_sync(kAllLanes, there ? key : 0, static_cast<int>(warp_));
+    const uint64_t from_there = sum_of_masses(there && key >= of_warp ? amount_of(key) : 0);
+    if (lane_id() == 0 && of_warp != 0 && from_there >= need) atomicMax(&shared_.reached[reached_], of_warp);
+    __syncthreads();
+    const uint32_t reached = shared_.reached[reached_];
+    reached_ ^= 1;
+    if (threadIdx.x == 0) shared_.reached[reached_] = 0;
     return reached != 0 ? value_of(reached) : -infinity();
   }
 
@@ -259,19 +258,17 @@ class ResidentSearch : protected ResidentRow<kType> {
     const float low = window.low, high = window.high;
     const uint32_t marks = mark(local, [&](float x) { return x >= low; });
     marks_of(local) = marks;
-    const uint32_t own = static_cast<uint32_t>(__popc(marks)), lower_lanes = (1u << lane_id()) - 1;
-    uint32_t before = 0, all = 0;  // of lower lanes; of all
-#pragma unroll
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const unsigned with_digit = __ballot_sync(kAllLanes, (own >> digit & 1) != 0);
-      before += static_cast<uint32_t>(__popc(with_digit & lower_lanes)) << digit;
-      all += static_cast<uint32_t>(__popc(with_digit)) << digit;
-    }
+    const uint32_t own = static_cast<uint32_t>(__popc(marks)), up_to = sum_up_to_lane(own);
+    const uint32_t all = __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
     LaneMass mass;
-    if (all <= kColumn && !__any_sync(kAllLanes, own >> kDigits != 0)) {
+    if (all <= kColumn) {
       float* const column = shared_.columns[warp_];
 #pragma unroll 1
-      for (uint32_t left = marks; left != 0; left &= left - 1) column[before++] = first_marked(local, left);
+      for (uint32_t left = marks, at = up_to - own; left != 0; ++at) {
+        const int bit = last_bit(left);
+        column[at] = element_of_lane(local, bit % 4, bit / 4);
+        left ^= 1u << bit;
+      }
       __syncwarp();
 #pragma unroll 1
       for (uint32_t first = 0; first < all; first += kWarpSize) {
@@ -427,6 +424,7 @@ class ResidentSearch : protected ResidentRow<kType> {
   // Two elements are the same if their keys differ by less than a power of two.
   static constexpr int kGrain = kType == DType::float32 ? 0 : kType == DType::bfloat16 ? 16 : 13;
 
+  int reached_ = 0;          // which of the two
   bool pulled_ = false;      // whether others may still read this block's list
   int turn_ = 0, told_ = 0;  // bins that are filled next; where was told last
 };
