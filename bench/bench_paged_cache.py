@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from foretoken.cache import PagedCache, QuantisedCache
 from foretoken.ops import Verdict
 
 COUNT, KEPT, PROMPT = 6, 4, 500
+NODES = 8  # of a tree
 PAGE = 16
 SCALES = ("token", "page", "head")
 GOAL_US = {"cpu": 2.0, "cuda": 3.0}  # a row; a launch for 128 rows
@@ -160,6 +161,17 @@ def forking(device: str, layers: int = 32) -> tuple[Callable[[], None], PagedCac
     return call, cache
 
 
+def tree_round(batch: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Verdict, Tensor, Tensor]:
+    """Ancestor words of a tree of eight nodes, a verdict that keeps nodes 2 and 5, queries, and new rows."""
+    words = ops.tree_index(torch.tensor([[0, 0, 1, 2, 2, 3, 5]] * batch, device=device)).ancestors
+    verdict = Verdict.empty(batch, NODES - 1, device=device)
+    verdict.num_emitted.fill_(3)
+    verdict.num_accepted.fill_(2)
+    verdict.path[:, 0], verdict.path[:, 1] = 2, 5
+    q, new = (torch.randn(batch, NODES, heads, 128, device=device).to(dtype) for heads in (32, 8))
+    return words, verdict, q, new
+
+
 def trees(device: str, lazy: bool, layers: int, batch: int, length: int = 1000) -> Result:
     """Rounds of trees of eight nodes with two accepted drafts, moved together every round or lazily: median
     microseconds of attention in a layer, and of the end of a round, the moves that follow later included.
@@ -168,27 +180,19 @@ def trees(device: str, lazy: bool, layers: int, batch: int, length: int = 1000) 
         layers, pages=batch * 90, page_size=PAGE, heads=8, head_size=128, max_slots=batch, max_length=1300,
         dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device,
     )  # fmt: skip
-    dtype, nodes = cache.caches[0].dtype, 8
     cache.reserve(range(batch), length)
     cache.commit()
     cache.length(0)
-    parents = torch.tensor([[0, 0, 1, 2, 2, 3, 5]] * batch, device=device)
-    words = ops.tree_index(parents).ancestors
-    verdict = Verdict.empty(batch, nodes - 1, device=device)
-    verdict.num_emitted.fill_(3)
-    verdict.num_accepted.fill_(2)
-    verdict.path[:, 0], verdict.path[:, 1] = 2, 5
-    q = torch.randn(batch, nodes, 32, 128, device=device).to(dtype)
-    new = torch.randn(batch, nodes, 8, 128, device=device).to(dtype)
+    words, verdict, q, new = tree_round(batch, device, cache.caches[0].dtype)
     attending, closing = [], []
 
     def close() -> None:
         cache.commit(verdict, tree=True, lazy=lazy)
-        if not cache._apart.takes(tuple(range(batch)), [nodes] * batch):
+        if not cache._apart.takes(tuple(range(batch)), [NODES] * batch):
             cache.gather()
 
     for number in range(25):
-        cache.reserve(range(batch), nodes)
+        cache.reserve(range(batch), NODES)
         cache.append(0, new, new)
         if number:
             attending.append(once_us(lambda: cache.attend(0, q, ancestors=words), device))
@@ -243,23 +247,17 @@ def of_kind(kind: str, device: str, batch: int) -> Result:
     """Rounds of trees of eight nodes, of which two drafts are accepted: median microseconds of a layer's
     append and attention, and of the end of a round.
     """
-    cache, nodes, rounds = made(kind, device, batch), 8, 24
+    cache, rounds = made(kind, device, batch), 24
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     cache.reserve(range(batch), PROMPT)
     prompt = torch.randn(batch, PROMPT, 8, 128, device=device).to(dtype)
     for layer in range(2):
         cache.append(layer, prompt, prompt)
     cache.commit()
-    words = ops.tree_index(torch.tensor([[0, 0, 1, 2, 2, 3, 5]] * batch, device=device)).ancestors
-    verdict = Verdict.empty(batch, nodes - 1, device=device)
-    verdict.num_emitted.fill_(3)
-    verdict.num_accepted.fill_(2)
-    verdict.path[:, 0], verdict.path[:, 1] = 2, 5
-    q = torch.randn(batch, nodes, 32, 128, device=device).to(dtype)
-    new = torch.randn(batch, nodes, 8, 128, device=device).to(dtype)
+    words, verdict, q, new = tree_round(batch, device, dtype)
     writing, attending, closing = [], [], []
     for _ in range(rounds):
-        cache.reserve(range(batch), nodes)
+        cache.reserve(range(batch), NODES)
         writing.append(once_us(lambda: cache.append(0, new, new), device))
         cache.append(1, new, new)
         attending.append(once_us(lambda: cache.attend(0, q, ancestors=words), device))
@@ -275,54 +273,63 @@ def of_kind(kind: str, device: str, batch: int) -> Result:
     }
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def bench_trees(benchmark: Any, device: str, lazy: bool) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    layers = 4 if device == "cpu" else 32
-    benchmark.extra_info.update(trees(device, lazy, layers, 4))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def bench_trees(benchmark: Any, device: str, lazy: bool) -> None:
+    benchmark.extra_info.update(trees(device, lazy, layers_of(device), 4))
     benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def bench_kinds(benchmark: Any, device: str, kind: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     benchmark.extra_info.update(of_kind(kind, device, 4))
     benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 128])
-def bench_round_cpu(benchmark: Any, batch: int) -> None:
-    benchmark.extra_info.update(on_cpu(batch))
-    cache, kept = filled(batch, "cpu", 60)
+def bench_round(benchmark: Any, device: str, batch: int) -> None:
+    benchmark.extra_info.update(on_cuda(batch) if device == "cuda" else on_cpu(batch))
+    cache, kept = filled(batch, device, 60)
+    done = []
 
     def whole() -> None:
         cache.reserve(range(batch), COUNT)
         cache.commit(kept)
+        done.append(1)
 
     benchmark.pedantic(whole, rounds=50)
-    check(cache, batch, 50)
+    check(cache, batch, len(done))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("batch", [1, 8, 128])
-def bench_round_cuda(benchmark: Any, batch: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    benchmark.extra_info.update(on_cuda(batch))
-    benchmark.pedantic(lambda: None, rounds=1)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def bench_fork(benchmark: Any, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     call, cache = forking(device)
     benchmark(call)
     assert cache.free_pages == 80 - 63
+
+
+def layers_of(device: str) -> int:
+    return 4 if device == "cpu" else 32
+
+
+def results(device: str) -> Iterator[Result]:
+    for batch in (1, 8, 32, 128):
+        yield on_cuda(batch) if device == "cuda" else on_cpu(batch)
+    for batch in (1, 4) if device == "cpu" else (1, 32):
+        for lazy in (False, True):
+            yield trees(device, lazy, layers_of(device), batch)
+    for kind in KINDS:
+        yield of_kind(kind, device, 4 if device == "cpu" else 32)
+    call, _ = forking(device)
+    yield {
+        "row": "fork, copy of a page in 32 layers, free",
+        "host_us": round(host_us(call, device, 200, 20), 1),
+    }
 
 
 def main() -> int:
@@ -330,21 +337,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    given = parser.parse_args()
-    for batch in (1, 8, 32, 128):
-        result = on_cuda(batch) if given.device == "cuda" else on_cpu(batch)
+    for result in results(parser.parse_args().device):
         sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
-    for batch in (1, 4) if given.device == "cpu" else (1, 32):
-        for lazy in (False, True):
-            result = trees(given.device, lazy, 4 if given.device == "cpu" else 32, batch)
-            sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
-    for kind in KINDS:
-        result = of_kind(kind, given.device, 4 if given.device == "cpu" else 32)
-        sys.stdout.write("  ".join(f"{name} {value}" for name, value in result.items()) + "\n")
-    call, _ = forking(given.device)
-    sys.stdout.write(
-        f"fork, copy of a page in 32 layers, free: host {host_us(call, given.device, 200, 20):.1f} us\n"
-    )
     return 0
 
 

@@ -45,7 +45,7 @@ CASES = [
     paths(3, 1, 5),
     paths(2, 2, 4),
     paths(3, 2, 4, long=True),
-    paths(2, 3, 3),
+    paths(2, 3, 3, long=True),
     paths(2, 4, 2),
     paths(3, 4, 2, long=True),
     Case("binary, depth 2", 3, (0, 0, 1, 1, 2, 2), "iid", long=True),

@@ -38,6 +38,7 @@ from reference_draws import children_of
 MANY = int(os.environ.get("FORETOKEN_TEST_ROUNDS", 1_000_000))
 PROCESSES = int(os.environ.get("FORETOKEN_TEST_PROCESSES", os.cpu_count() or 1))
 PARTS = 8
+ROUNDS = 5_000  # of a row that covers pairs
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def detectable(found: dict[Configuration, dict[Kind, Fit]]) -> list[float]:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_pairs_of_settings(part, figure):
-    found = {row: found_in(row, 10_000, 10_000) for row in pairwise()[part::PARTS]}
+    found = {row: found_in(row, ROUNDS, ROUNDS) for row in pairwise()[part::PARTS]}
     assert_all_fit(found)
     figure("largest_detectable_tv", detectable(found)[-1])
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import foretoken as ft
-from mirrored import Mirror, results_of
+from mirrored import Mirror
+from tree_room import TreeRoom
 
 pytestmark = pytest.mark.cuda
 SHAPES: dict[str, Callable[[random.Random, int], int]] = {  # the parent of a node
@@ -30,7 +31,7 @@ RULES = ("traversal", "auto", "rrs")
 SIZES = [(1, 64, 33_000), (3, 128, 1100), (9, 16, 5000), (40, 12, 2048), (5, 6, 20_001)]
 
 
-class Drawn:
+class Drawn(TreeRoom):
     """Requests whose trees differ, each law a noisy copy of the target's."""
 
     def __init__(
@@ -97,23 +98,6 @@ class Drawn:
                 self.laws[:, row].clone(), sampling=self.table, base=self.base, records=records[:, row]
             )
         return records
-
-    @property
-    def depth(self) -> int:
-        longest = 0
-        for parents in self.parents.tolist():
-            depth = [0]
-            for parent in parents:
-                depth.append(depth[parent] + 1)
-            longest = max(longest, *depth)
-        return longest
-
-    def room(self, depth: int) -> ft.ops.Verdict:
-        out = ft.ops.Verdict.empty(len(self.tokens), depth, path_rows=True)
-        for field in results_of(out):
-            if (buffer := getattr(out, field.name)) is not None:
-                buffer.fill_(-7)
-        return out
 
     def call(self, **options: Any) -> dict[str, Any]:
         given = {"target_logits": self.target, "draft_tokens": self.tokens, "draft_logits": self.laws}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import foretoken as ft
-from mirrored import Mirror, results_of
+from mirrored import Mirror
+from tree_room import TreeRoom
 
 pytestmark = pytest.mark.cuda
 SHAPES: dict[str, Callable[[random.Random, int], int]] = {  # the parent of a node
@@ -26,7 +27,7 @@ FILTERS = {"none": {}, "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, "greed
 SIZES = [(1, 64, 33_000), (3, 256, 1100), (7, 17, 5000), (40, 32, 2048), (33, 6, 20_001)]
 
 
-class Trees:
+class Trees(TreeRoom):
     """Requests whose drafts are likely enough to be kept, now and then the same one twice."""
 
     def __init__(self, seed: int, shape: str, batch: int, nodes: int, vocab: int) -> None:
@@ -51,23 +52,6 @@ class Trees:
             [pick.choice((-1, 0, nodes // 2, nodes - 1, nodes - 1)) for _ in range(batch)]
         )
         self.counts = self.counts.to(torch.int32)
-
-    @property
-    def depth(self) -> int:
-        longest = 0
-        for parents in self.parents.tolist():
-            depth = [0]
-            for parent in parents:
-                depth.append(depth[parent] + 1)
-            longest = max(longest, *depth)
-        return longest
-
-    def room(self, depth: int) -> ft.ops.Verdict:
-        out = ft.ops.Verdict.empty(len(self.tokens), depth, path_rows=True)
-        for field in results_of(out):
-            if (buffer := getattr(out, field.name)) is not None:
-                buffer.fill_(-7)
-        return out
 
     def call(self, **options: Any) -> dict[str, Any]:
         given = {"target_logits": self.target, "draft_tokens": self.tokens, "parents": self.parents}

@@ -88,7 +88,7 @@ def test_texts_of_the_embedded_pair(both, kind) -> None:
     for options in ({"do_sample": False}, {"sampling": ft.Sampling(seed=3)}):
         host, ahead = both(
             lambda options=options: generated(
-                target, ids, drafter=draft if kind == "model" else kind, max_new_tokens=30, **options
+                target, ids, drafter=draft if kind == "model" else kind, max_new_tokens=12, **options
             )
         )
         assert_same(host, ahead)

@@ -320,13 +320,13 @@ def test_greedy_text_of_the_pair_with_trees_is_that_without(record_property):
     near_ties = 0
     for prompt in ft.pair.prompts()[2:4]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        plain = generate(target, ids, max_new_tokens=30, do_sample=False)[0]
+        plain = generate(target, ids, max_new_tokens=16, do_sample=False)[0]
         for drafter, plan in (
             ("ngram", TreePlan()),
             (draft, TreePlan()),
             (draft, TreePlan(nodes=12, branches=3, depth=4, draw="without_replacement")),
         ):
-            found = generate(target, ids, drafter=drafter, tree=plan, max_new_tokens=30, do_sample=False)[0]
+            found = generate(target, ids, drafter=drafter, tree=plan, max_new_tokens=16, do_sample=False)[0]
             parted = (found != plain).nonzero()
             if len(parted):
                 near_ties += 1

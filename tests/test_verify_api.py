@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -283,3 +284,21 @@ def test_logprobs_do_not_change_the_verdict():
     plain = batch.verify(logprobs=False)
     assert plain.logprobs is None
     assert_same_rows(plain, slice(None), batch.verify(), slice(None), ROW_FIELDS[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("temperature", 1.0, -1.0),
+        ("top_k", 5, -1),
+        ("top_p", 0.9, 1.5),
+        ("min_p", 0.1, 1.0),
+        ("repetition_penalty", 1.1, 0.0),
+        ("min_new_tokens", 3, -1),
+        ("logit_bias", {1: 2.0}, {-1: 2.0}),
+    ],
+)
+def test_a_wrong_row_is_refused_where_it_is_written_down(name: str, good: Any, bad: Any) -> None:
+    ft.Sampling(**{name: [good] * 9})
+    with pytest.raises(ValueError, match=name):
+        ft.Sampling(**{name: [good, good, bad, good]})

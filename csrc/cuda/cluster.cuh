@@ -48,9 +48,10 @@ __device__ inline void cluster_show_up() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// The same for warps whose threads may have come apart on their way, as in a walk: the other form asks all
-// threads of a warp for one instruction.
+// The same for warps that come to it from different places, their threads perhaps apart: the other form asks
+// all threads of a warp for one instruction. Of one block it would become that form, whatever is written.
 __device__ inline void cluster_sync_apart() {
+  if (cluster_size() == 1) return block_sync();
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 

@@ -77,8 +77,7 @@ class Team {
   }
 
   // Carries out the next command, by all warps: the one that leads comes from where it needs the answer, the
-  // others come back at once. Never inlined: all of a block have to meet at the same barrier. False: it was
-  // the last.
+  // others come back at once. False: it was the last.
   __device__ __noinline__ bool carry_out() {
     cluster_sync_apart();
     const Command& command = shared_.command;

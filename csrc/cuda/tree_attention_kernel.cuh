@@ -251,6 +251,7 @@ class Consumer {
     if (!kFloat8 && task_.boxes == 0) publish_to_matrix_units();  // else that has been done
   }
   __device__ void release(const Ring& ring) const {
+    __syncwarp();  // behind what the others have read
     if (thread_ % 32 == 0) barrier_arrive(ring.empty_barrier());
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -105,8 +105,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # A wrong value is refused where it is written down, not where it is used.
-        for row in range(self._rows()):
-            self.write(_core.SamplingTable(1), 0, row=row, seed=0)
+        table = _core.SamplingTable(1)
+        for row in self._unlike_rows():
+            self.write(table, 0, row=row, seed=0)
 
     def prepare(self, batch: int) -> SamplingTable:
         """The native table of ``batch`` slots, slot b holding the law of row b.
@@ -180,8 +181,9 @@ class Sampling:
         off = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
         return not off or bool(self.logit_bias) or bool(self.bad_words) or self.min_new_tokens != 0
 
-    def _rows(self) -> int:
-        fields: tuple[object, ...] = (
+    def _unlike_rows(self) -> Iterable[int]:
+        """The first row of each law: large batches have few."""
+        numbers: tuple[object, ...] = (
             self.temperature,
             self.top_k,
             self.top_p,
@@ -189,10 +191,15 @@ class Sampling:
             self.repetition_penalty,
             self.frequency_penalty,
             self.presence_penalty,
-            self.logit_bias,
             self.min_new_tokens,
         )
-        return max([len(field) for field in fields if isinstance(field, Sequence)], default=1)
+        columns: list[Sequence[object]] = [field for field in numbers if isinstance(field, Sequence)]
+        if isinstance(self.logit_bias, Sequence):
+            columns.append([id(bias) for bias in self.logit_bias])
+        first: dict[tuple[object, ...], int] = {}
+        for row, law in enumerate(itertools.zip_longest(*columns)):
+            first.setdefault(law, row)
+        return first.values() if columns else (0,)
 
 
 # The fields that edit logits, and their values when they do nothing.
@@ -215,9 +222,10 @@ def _pick(name: str, field: Value | Sequence[Value], row: int, batch: int | None
 
 
 def _of_row(name: str, values: Sequence[Value], row: int, batch: int | None) -> Value:
-    if batch is not None and len(values) != batch:
-        raise ValueError(f"{name}: expected one value or {batch} of them, got {len(values)}")
-    return values[min(row, len(values) - 1)]
+    count = len(values)
+    if batch is not None and count != batch:
+        raise ValueError(f"{name}: expected one value or {batch} of them, got {count}")
+    return values[row if row < count else -1]
 
 
 def _seed_bits(seed: int) -> int:
