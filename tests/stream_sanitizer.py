@@ -25,7 +25,14 @@ from foretoken import _core
 from foretoken.device import replay
 from foretoken.hf import captured
 
-KINDS = "none", "model", "model drawn trees", "ngram auto"
+RUNS = (
+    ("model", "module", "parts"),
+    ("model", "graph", "parts"),
+    ("model", "graph", "whole rounds"),
+    ("model drawn trees", "graph", "parts"),
+    ("model drawn trees", "graph", "whole rounds"),
+    ("ngram auto", "graph", "whole rounds"),
+)
 OPS = (
     "append", "commit", "compact", "draft_ngrams", "draft_topk", "finalize_tree", "last_logits", "sample",
     "tile_stats", "tree_attention", "tree_index", "verify", "write_step_inputs",
@@ -125,14 +132,13 @@ def main() -> int:
     wanted = wanted_of(2)
     for ask in wanted:
         ask.max_new_tokens = 10
-    for kind in KINDS:
-        for runner, run in (("module", by_parts), ("graph", by_parts), ("graph", ft.decode)):
-            try:
-                told(*stand(kind, runner, 2), wanted, run)
-            except _sanitizer.CUDASanitizerErrors as found:
-                print(f"{kind}, {runner}, {run.__name__}:", *map(described, found.errors))
-                return 1
-            print(f"{kind}, {runner}, {run.__name__}: clean", flush=True)
+    for kind, runner, way in RUNS:
+        try:
+            told(*stand(kind, runner, 2), wanted, by_parts if way == "parts" else ft.decode)
+        except _sanitizer.CUDASanitizerErrors as found:
+            print(f"{kind}, {runner}, {way}:", *map(described, found.errors))
+            return 1
+        print(f"{kind}, {runner}, {way}: clean", flush=True)
     seen = touches.count.keys()
     assert {"sample", "verify", "commit", "write_step_inputs", "replay"} <= seen, seen
     print("seen:", " ".join(f"{name}={count}" for name, count in sorted(touches.count.items())))

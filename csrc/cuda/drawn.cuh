@@ -122,19 +122,33 @@ class DrawnVerifier : DrawnSums<kType> {
       this->make_laws();
     }
     cluster_sync();
-    if (warp_ == 0) walk(-1);
-    __syncthreads();
     go_to_end();
   }
 
   // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
   __device__ __forceinline__ void go_to_end() {
-    ChainStep step = shared_.step;
-    SeveralRemoved removed{tree().removed, tree().num_removed};
+    ChainStep step;
+    step.close = false;
+    SeveralRemoved removed{tree().removed, 0};
     int64_t token;
-    int turn = 0, summed = tree().turn;  // turns so far, and the one whose masses a step that closes has
+    int turn = -1, summed = 0;  // the last turn, and the one whose masses a step that closes has
+    int32_t ahead = first_ahead();
 #pragma unroll 1
     while (true) {
+      if (!step.close) {
+        if (ahead >= 0) this->expect(ahead);
+        if (warp_ == 0) {
+          walk(turn);
+        } else if (ahead >= 0) {
+          this->weigh_ahead(ahead);
+        }
+        __syncthreads();
+        step = shared_.step;
+        ahead = tree().ahead;
+        summed = tree().turn;
+        removed.count = tree().num_removed;
+        turn = turn < 0 ? 0 : turn;
+      }
       const bool sums = step.close ? this->wants_masses(step) : tree().sums;
       if (sums) {
         sum(step, ++turn);
@@ -146,15 +160,7 @@ class DrawnVerifier : DrawnSums<kType> {
         if (tree().left_row >= 0) count_left();
       }
       if (sums || !step.close) cluster_sync();
-      if (!step.close) {
-        if (warp_ == 0) walk(turn);
-        __syncthreads();
-        step = shared_.step;
-        summed = tree().turn;
-        removed.count = tree().num_removed;
-      } else if (this->closes(step, summed, removed, token)) {
-        break;
-      }
+      if (step.close && this->closes(step, summed, removed, token)) break;
     }
     cluster_show_up();
     if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
@@ -177,8 +183,17 @@ class DrawnVerifier : DrawnSums<kType> {
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
   }
 
+  // Of whose residual the weights may be found while the walk begins.
+  __device__ __forceinline__ int32_t first_ahead() const {
+    const int32_t node = tree().nodes.ahead;
+    if (!args_.keeps || tiles_ > size_ * kWarps || node < 0 || tree().nodes.law_row[node] < 0) return kNoNode;
+    const RowLaw &target = shared_.records[node].law, &draft = shared_.records[this->law_row(node)].law;
+    const bool there = target.usable && target.kind == LawKind::logits && draft.usable;
+    return there && draft.kind == LawKind::logits ? node : kNoNode;
+  }
+
   __device__ __forceinline__ void sum(const ChainStep& step, int turn) {
-    if (args_.keeps) return this->sum_residuals(step, turn, tree().keeps_other);
+    if (args_.keeps) return this->sum_residuals(step, turn);
     this->sum_residual(step, turn);
   }
 

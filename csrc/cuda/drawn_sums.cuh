@@ -28,17 +28,23 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
 
   __device__ __forceinline__ DrawnSums(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
+  // A node whose residual is likely to be wanted next. By all warps; those that have nothing else to do then
+  // find its weights.
+  __device__ __forceinline__ void expect(int32_t node) { held_ = node; }
+  __device__ __forceinline__ void weigh_ahead(int32_t node) {
+    const uint32_t index = warp_ * size_ + rank_, name = static_cast<uint32_t>(node) * kMaxTiles + index;
+    if (index >= tiles_ || name == kept_) return;
+    weigh(node, true, index);
+    kept_ = name;
+  }
+
   // What sum_residual() of chains leaves, but for where: masses of tiles are dealt out to the blocks in turn.
-  // `keeps_other`: where there is room for one node's weights, the second is more likely to be asked about
-  // again.
-  __device__ __forceinline__ void sum_residuals(const ChainStep& step, int turn, bool keeps_other) {
+  // Of two nodes only where each has warps of its own.
+  __device__ __forceinline__ void sum_residuals(const ChainStep& step, int turn) {
     const bool two = step.other >= 0;
-    const int32_t first_pair = pair_of(step.node, step.gain), other_pair = two ? pair_of(step.other, 0.0) : 0;
-    const uint32_t worker = warp_ * size_ + rank_, workers = size_ * kWarps;
-    const uint32_t behind = (tiles_ + size_ - 1) / size_ * size_;
-    const bool apart = behind + tiles_ <= workers;  // each node has warps of its own
-    // What is kept is used before it makes room.
-    const bool other_last = held_ == first_pair || (two && held_ != other_pair && keeps_other);
+    const int32_t first_pair = pair_of(step.node, step.gain), other_pair = two ? step.other : kNoNode;
+    const uint32_t worker = warp_ * size_ + rank_, workers = size_ * kWarps, behind = behind_tiles(tiles_);
+    const bool apart = behind + tiles_ <= workers;
     if (apart) {
       const bool in_place = held_ == first_pair || (two && behind_ == other_pair);
       const bool crosswise = behind_ == first_pair || (two && held_ == other_pair);
@@ -49,7 +55,7 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
     uint64_t of_first = 0, of_other = 0;
 #pragma unroll 1
     for (int32_t k = two ? 0 : 1; k < 2; ++k) {
-      const bool second = two && (k == 1) == other_last;
+      const bool second = k == 0;
       const int32_t pair = second ? other_pair : first_pair, node = pair % kMostTreeNodes;
       const bool with_draft = pair < kMostTreeNodes;
       const float gain = with_draft ? this->gain_of(second ? step.other_gain : step.gain, node) : 0.0f;
@@ -61,7 +67,6 @@ class DrawnSums : protected ChainDraw<kType, false, true> {
         kept_ = name;
         (second ? of_other : of_first) += add_up(index, gain, turn, second ? 1 : 0);
       }
-      if (!apart) held_ = pair;
     }
     if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? of_first : of_other;
   }

@@ -15,6 +15,7 @@ static_assert(2 * kMostTreeNodes <= kMostChainRows);
 struct alignas(16) DrawnNodes {
   TreeIndex index;  // of the root alone, if the proposal cannot be taken
   int32_t usable;
+  int32_t ahead;  // the first node of a climb whose residual may be wanted; none: kNoNode
   uint64_t closing_bits[kMostTreeNodes];
   int32_t token[kMostTreeNodes];  // -1: outside the vocabulary
   uint32_t coin[kMostTreeNodes];
@@ -57,7 +58,7 @@ struct alignas(16) DrawnTree {
   int32_t status;
   bool climbs, closes;
   bool sums;                      // the step's residuals are wanted
-  bool keeps_other;               // the second of them is more likely to be wanted again
+  int32_t ahead;                  // whose weights are likely to be wanted next, beside the step's; kNoNode
   bool reads;                     // the law of the step's node is, whose row was left out at first
   int32_t left_row;               // what rejected children leave of the law of this node is; none: kNoNode
   double left;                    // that share
@@ -68,6 +69,12 @@ struct alignas(16) DrawnTree {
 };
 
 constexpr int16_t kBadLawRow = -2;
+
+// Where warps begin that have not got the first tiles of a row: tiles are dealt out to the blocks in turn.
+__device__ __forceinline__ uint32_t behind_tiles(uint32_t tiles) {
+  const uint32_t blocks = cluster_size();
+  return (tiles + blocks - 1) / blocks * blocks;
+}
 
 // Of the node that is a thread's, whether it counts or not.
 struct NodeLinks {
@@ -172,8 +179,14 @@ inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, Dr
     any_drawn = any_drawn || (tree.index.first_child[node] != kNoNode && tree.law_row[node] >= 0);
   }
   any_drawn = __any_sync(kAllLanes, any_drawn) != 0;
-  if (lane_id() == 0) tree.usable = usable ? 1 : 0;
   find_suiting_by_warp(args, drawn, any_drawn, tree);
+  if (lane_id() != 0) return;
+  tree.usable = usable ? 1 : 0;
+  tree.ahead = kNoNode;
+  int32_t child = tree.index.first_child[0];
+  if (child == kNoNode || !tree.suits[child]) return;
+  while (tree.index.first_child[child] != kNoNode) child = tree.index.first_child[child];
+  tree.ahead = tree.index.parent[child];
 }
 
 }  // namespace foretoken::cuda
