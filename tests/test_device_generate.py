@@ -204,7 +204,18 @@ def own_drafter(model: Any) -> ModelDrafter:
     return ModelDrafter(runner, max_batch=1, vocab_size=hf_toys.VOCAB, max_length=64)
 
 
-@pytest.mark.parametrize("name", list(hf_models.FAMILIES))
+# Of every kind of windows, caps, sinks, chunks, experts and positions one; their likes behind -m long.
+KINDS = {
+    *("llama", "mistral_window", "gemma2_window_softcap", "gemma3_window", "gpt2", "gpt_neox", "opt", "gptj"),
+    *("cohere2_window", "deepseek_v3", "mixtral", "gpt_oss_window_sinks", "falcon_alibi", "mpt"),
+    *("gpt_neo_local", "llama4_chunks"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in hf_models.FAMILIES],
+)
 def test_families_run_ahead_or_say_why_not(monkeypatch, name: str) -> None:
     """Rows that begin late and in slots that are no neighbours; windows, soft caps, learned positions."""
     model = hf_models.tiny_model(name)

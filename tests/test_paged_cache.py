@@ -38,7 +38,7 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_random_programs(setting: Setting):
     machine = Machine(setting, seed=1)
-    machine.run(1800)
+    machine.run(1200)
     assert machine.missing() == []
 
 
