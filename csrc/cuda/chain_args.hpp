@@ -57,7 +57,6 @@ struct ChainArgs {
   int32_t requests = 0;
   int32_t helpers = 0;  // clusters before those of the requests, that help to read: see DrawnShape
   int32_t own = kWholeShare;
-  bool keeps = false;  // weights of residuals: there is shared memory for them
 
   // Of trees alone.
   Numbers parents;          // no data: a chain

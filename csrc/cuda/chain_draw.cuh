@@ -157,7 +157,6 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   __device__ __forceinline__ uint32_t whole_tiles() const { return args_.aligned ? vocab_ / kTile : 0; }
   __device__ __forceinline__ uint32_t owner_of(uint32_t index, bool second) const {
     const uint32_t whole = whole_tiles();
-    if (kDrawn && args_.keeps) return index % size_;  // see DrawnSums
     if (index < whole) return (index + (second ? whole : 0)) % size_;
     return size_ - 1 - (index - whole + (second ? tiles_ - whole : 0)) % size_;
   }

@@ -2,13 +2,13 @@
 // its rows, and then it goes on alone; every block decides the same for itself.
 #pragma once
 
-#include "cuda/drawn_sums.cuh"
+#include "cuda/chain_draw.cuh"
 #include "cuda/drawn_walk.cuh"
 
 namespace foretoken::cuda {
 
 template <DType kType>
-class DrawnVerifier : DrawnSums<kType> {
+class DrawnVerifier : ChainDraw<kType, false, true> {
  public:
   __device__ __forceinline__ DrawnVerifier(const ChainArgs& args, ChainShared& shared) : Base(args, shared) {}
 
@@ -28,7 +28,7 @@ class DrawnVerifier : DrawnSums<kType> {
   }
 
  private:
-  using Base = DrawnSums<kType>;
+  using Base = ChainDraw<kType, false, true>;
   using typename Base::Rows;
   using RowTiles = typename Rows::RowTiles;
   using Base::args_;
@@ -59,13 +59,12 @@ class DrawnVerifier : DrawnSums<kType> {
     RawTile<kType> raw;
     const bool begins = !scouts && tiles.any();
     if (begins) this->load(tiles.row(), tiles.index(), raw);
-    const NodeLinks links = read_links(args_, b_);
     if (!this->read_header()) {
       if (owns && rank_ == 0) write_drawn_tree(args_, tree(), b_, -1, status_, false);
       return false;
     }
     const bool filtered = this->any_filter(), takes_given = given && !filtered;
-    plan_rows(args_, tree(), links, drafts_, this->reads_laws(), !filtered && !given, takes_given);
+    plan_rows(args_, tree(), b_, drafts_, this->reads_laws(), !filtered && !given, takes_given);
     const RowRange share = share_of(owns);
     tiles = tiles_of_rows(share.begin, share.end);
     if (!scouts && !begins && tiles.any()) this->load(this->row_of(tiles), tiles.index(), raw);
@@ -122,36 +121,22 @@ class DrawnVerifier : DrawnSums<kType> {
       this->make_laws();
     }
     cluster_sync();
+    if (warp_ == 0) walk(-1);
+    __syncthreads();
     go_to_end();
   }
 
   // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
   __device__ __forceinline__ void go_to_end() {
-    ChainStep step;
-    step.close = false;
-    SeveralRemoved removed{tree().removed, 0};
+    ChainStep step = shared_.step;
+    SeveralRemoved removed{tree().removed, tree().num_removed};
     int64_t token;
-    int turn = -1, summed = 0;  // the last turn, and the one whose masses a step that closes has
-    int32_t ahead = first_ahead();
+    int turn = 0, summed = tree().turn;  // turns so far, and the one whose masses a step that closes has
 #pragma unroll 1
     while (true) {
-      if (!step.close) {
-        if (ahead >= 0) this->expect(ahead);
-        if (warp_ == 0) {
-          walk(turn);
-        } else if (ahead >= 0) {
-          this->weigh_ahead(ahead);
-        }
-        __syncthreads();
-        step = shared_.step;
-        ahead = tree().ahead;
-        summed = tree().turn;
-        removed.count = tree().num_removed;
-        turn = turn < 0 ? 0 : turn;
-      }
       const bool sums = step.close ? this->wants_masses(step) : tree().sums;
       if (sums) {
-        sum(step, ++turn);
+        this->sum_residual(step, ++turn);
         step.summed = true;
         summed = turn;
       }
@@ -160,7 +145,15 @@ class DrawnVerifier : DrawnSums<kType> {
         if (tree().left_row >= 0) count_left();
       }
       if (sums || !step.close) cluster_sync();
-      if (step.close && this->closes(step, summed, removed, token)) break;
+      if (!step.close) {
+        if (warp_ == 0) walk(turn);
+        __syncthreads();
+        step = shared_.step;
+        summed = tree().turn;
+        removed.count = tree().num_removed;
+      } else if (this->closes(step, summed, removed, token)) {
+        break;
+      }
     }
     cluster_show_up();
     if (rank_ == 0) write_drawn_tree(args_, tree(), b_, token, step.status, true);
@@ -181,20 +174,6 @@ class DrawnVerifier : DrawnSums<kType> {
     uint4* const nodes = reinterpret_cast<uint4*>(&tree().nodes);
     const uint4* const first = of_block(nodes, 0);
     for (uint32_t i = threadIdx.x; i < sizeof(DrawnNodes) / sizeof(uint4); i += kThreads) nodes[i] = first[i];
-  }
-
-  // Of whose residual the weights may be found while the walk begins.
-  __device__ __forceinline__ int32_t first_ahead() const {
-    const int32_t node = tree().nodes.ahead;
-    if (!args_.keeps || tiles_ > size_ * kWarps || node < 0 || tree().nodes.law_row[node] < 0) return kNoNode;
-    const RowLaw &target = shared_.records[node].law, &draft = shared_.records[this->law_row(node)].law;
-    const bool there = target.usable && target.kind == LawKind::logits && draft.usable;
-    return there && draft.kind == LawKind::logits ? node : kNoNode;
-  }
-
-  __device__ __forceinline__ void sum(const ChainStep& step, int turn) {
-    if (args_.keeps) return this->sum_residuals(step, turn);
-    this->sum_residual(step, turn);
   }
 
   // The laws that drafts were drawn from, from whoever drew.

@@ -15,7 +15,6 @@ static_assert(2 * kMostTreeNodes <= kMostChainRows);
 struct alignas(16) DrawnNodes {
   TreeIndex index;  // of the root alone, if the proposal cannot be taken
   int32_t usable;
-  int32_t ahead;  // the first node of a climb whose residual may be wanted; none: kNoNode
   uint64_t closing_bits[kMostTreeNodes];
   int32_t token[kMostTreeNodes];  // -1: outside the vocabulary
   uint32_t coin[kMostTreeNodes];
@@ -58,7 +57,6 @@ struct alignas(16) DrawnTree {
   int32_t status;
   bool climbs, closes;
   bool sums;                      // the step's residuals are wanted
-  int32_t ahead;                  // whose weights are likely to be wanted next, beside the step's; kNoNode
   bool reads;                     // the law of the step's node is, whose row was left out at first
   int32_t left_row;               // what rejected children leave of the law of this node is; none: kNoNode
   double left;                    // that share
@@ -70,38 +68,22 @@ struct alignas(16) DrawnTree {
 
 constexpr int16_t kBadLawRow = -2;
 
-// Where warps begin that have not got the first tiles of a row: tiles are dealt out to the blocks in turn.
-__device__ __forceinline__ uint32_t behind_tiles(uint32_t tiles) {
-  const uint32_t blocks = cluster_size();
-  return (tiles + blocks - 1) / blocks * blocks;
-}
-
-// Of the node that is a thread's, whether it counts or not.
-struct NodeLinks {
-  int64_t law_row = kNoNode, parent = kNoNode;
-};
-__device__ __forceinline__ NodeLinks read_links(const ChainArgs& args, int64_t b) {
-  const int32_t node = static_cast<int32_t>(threadIdx.x);
-  NodeLinks links;
-  if (node > args.most_drafts) return links;
-  links.law_row = args.draft_rows.data ? read_number(args.draft_rows, b, node) : node;
-  if (node > 0) links.parent = args.parents.data ? read_number(args.parents, b, node - 1) : node - 1;
-  return links;
-}
-
 // Which rows are read at first. `drawn`: those of laws are. `lazily`: those of leaves are not, as only a
 // closing token is ever drawn from them. `given`: none of the target's. By a block, a thread for each node.
-inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, NodeLinks links,
+inline __device__ __noinline__ void plan_rows(const ChainArgs& args, DrawnTree& tree, int64_t b,
                                               int32_t drafts, bool drawn, bool lazily, bool given) {
   const int32_t node = static_cast<int32_t>(threadIdx.x);
   static_assert(kThreads >= 2 * kMostTreeNodes);
   const bool there = node <= drafts;
+  int64_t law_row = kNoNode, parent = kNoNode;
+  if (there && drawn) law_row = args.draft_rows.data ? read_number(args.draft_rows, b, node) : node;
+  if (there && node > 0) parent = args.parents.data ? read_number(args.parents, b, node - 1) : node - 1;
   if (node < 2 * kMostTreeNodes) tree.wanted[node] = node == 0;
   __syncthreads();
-  if (there && links.parent >= 0 && links.parent < node) tree.wanted[links.parent] = true;
+  if (parent >= 0 && parent < node) tree.wanted[parent] = true;
   __syncthreads();
-  if (there && drawn && tree.wanted[node] && links.law_row >= 0 && links.law_row < args.law_rows)
-    tree.wanted[kMostTreeNodes + links.law_row] = true;
+  if (there && tree.wanted[node] && law_row >= 0 && law_row < args.law_rows)
+    tree.wanted[kMostTreeNodes + law_row] = true;
   __syncthreads();
   if (there && !lazily) tree.wanted[node] = true;
   __syncthreads();
@@ -179,14 +161,8 @@ inline __device__ __noinline__ void look_ahead_at_tree(const ChainArgs& args, Dr
     any_drawn = any_drawn || (tree.index.first_child[node] != kNoNode && tree.law_row[node] >= 0);
   }
   any_drawn = __any_sync(kAllLanes, any_drawn) != 0;
+  if (lane_id() == 0) tree.usable = usable ? 1 : 0;
   find_suiting_by_warp(args, drawn, any_drawn, tree);
-  if (lane_id() != 0) return;
-  tree.usable = usable ? 1 : 0;
-  tree.ahead = kNoNode;
-  int32_t child = tree.index.first_child[0];
-  if (child == kNoNode || !tree.suits[child]) return;
-  while (tree.index.first_child[child] != kNoNode) child = tree.index.first_child[child];
-  tree.ahead = tree.index.parent[child];
 }
 
 }  // namespace foretoken::cuda

@@ -19,7 +19,6 @@ class DrawnWalk {
     for (int32_t node = 1 + lane_id(); node < nodes.index.nodes; node += kWarpSize) {
       const int32_t parent = nodes.index.parent[node];
       tree_.target_prob[node] = probability(shared_.records[parent].law, node, nodes.of_target[node]);
-      tree_.draft_prob[node] = 1.0;
       if (!drawn(parent)) continue;
       const RowLaw& law = shared_.records[law_record(parent)].law;
       const double prob = law.usable ? probability(law, node, nodes.of_draft[node]) : 0.0;
@@ -45,20 +44,15 @@ class DrawnWalk {
 
   // The masses of the residuals that were asked for are there. By the first warp of a block.
   __device__ __forceinline__ void take_sums(int turn) {
-    static_assert(2 * kWarps == kWarpSize);
-    const int which = lane_id() / kWarps, warp = lane_id() % kWarps;
-    uint64_t mass = 0;
-#pragma unroll 4
-    for (uint32_t block = 0; block < cluster_size(); ++block)
-      mass += of_block(&shared_.draw, block)->sums[turn % 2][which][warp];
-#pragma unroll
-    for (int step = kWarps / 2; step >= 1; step /= 2) mass += __shfl_xor_sync(kAllLanes, mass, step);
-    const uint64_t other = __shfl_sync(kAllLanes, mass, kWarps);
-    if (lane_id() != 0) return;
-    const ChainStep& step = shared_.step;
-    tree_.known[step.node] = {step.gain, mass, turn, 0};
-    if (step.other >= 0) tree_.known[step.other] = {step.other_gain, other, turn, 1};
-    tree_.turn = turn;
+#pragma unroll 1
+    for (int32_t which = 0; which < 2; ++which) {
+      const int32_t node = which == 0 ? shared_.step.node : shared_.step.other;
+      if (node < 0) return;
+      const uint64_t mass = mass_of_turn(shared_.draw, turn, which);
+      if (lane_id() != 0) continue;
+      tree_.known[node] = {which == 0 ? shared_.step.gain : shared_.step.other_gain, mass, turn, which};
+      tree_.turn = turn;
+    }
   }
 
   // The statistics of what is left of a law are there. By the first warp of a block.
@@ -158,25 +152,20 @@ class DrawnWalk {
 
   // climb() of math/tree_walk.hpp, up to the next node that is decided on; true: it is kept.
   __device__ __forceinline__ bool climb() {
-    int32_t node = tree_.node, below = tree_.next[node];
-    double prefix = tree_.states[node].prefix;
-    bool fresh = false;  // the node has lost no child
+    int32_t node = tree_.node;
 #pragma unroll 1
-    while (below != kNoNode && usable(node)) {
-      const double target = fresh ? tree_.target_prob[below] : left_of_target(node, below);
-      const double draft = fresh ? tree_.draft_prob[below] : left_of_draft(node, below);
-      prefix = extend_prefix(prefix, target, draft);
+    while (tree_.next[node] != kNoNode && usable(node)) {
+      const int32_t below = tree_.next[node];
+      const double prefix =
+          extend_prefix(tree_.states[node].prefix, left_of_target(node, below), left_of_draft(node, below));
+      tree_.states[below] = NodeState{};
+      tree_.states[below].prefix = prefix;
+      tree_.next[below] = tree_.nodes.index.first_child[below];
       node = below;
-      below = tree_.nodes.index.first_child[node];
-      NodeState state;
-      state.prefix = prefix;
-      tree_.states[node] = state;
-      tree_.next[node] = static_cast<int16_t>(below);
-      fresh = true;
       if (!(prefix > 0.0)) break;  // no coin keeps it, nor anything below
     }
     tree_.node = node;
-    if (accepts_fraction(tree_.nodes.coin[node], prefix)) return true;
+    if (accepts_fraction(tree_.nodes.coin[node], tree_.states[node].prefix)) return true;
     const int32_t parent = tree_.nodes.index.parent[node];
     tree_.next[parent] = static_cast<int16_t>(younger(node));
     const Fate fate = fate_of(parent, node);
@@ -269,18 +258,13 @@ class DrawnWalk {
     return {mass_of(weight_in(law, tree_.nodes.of_target[child])), tree_.nodes.token[child]};
   }
 
-  // The mass of a row's residual, from all blocks. Of the next row upwards that will be asked for, if nothing
-  // below it is kept, where warps would be idle: too; else its weights are found meanwhile, if the row has
-  // lost its last child.
+  // The mass of a row's residual, from all blocks; and where warps would be idle that of the next row upwards
+  // that will be asked for if nothing below it is kept.
   __device__ __forceinline__ void ask(int32_t row, bool goes_on) {
     ChainStep step{false, false, row, tree_.status, tree_.states[row].gain, -1, 0, -1, 0};
-    const uint32_t tiles = static_cast<uint32_t>(tiles_of(args_.vocab)), workers = cluster_size() * kWarps;
-    if (goes_on && tiles <= workers && tree_.climbs) look_up(step, row);
-    tree_.ahead = kNoNode;
-    if (args_.keeps && behind_tiles(tiles) + tiles > workers) {
-      if (tree_.next[row] == kNoNode) tree_.ahead = step.other;
-      step.other = -1;
-    }
+    const int64_t tiles = tiles_of(args_.vocab);
+    const bool idle = tiles <= 2 * static_cast<int64_t>(cluster_size()) * kWarps;
+    if (goes_on && idle && tree_.climbs) look_up(step, row);
     tree_.sums = true;
     shared_.step = step;
   }

@@ -15,7 +15,6 @@ namespace foretoken::cuda {
 struct DeviceLimits {
   int multiprocessors = 0;
   bool has_clusters = false;
-  int shared = 0;  // most bytes of a block
 };
 
 inline DeviceLimits limits_of(Device device) {
@@ -29,9 +28,6 @@ inline DeviceLimits limits_of(Device device) {
                   "device attributes");
   throw_if_failed(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, index),
                   "device attributes");
-  throw_if_failed(
-      cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index),
-      "device attributes");
   limits.has_clusters = major >= 9;
   if (index < kKept) kept[index] = limits;
   return limits;

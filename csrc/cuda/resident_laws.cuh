@@ -30,7 +30,7 @@ class ResidentLaws : ResidentGuess<kType> {
 #pragma unroll 1
     while (true) {
       __syncwarp();
-      cluster_show_up();
+      cluster_arrive();
       this->begin_search();
       this->clear_bins();
       cluster_wait();  // nobody's memory is written before everybody has done with it
@@ -140,6 +140,7 @@ class ResidentLaws : ResidentGuess<kType> {
 
   // By the whole cluster.
   __device__ __forceinline__ void settle_row() {
+    TileStats* const out = args_.samples ? nullptr : args_.stats + task().number * tiles_;
     const bool cuts_count = task().filters.cuts_count(vocab_);
     const bool samples_masses = task().filters.top_p < 1.0f && !cuts_count;
     // Of what top-k leaves everything is counted anew.
@@ -150,7 +151,7 @@ class ResidentLaws : ResidentGuess<kType> {
     while (true) {
       RowReading reading = task().reading;
       if (!summed) reading.kind = LawKind::point;
-      this->leave_stats(reading, [&](uint32_t local, float largest) {
+      this->leave_stats(reading, out, [&](uint32_t local, float largest) {
         if (samples_masses) this->sample(local, largest, reading.scale);
       });
       cluster_sync();
@@ -161,7 +162,7 @@ class ResidentLaws : ResidentGuess<kType> {
       if (!filtered && !(weighs && args_.samples)) break;
       if (find_cut(law, summed, sampled)) {
         if (args_.samples) this->add_list_to_tiles(law);
-        leave_masses(law, filtered);
+        leave_masses(law, filtered, out);
         cluster_sync();
         if (filtered) law.mass = this->told();
         break;
@@ -170,7 +171,6 @@ class ResidentLaws : ResidentGuess<kType> {
       cluster_sync();
       this->marked_from_ = infinity();
     }
-    if (!args_.samples) this->write_stats(args_.stats + task().number * tiles_);
     if (rank_ != 0) return;
     if (!weighs && warp_ == 0) {
       const DeviceRow row = task().row;  // whose address is passed on lives in memory
@@ -290,7 +290,7 @@ class ResidentLaws : ResidentGuess<kType> {
 
   // Masses of the tiles under the law, the sums of the first pass containing what the filters have removed
   // since; behind a barrier of the cluster, and for sampling in the first block.
-  __device__ __forceinline__ void leave_masses(const RowLaw& law, bool filtered) {
+  __device__ __forceinline__ void leave_masses(const RowLaw& law, bool filtered, TileStats* out) {
     const ResidentTask& next = shared_.tasks[task_ ^ 1];
     const bool loads = !next_loaded_ && next.wanted;
     uint64_t of_warp = 0;
@@ -301,7 +301,7 @@ class ResidentLaws : ResidentGuess<kType> {
         if (law.cut > task().reading.floor_below(law.max))
           found.sum = sum_of_kept(local, law.cut >= this->marked_from_, found.max, law.scale, cut);
         of_warp += mass_of_stats(found, law);
-        if (lane_id() == 0) stats_[index].sum = found.sum;
+        if (out != nullptr && lane_id() == 0) out[index].sum = found.sum;
       }
       if (args_.samples && lane_id() == 0) *of_block(masses_ + index, 0) = masses_[index];
       if (loads) this->begin_loading(next.row.data, local, index);

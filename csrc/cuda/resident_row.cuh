@@ -155,7 +155,8 @@ class ResidentRow {
   // The statistics of all tiles, to all blocks; behind a barrier of the cluster. look(number, largest) for
   // each tile of the warp.
   template <class Look>
-  __device__ __forceinline__ void leave_stats(const RowReading& reading, const Look& look) const {
+  __device__ __forceinline__ void leave_stats(const RowReading& reading, TileStats* out,
+                                              const Look& look) const {
     for_own([&](uint32_t local, uint32_t index) {
       wait_for_tile(local);
       float high = -infinity();
@@ -165,16 +166,8 @@ class ResidentRow {
       if (static_cast<uint32_t>(lane_id()) < size_) {
         *reinterpret_cast<float2*>(of_block(stats_ + index, static_cast<uint32_t>(lane_id()))) = words;
       }
+      if (out != nullptr && lane_id() == 0) *reinterpret_cast<float2*>(out + index) = words;
       look(local, found.max);
-    });
-  }
-
-  // What this block knows of its tiles, to global memory: where nobody waits for it, as at a barrier of the
-  // cluster everybody would.
-  __device__ __forceinline__ void write_stats(TileStats* out) const {
-    if (lane_id() != 0) return;
-    for_own([&](uint32_t, uint32_t index) {
-      *reinterpret_cast<float2*>(out + index) = *reinterpret_cast<const float2*>(stats_ + index);
     });
   }
 

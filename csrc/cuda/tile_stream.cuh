@@ -64,35 +64,74 @@ __device__ __forceinline__ Eight next_quarter(RawTile<kType>& raw) {
   return eight;
 }
 
-// Statistics of a tile in two steps. The first leaves the tile's registers free, so that another can be asked
-// for before the second, which is most of the work.
+// Only those elements count that have a weight. `sums`: else there is NaN in a row of which no sum is wanted.
+template <DType kType>
+__device__ __forceinline__ TileStats stats_of_some(RawTile<kType>& raw, const RowReading& reading, bool sums,
+                                                   float& lane_max) {
+  float high, low;
+  raw.extremes(high, low);
+  lane_max = high == high ? high : -infinity();
+  const float max = max_of_warp(lane_max), anchor = max > -infinity() ? max : 0.0f;
+  if (!sums) return {max, __int_as_float(0x7FC00000)};
+  const float cut = reading.floor_below(anchor);
+  PinnedSum sum;
+#pragma unroll 1
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    Eight x = next_quarter(raw);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x.x[j] = weight_of_logit(x.x[j], anchor, reading.scale, cut);
+    sum.add(quarter, x);
+  }
+  return {max, sum.total()};
+}
+
+// False: what is left to do is the sum of all weights relative to `anchor`. `lane_max`: the largest of the 32
+// elements that this lane holds.
+template <DType kType>
+__device__ __forceinline__ bool settles(RawTile<kType>& raw, const RowReading& reading, TileStats& stats,
+                                        float& anchor, float& lane_max) {
+  if (reading.kind == LawKind::point) {
+    stats = stats_of_greedy(raw, lane_max);
+    if (stats.sum != kAgain) return true;
+  }
+  const bool sums = reading.kind == LawKind::logits;
+  float high, low;
+  raw.bounds(high, low);
+  lane_max = high;
+  stats.max = max_of_warp(high);
+  anchor = stats.max == -infinity() ? 0.0f : stats.max;
+  // Nearly always every element has a weight; then none has to be compared. Of NaN no comparison is true.
+  if (sums && !__any_sync(kAllLanes, !(low >= anchor - reading.surely))) return false;
+  stats = stats_of_some(raw, reading, sums, lane_max);
+  return true;
+}
+
+template <DType kType>
+__device__ __forceinline__ TileStats stats_of_tile(RawTile<kType>& raw, const RowReading& reading,
+                                                   float& lane_max) {
+  TileStats stats;
+  float anchor;
+  if (settles(raw, reading, stats, anchor, lane_max)) return stats;
+  LaneTile tile;
+  raw.unpack(tile);
+  stats.sum = sum_of_tile([&](int i) { return exp2_scaled(tile.x[i] - anchor, reading.scale); });
+  return stats;
+}
+
+// The same in two steps. The first leaves the tile's registers free, so that another can be asked for before
+// the second, which is most of the work.
 template <DType kType>
 class TileSummary {
  public:
-  // `lane_max`: the largest of the 32 elements that this lane holds.
   __device__ __forceinline__ void begin(RawTile<kType>& raw, const RowReading& reading, float& lane_max) {
-    settled_ = true;
-    if (reading.kind == LawKind::point) {
-      stats_ = stats_of_greedy(raw, lane_max);
-      if (stats_.sum != kAgain) return;
-    }
-    const bool sums = reading.kind == LawKind::logits;
-    float high, low;
-    raw.bounds(high, low);
-    lane_max = high;
-    const float max = max_of_warp(high), anchor = max == -infinity() ? 0.0f : max;
-    // Nearly always every element has a weight; then none has to be compared. Of NaN no comparison is true.
-    if (!sums || __any_sync(kAllLanes, !(low >= anchor - reading.surely))) {
-      stats_ = stats_of_some(raw, reading, sums, lane_max);
-      return;
-    }
-    stats_.max = max;
+    float anchor;
+    settled_ = settles(raw, reading, stats_, anchor, lane_max);
+    if (settled_) return;
     LaneTile tile;
     raw.unpack(tile);
 #pragma unroll
     for (int i = 0; i < 32; ++i) distances_[i] = tile.x[i] - anchor;
     scale_ = reading.scale;
-    settled_ = false;
   }
 
   __device__ __forceinline__ TileStats end() {
@@ -101,38 +140,9 @@ class TileSummary {
   }
 
  private:
-  // Only those elements count that have a weight. `sums`: else there is NaN in a row of which no sum is
-  // wanted.
-  static __device__ __forceinline__ TileStats stats_of_some(RawTile<kType>& raw, const RowReading& reading,
-                                                            bool sums, float& lane_max) {
-    float high, low;
-    raw.extremes(high, low);
-    lane_max = high == high ? high : -infinity();
-    const float max = max_of_warp(lane_max), anchor = max > -infinity() ? max : 0.0f;
-    if (!sums) return {max, __int_as_float(0x7FC00000)};
-    const float cut = reading.floor_below(anchor);
-    PinnedSum sum;
-#pragma unroll 1
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      Eight x = next_quarter(raw);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x.x[j] = weight_of_logit(x.x[j], anchor, reading.scale, cut);
-      sum.add(quarter, x);
-    }
-    return {max, sum.total()};
-  }
-
   TileStats stats_;
   float distances_[32], scale_;
   bool settled_;
 };
-
-template <DType kType>
-__device__ __forceinline__ TileStats stats_of_tile(RawTile<kType>& raw, const RowReading& reading,
-                                                   float& lane_max) {
-  TileSummary<kType> summary;
-  summary.begin(raw, reading, lane_max);
-  return summary.end();
-}
 
 }  // namespace foretoken::cuda

@@ -34,7 +34,7 @@ bool takes_drawn_trees(const VerifyArgs& args) {
 }
 
 void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Device device, Stream stream) {
-  constexpr size_t kNeeded = sizeof(ChainShared) + sizeof(DrawnTree), kKept = kWarps * sizeof(KeptTile);
+  constexpr size_t kShared = sizeof(ChainShared) + sizeof(DrawnTree);
   const int64_t requests = args.draft_tokens.shape[0], nodes = args.draft_tokens.shape[1] + 1;
   ChainArgs tree = chain_args_of(args, scratch);
   tree.target = rows_of(args.target_logits);
@@ -52,16 +52,14 @@ void verify_drawn_trees(const VerifyArgs& args, const ChainScratch& scratch, Dev
   std::copy(args.draft_records.strides, args.draft_records.strides + 3, tree.draft_record_strides);
   // A law for each inner node, most likely, and no row of a leaf.
   const int64_t rows = std::min<int64_t>(nodes, tree.law_rows) + (args.draft_records ? 0 : tree.law_rows);
-  tree.keeps = kNeeded + kKept <= static_cast<size_t>(limits_of(device).shared);
-  const size_t shared = kNeeded + (tree.keeps ? kKept : 0);
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_drawn_kernel<decltype(type)::value>;
-    const ClusterRoom& room = room_for<kKernel>(shared, device);
+    const ClusterRoom& room = room_for<kKernel>(kShared, device);
     const DrawnShape shape =
         kept_shape<find_drawn_shape>(room, requests, rows, (tree.vocab + kTile - 1) / kTile, true);
     tree.helpers = shape.helpers;
     tree.own = shape.own;
-    launch_clusters(kKernel, requests + shape.helpers, shape.cluster, shared, stream, tree,
+    launch_clusters(kKernel, requests + shape.helpers, shape.cluster, kShared, stream, tree,
                     overlaps<kKernel>(device));
   };
   switch (args.target_logits.dtype) {
