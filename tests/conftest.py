@@ -52,7 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def figure(request: pytest.FixtureRequest):
     """Writes a figure into the report (``--junitxml``), where ``record_property`` would warn."""
-    return lambda name, value: request.node.user_properties.append((name, value))
+
+    def write(name: str, value: float | str | torch.Tensor) -> None:
+        # As Python's own number: a test may run in a process that sends its report to another.
+        plain = value.item() if hasattr(value, "item") else value
+        request.node.user_properties.append((name, plain))
+
+    return write
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -197,7 +198,7 @@ def test_assistant_tokenizer_must_be_the_same(model: Any) -> None:
         {"model": {"max_length": 11}},
         {"model": {"max_length": 11}, "max_new_tokens": 4},
     ],
-    ids=str,
+    ids=lambda options: re.sub(r"<[\w.]*?(\w+) object at \w+>", r"\1", str(options)),
 )
 def test_the_length_is_transformers_own(options: dict[str, Any]) -> None:
     model, options = llama(), dict(options)
