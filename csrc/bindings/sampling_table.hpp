@@ -50,7 +50,8 @@ class SamplingTable {
             seed_.data(),
             size(),
             constrained_ > 0 ? constraints_.data() : nullptr,
-            weighs_rows()};
+            weighs_rows(),
+            filtering_ > 0};
   }
 
  private:
@@ -61,9 +62,15 @@ class SamplingTable {
 
   size_t index_of(int64_t slot) const;
   // Adds a slot to the counts of slots, or takes it off.
-  void count(size_t index, int64_t sign) { weighing_ += weighs_row(index) ? sign : 0; }
+  void count(size_t index, int64_t sign) {
+    weighing_ += weighs_row(index) ? sign : 0;
+    filtering_ += filters_row(index) ? sign : 0;
+  }
   bool weighs_row(size_t index) const {
     return temperature_[index] != 0.0f && top_p_[index] < 1.0f && top_k_[index] == 0;
+  }
+  bool filters_row(size_t index) const {
+    return temperature_[index] != 0.0f && (top_k_[index] > 0 || top_p_[index] < 1.0f || min_p_[index] > 0.0f);
   }
   void replace(size_t index, Lists lists, Constraints constraints);
 
@@ -74,6 +81,7 @@ class SamplingTable {
   std::vector<Lists> lists_;
   int64_t constrained_ = 0, histories_ = 0;  // slots that have any, and that need their history
   int64_t weighing_ = 0;                     // slots with top-p and without top-k
+  int64_t filtering_ = 0;                    // slots with any filter
   uint64_t version_ = 0;                     // counts changes
   mutable dispatch::SamplingMirrors mirrors_;
 };

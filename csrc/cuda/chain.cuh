@@ -35,13 +35,14 @@ class ChainVerifier : ChainDraw<kType, false> {
     }
     const bool filtered = !args_.prepared && this->any_filter();
     if (scouts) {
+      if (part_ == 0 && lane_id() == 0 && this->may_meet()) *this->together().told() = 0;
       this->look_ahead();
     } else if (!filtered && !args_.prepared) {
       this->stream(raw, tiles);
     }
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
     if (filtered) this->make_own_laws();
-    if (!this->goes_on()) return;
+    if (!filtered && this->may_meet() ? !this->meets() : !this->goes_on()) return;
     if (warp_ == 0) {
       node_ = *of_block(&shared_.nodes[lane_id()], 0);
       if (dense_ && args_.draft_records != nullptr) take_records();
@@ -91,6 +92,8 @@ class ChainVerifier : ChainDraw<kType, false> {
 
   // From step to step. In one place residuals are added up, for whoever wants it: it is a lot of code.
   __device__ __forceinline__ void go_to_end() {
+    const Part part = shared_.part;
+    bool together = part == Part::leads || part == Part::helps;
     ChainStep step = shared_.step;
     OneRemoved removed{step.removed, step.removed_mass};
     int64_t token;
@@ -98,19 +101,30 @@ class ChainVerifier : ChainDraw<kType, false> {
 #pragma unroll 1
     while (true) {
       if (this->wants_masses(step)) {
+        step.together = together;
         this->sum_residual(step, ++turn);
-        cluster_sync();
+        if (!together) {
+          cluster_sync();
+        } else {
+          // For the draw that ends it nobody but the one who writes has to wait.
+          meet_again(this->together().told(), static_cast<uint32_t>(turn * args_.clusters),
+                     !step.close || part == Part::leads);
+          if (step.close && part == Part::helps) return;
+          together = !step.close;
+        }
         step.summed = true;
       }
       if (!step.close) {
-        if (warp_ == 0) go_on(turn);
+        if (warp_ == 0) go_on(turn, step.together);
         __syncthreads();
         step = shared_.step;
+        step.together = together;
         removed = {step.removed, step.removed_mass};
       } else if (this->closes(step, turn, removed, token)) {
         break;
       }
     }
+    if (part == Part::helps) return;
     cluster_show_up();
     if (rank_ == 0) write(step.node, token, step.status, step.node + 1);
     cluster_wait();  // others may still read this block's memory
@@ -235,13 +249,21 @@ class ChainVerifier : ChainDraw<kType, false> {
     return accepts_fraction(__shfl_sync(kAllLanes, node_.coin, node), block_fraction(prefix, prefix * left));
   }
 
+  __device__ __forceinline__ uint64_t mass_of_residual(int turn, int32_t which, bool together) const {
+    if (!together) return mass_of_turn(shared_.draw, turn, which);
+    uint64_t mass = 0;
+    for (uint32_t index = static_cast<uint32_t>(lane_id()); index < tiles_; index += kWarpSize)
+      mass += __ldcg(this->together().sum(turn, which, index));
+    return sum_of_masses(mass);
+  }
+
   // The masses of the residuals that were asked for are there. By the first warp.
-  __device__ __forceinline__ void go_on(int turn) {
+  __device__ __forceinline__ void go_on(int turn, bool together) {
     const int32_t count = shared_.step.other >= 0 ? 2 : 1;
 #pragma unroll 1
     for (int32_t which = 0; which < count; ++which) {
       const int32_t at = last_candidate(candidates_);
-      const uint64_t mass = mass_of_turn(shared_.draw, turn, which);
+      const uint64_t mass = mass_of_residual(turn, which, together);
       if (passes(at, static_cast<double>(mass) / static_cast<double>(shared_.records[at].law.mass))) {
         return close_at_candidate(true, which);
       }

@@ -66,6 +66,8 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   using Rows::vocab_;
   using Rows::warp_;
 
+  static constexpr bool kMayMeet = !kTree && !kDrawn;
+
   __device__ __forceinline__ ChainDraw(const ChainArgs& args, ChainShared& shared) : Laws(args, shared) {}
 
   // The token of a step that closes. Every block draws for itself, so that all know whether the row has to be
@@ -160,7 +162,9 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     if (index < whole) return (index + (second ? whole : 0)) % size_;
     return size_ - 1 - (index - whole + (second ? tiles_ - whole : 0)) % size_;
   }
-  __device__ __forceinline__ uint64_t mass_at(int turn, int32_t which, uint32_t index) const {
+  __device__ __forceinline__ uint64_t mass_at(const ChainStep& step, int turn, uint32_t index) const {
+    const int32_t which = step.which;
+    if (kMayMeet && step.together) return this->together().mass_at(turn, which, index);
     return of_block(&shared_.draw, owner_of(index, which != 0))->masses[turn % 2][which][index];
   }
 
@@ -172,16 +176,41 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     uint64_t sums[2] = {0, 0};
     sum_whole_tiles(step, turn, count, sums);
     sum_other_tiles(step, turn, count, sums);
+    if (kMayMeet && step.together) return;
     if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? sums[0] : sums[1];
   }
 
+  // Who adds up a residual's tiles: the warps of this cluster, or of all blocks that have met.
+  struct Crew {
+    uint32_t worker, workers;
+  };
+  __device__ __forceinline__ Crew crew_of(const ChainStep& step) const {
+    if (!kMayMeet || !step.together) return {warp_ * size_ + rank_, size_ * kWarps};
+    const uint32_t blocks = static_cast<uint32_t>(args_.clusters);
+    return {warp_ * blocks + part_, blocks * kWarps};
+  }
+
+  // `quarter`: the only one of the tile that was summed; -1: all of it was.
   __device__ __forceinline__ void keep(const ChainStep& step, int turn, bool second, uint32_t index,
-                                       const LaneMass& lane_mass, const PinnedSum& sum, uint64_t (&sums)[2]) {
+                                       int quarter, const LaneMass& lane_mass, const PinnedSum& sum,
+                                       uint64_t (&sums)[2]) {
+    const int32_t which = second ? 1 : 0;
     const uint64_t mass = sum_of_masses(lane_mass.total());
-    if (lane_id() == 0) shared_.draw.masses[turn % 2][second ? 1 : 0][index] = mass;
+    const bool together = kMayMeet && step.together;
+    if (!together) {
+      if (lane_id() == 0) shared_.draw.masses[turn % 2][which][index] = mass;
+    } else if (quarter >= 0) {
+      if (lane_id() == 0) __stcg(this->together().masses(turn, which, index) + quarter, mass);
+    } else if (lane_id() < TogetherSums::kQuarters) {
+      __stcg(this->together().masses(turn, which, index) + lane_id(), lane_id() == 0 ? mass : 0);
+    }
     if (step.close) return;  // a token is drawn from the masses alone
     const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
-    (second ? sums[1] : sums[0]) += of_sum;
+    if (!together) {
+      (second ? sums[1] : sums[0]) += of_sum;
+    } else if (lane_id() == 0) {
+      __stcg(this->together().sum(turn, which, index), of_sum);
+    }
   }
 
   // A quarter is on its way while the one before is summed. No more of the loops is unrolled: where a warp
@@ -189,9 +218,20 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     constexpr int kLoads = RawTile<kType>::kLoads, kBytes = RawTile<kType>::kBytes;
-    const uint32_t whole = whole_tiles(), items = count * whole, workers = size_ * kWarps;
-    uint32_t item = warp_ * size_ + rank_;
+    // Where many blocks add up, and nothing but masses, a warp takes a quarter of a tile at a time.
+    const uint32_t shift = kMayMeet && step.together && step.close ? 2 : 0;
+    const uint32_t whole = whole_tiles(), of_row = whole << shift, items = count * of_row;
+    const auto [worker, workers] = crew_of(step);
+    uint32_t item = worker;
     if (item >= items) return;
+    struct Place {
+      uint32_t index;
+      int quarter;
+    };
+    const auto place_of = [&](uint32_t number, bool second) -> Place {
+      const uint32_t rest = second ? number - of_row : number;
+      return {rest >> shift, static_cast<int>(rest - (rest >> shift << shift))};
+    };
     uint4 of_target[kLoads], of_draft[kLoads];
     const auto load = [&](const Sides& sides, uint32_t index, int quarter) {
       const uint64_t at =
@@ -212,25 +252,27 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       if (lane_id() == 0) bring_closer(static_cast<const char*>(sides.target) + at, kTile * kBytes);
       if (!kTree && lane_id() == 1) bring_closer(static_cast<const char*>(sides.draft) + at, kTile * kBytes);
     };
-    bool second = item >= whole;
+    bool second = item >= of_row;
     Sides sides = sides_of(step, second);
-    send_for(sides, second ? item - whole : item);
-    load(sides, second ? item - whole : item, 0);
+    Place place = place_of(item, second);
+    if (shift == 0) send_for(sides, place.index);
+    load(sides, place.index, place.quarter);
 #pragma unroll 1
     while (true) {
-      const uint32_t index = second ? item - whole : item;
-      if (index + workers < whole) send_for(sides, index + workers);
+      const auto [index, first] = place;
+      const int end = shift == 0 ? 4 : first + 1;
+      if (shift == 0 && index + workers < whole) send_for(sides, index + workers);
       PinnedSum sum;
       LaneMass lane_mass;
 #pragma unroll 1
-      for (int q = 0; q < 4; ++q) {
+      for (int q = first; q < end; ++q) {
         Eight weights, other{};
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           unpack_words<kType>(of_target[i], weights.x + i * (8 / kLoads));
           if constexpr (!kTree) unpack_words<kType>(of_draft[i], other.x + i * (8 / kLoads));
         }
-        if (q < 3) load(sides, index, q + 1);
+        if (q + 1 < end) load(sides, index, q + 1);
         take_away(weights, other, sides);
 #pragma unroll
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
@@ -239,11 +281,12 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       const bool of_second = second;
       item += workers;
       if (item < items) {
-        if (!second && item >= whole) sides = sides_of(step, true);
-        second = item >= whole;
-        load(sides, second ? item - whole : item, 0);
+        if (!second && item >= of_row) sides = sides_of(step, true);
+        second = item >= of_row;
+        place = place_of(item, second);
+        load(sides, place.index, place.quarter);
       }
-      keep(step, turn, of_second, index, lane_mass, sum, sums);
+      keep(step, turn, of_second, index, shift == 0 ? -1 : first, lane_mass, sum, sums);
       if (item >= items) return;
     }
   }
@@ -251,9 +294,10 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   // Tiles that are cut by the end of a row, or lie across 16 bytes.
   __device__ __forceinline__ void sum_other_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
-    const uint32_t whole = whole_tiles(), of_row = tiles_ - whole, workers = size_ * kWarps;
+    const uint32_t whole = whole_tiles(), of_row = tiles_ - whole;
+    const auto [worker, workers] = crew_of(step);
 #pragma unroll 1
-    for (uint32_t item = workers - 1 - (warp_ * size_ + rank_); item < count * of_row; item += workers) {
+    for (uint32_t item = workers - 1 - worker; item < count * of_row; item += workers) {
       const bool second = item >= of_row;
       const uint32_t index = whole + (second ? item - of_row : item);
       const Sides sides = sides_of(step, second);
@@ -270,7 +314,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
       }
-      keep(step, turn, second, index, lane_mass, sum, sums);
+      keep(step, turn, second, index, -1, lane_mass, sum, sums);
     }
   }
 
@@ -309,7 +353,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       mass[i] = 0;
       if (index >= tiles_) continue;
       if (exact) {
-        mass[i] = mass_at(turn, step.which, index);
+        mass[i] = mass_at(step, turn, index);
       } else {
         const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
         mass[i] = mass_of_stats({found.x, found.y}, law);

@@ -153,6 +153,7 @@ class ChainRows {
       shared_.filters[warp_] = {sampling.temperature[slot], sampling.top_k[slot], sampling.top_p[slot],
                                 sampling.min_p[slot]};
       shared_.reading[warp_] = RowReading::of_logits(shared_.filters[warp_].temperature);
+      shared_.part = Part::alone;
     }
     __syncthreads();
     return true;
@@ -275,6 +276,24 @@ class ChainRows {
     }
     cluster_sync();
     return shared_.is_last != 0;
+  }
+
+  // Whether the blocks that share a request's reading go on together.
+  __device__ __forceinline__ bool may_meet() const {
+    return args_.clusters > 1 && size_ == 1 && args_.lanes != nullptr;
+  }
+  __device__ __forceinline__ TogetherSums together() const {
+    return {args_.lanes + b_ * (2 * args_.most_drafts + 3) * tiles_ * kWarpSize, tiles_};
+  }
+
+  // Of rows without filters. False: this block is through.
+  __device__ __forceinline__ bool meets() {
+    const uint32_t blocks = static_cast<uint32_t>(args_.clusters);
+    __syncthreads();
+    if (threadIdx.x == 0) shared_.part = meet(args_.arrivals + b_, blocks);
+    __syncthreads();
+    if (threadIdx.x == kThreads - 1) leave_meeting(args_.arrivals + b_, blocks);
+    return shared_.part != Part::leaves;
   }
 
   // The node whose token was drawn behind a row.

@@ -6,6 +6,7 @@
 #include "cuda/filter.cuh"
 #include "cuda/mass.cuh"
 #include "cuda/tile_stream.cuh"
+#include "cuda/together.cuh"
 #include "math/acceptance.hpp"
 #include "math/tree_index.hpp"
 
@@ -40,6 +41,7 @@ struct ChainStep {
   int32_t which = 0;   // of those two that was summed
   bool exact = false;  // without a draft's row: the masses are wanted, as the row's statistics do not decide
   bool whole = false;  // the residual had no mass
+  bool together = false;  // its masses are told in global memory
 };
 
 // Of what this block has added up. Two buffers in turns: whoever is late may still read the one before.
@@ -92,6 +94,7 @@ struct ChainShared {
   uint64_t left;  // of a draw: what is left of its number in the tile that it fell into
   int32_t tile;
   int32_t is_last;
+  Part part;
   FilterTurn turns[2];           // one is read while the other is written
   FilterTurn seen[kMaxCluster];  // of all blocks
 };

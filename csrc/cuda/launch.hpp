@@ -133,18 +133,21 @@ void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
 }
 
 // As shape_for(), for chains, whose rows are all read at once: `rows` of `tiles` tiles each. All clusters of
-// a request read, one of them then takes what is left of kPasses rows; the weights are times measured on an
-// H200, in us. A multiprocessor is busy with instructions, so they go by tiles of a block.
-template <int kPasses>
+// a request read, one of them then takes what is left of kPasses rows, or with kTogether all blocks that are
+// no clusters do; the weights are times measured on an H200, in us. A multiprocessor is busy with
+// instructions, so they go by tiles of a block.
+template <int kPasses, bool kTogether>
 Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
                        bool may_share) {
-  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2;
+  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2, kOfMeeting = 0.6;
   Shape best;
   double least = 1e30;
   for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
+    const bool together = kTogether && shape.cluster == 1 && shape.clusters > 1;
     const double all = static_cast<double>(rows * tiles), blocks = shape.cluster;
-    const double cost = kOfTile * all / (blocks * shape.clusters) +
-                        kPasses * kOfTilePair * static_cast<double>(tiles) / blocks +
+    const double of_pass = kOfTilePair * static_cast<double>(tiles) / (together ? shape.clusters : blocks) +
+                           (together ? kOfMeeting : 0.0);
+    const double cost = kOfTile * all / (blocks * shape.clusters) + kPasses * of_pass +
                         (shape.clusters > 1 ? kOfSharing : 0.0);
     if (cost >= least) return;
     least = cost;

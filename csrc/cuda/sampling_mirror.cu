@@ -37,6 +37,7 @@ SamplingView pack_numbers(const SamplingView& host, const std::vector<Constraint
   SamplingView device;
   device.size = host.size;
   device.weighs_rows = host.weighs_rows;
+  device.filters_rows = host.filters_rows;
   device.seed = packed.add(host.seed, host.size);
   device.temperature = packed.add(host.temperature, host.size);
   device.top_k = packed.add(host.top_k, host.size);

@@ -1,6 +1,8 @@
 #include "cuda/verify_chain.hpp"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/chain.cuh"
@@ -35,8 +37,19 @@ void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows,
     const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
     const int64_t tiles = (args.vocab + kTile - 1) / kTile;
     const bool may_share = args.arrivals != nullptr && !args.prepared;
-    const Shape shape = walks_up ? kept_shape<find_chain_shape<3>>(room, requests, rows, tiles, may_share)
-                                 : kept_shape<find_chain_shape<1>>(room, requests, rows, tiles, may_share);
+    // Thresholds are found by clusters.
+    const bool together =
+        args.lanes != nullptr && !args.sampling.filters_rows &&
+        (args.draft.data == nullptr || args.draft_records != nullptr || !args.draft_sampling.filters_rows);
+    const auto search = [&](auto passes) {
+      constexpr int kPasses = decltype(passes)::value;
+      return together ? kept_shape<find_chain_shape<kPasses, true>>(room, requests, rows, tiles, may_share)
+                      : kept_shape<find_chain_shape<kPasses, false>>(room, requests, rows, tiles, may_share);
+    };
+    Shape shape =
+        walks_up ? search(std::integral_constant<int, 3>{}) : search(std::integral_constant<int, 1>{});
+    if (const char* wanted = std::getenv("FORETOKEN_SHAPE"))
+      std::sscanf(wanted, "%d,%d", &shape.cluster, &shape.clusters);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args, overlaps<kKernel>(device));

@@ -38,6 +38,7 @@ struct SamplingView {
   // False: no slot had top-p without top-k when this was handed out, if one may have since. To find its
   // threshold the whole row has to be weighed.
   bool weighs_rows = true;
+  bool filters_rows = true;  // the same of any filter
 };
 
 // What has been committed, by slot; row b's base says how much of it counts.
