@@ -23,9 +23,11 @@ class ChainVerifier : ChainDraw<kType, false> {
     const uint32_t of_target = static_cast<uint32_t>(args_.most_drafts) + 1, first = given ? of_target : 0;
     const bool of_drafts = args_.draft.data != nullptr && args_.draft_records == nullptr;
     const uint32_t end = of_target + (of_drafts ? static_cast<uint32_t>(args_.most_drafts) : 0);
-    typename Rows::RowTiles tiles((warp_ * size_ + rank_) * clusters + part_ - clusters,
-                                  size_ * kWarps * clusters - clusters, first, first + 1, end - first,
-                                  tiles_);
+    // The warps that look ahead come last, and have no share of a few tiles.
+    const uint32_t warps = size_ * kWarps * clusters, warp = (warp_ * size_ + rank_) * clusters + part_;
+    const bool all_read = (end - first) * tiles_ >= kTilesForAll * warps;
+    typename Rows::RowTiles tiles(scouts ? warp + warps - clusters : warp - clusters,
+                                  all_read ? warps : warps - clusters, first, first + 1, end - first, tiles_);
     RawTile<kType> raw;
     if (!scouts && !args_.prepared && tiles.any()) this->load(tiles.row(), tiles.index(), raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
@@ -37,7 +39,9 @@ class ChainVerifier : ChainDraw<kType, false> {
     if (scouts) {
       if (part_ == 0 && lane_id() == 0 && this->may_meet()) *this->together().told() = 0;
       this->look_ahead();
-    } else if (!filtered && !args_.prepared) {
+    }
+    if (!filtered && !args_.prepared && (!scouts || all_read)) {
+      if (scouts && tiles.any()) this->load(tiles.row(), tiles.index(), raw);
       this->stream(raw, tiles);
     }
     if (given && !filtered) this->take_given();  // thresholds are found in the rows
@@ -84,6 +88,7 @@ class ChainVerifier : ChainDraw<kType, false> {
   using typename Base::Rows;
   // Of a block: pairs of tiles that take as long as a turn takes besides, 1.6 us.
   static constexpr uint32_t kTilesBeside = 8;
+  static constexpr uint32_t kTilesForAll = 8;  // a warp: far more than one that looks ahead is late
 
   __device__ __forceinline__ bool walks_up() const {
     return !greedy_ && drafts_ > 0 &&
@@ -207,7 +212,8 @@ class ChainVerifier : ChainDraw<kType, false> {
         const int32_t other = last_candidate(others);
         const double of_other = __shfl_sync(kAllLanes, prefix_, others != 0 ? other : 0);
         // Where adding up another residual takes no longer than coming back for it, which one in two does.
-        if (others != 0 && of_other != 1.0 && tiles_ <= kTilesBeside * size_ && has_residual(other)) {
+        const uint32_t blocks = shared_.part == Part::alone ? size_ : static_cast<uint32_t>(args_.clusters);
+        if (others != 0 && of_other != 1.0 && tiles_ <= kTilesBeside * blocks && has_residual(other)) {
           step.other = other;
           step.other_gain = 1.0 / of_other;
         }

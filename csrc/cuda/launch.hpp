@@ -142,7 +142,7 @@ Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, 
   constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2, kOfMeeting = 0.6;
   Shape best;
   double least = 1e30;
-  for_shapes(room, requests, rows, tiles, may_share, [&](const Shape& shape) {
+  const auto visit = [&](const Shape& shape) {
     const bool together = kTogether && shape.cluster == 1 && shape.clusters > 1;
     const double all = static_cast<double>(rows * tiles), blocks = shape.cluster;
     const double of_pass = kOfTilePair * static_cast<double>(tiles) / (together ? shape.clusters : blocks) +
@@ -152,7 +152,13 @@ Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, 
     if (cost >= least) return;
     least = cost;
     best = shape;
-  });
+  };
+  for_shapes(room, requests, rows, tiles, may_share, visit);
+  if (kTogether && may_share) {  // half of a block's warps are enough, where that brings in other blocks
+    const int64_t wanted = ((rows + kPasses) * tiles + kWarps / 2 - 1) / (kWarps / 2);
+    const int64_t blocks = std::min(room.clusters[1] / requests, wanted);
+    if (blocks > 1) visit({1, static_cast<int>(blocks)});
+  }
   return best;
 }
 
