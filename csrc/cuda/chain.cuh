@@ -107,10 +107,12 @@ class ChainVerifier : ChainDraw<kType, false> {
     while (true) {
       if (this->wants_masses(step)) {
         step.together = together;
-        this->sum_residual(step, ++turn);
+        ++turn;
         if (!together) {
+          this->sum_residual(step, turn);
           cluster_sync();
         } else {
+          this->template sum_residual<true>(step, turn);
           // For the draw that ends it nobody but the one who writes has to wait.
           meet_again(this->together().told(), static_cast<uint32_t>(turn * args_.clusters),
                      !step.close || part == Part::leads);

@@ -170,13 +170,14 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
 
   // The masses of the tiles of [target - gain * draft]+; without a draft's row, of the target. Of one node,
   // or of two. They stay with the block that added them up: to tell them to all takes longer than all take to
-  // look.
+  // look. kTogether: all blocks that have met add up, and tell each other.
+  template <bool kTogether = false>
   __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
     const uint32_t count = !kTree && step.other >= 0 ? 2 : 1;
     uint64_t sums[2] = {0, 0};
-    sum_whole_tiles(step, turn, count, sums);
-    sum_other_tiles(step, turn, count, sums);
-    if (kMayMeet && step.together) return;
+    sum_whole_tiles<kTogether>(step, turn, count, sums);
+    sum_other_tiles<kTogether>(step, turn, count, sums);
+    if (kTogether) return;
     if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? sums[0] : sums[1];
   }
 
@@ -184,20 +185,21 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   struct Crew {
     uint32_t worker, workers;
   };
-  __device__ __forceinline__ Crew crew_of(const ChainStep& step) const {
-    if (!kMayMeet || !step.together) return {warp_ * size_ + rank_, size_ * kWarps};
+  template <bool kTogether>
+  __device__ __forceinline__ Crew crew() const {
+    if (!kTogether) return {warp_ * size_ + rank_, size_ * kWarps};
     const uint32_t blocks = static_cast<uint32_t>(args_.clusters);
     return {warp_ * blocks + part_, blocks * kWarps};
   }
 
   // `quarter`: the only one of the tile that was summed; -1: all of it was.
+  template <bool kTogether>
   __device__ __forceinline__ void keep(const ChainStep& step, int turn, bool second, uint32_t index,
                                        int quarter, const LaneMass& lane_mass, const PinnedSum& sum,
                                        uint64_t (&sums)[2]) {
     const int32_t which = second ? 1 : 0;
     const uint64_t mass = sum_of_masses(lane_mass.total());
-    const bool together = kMayMeet && step.together;
-    if (!together) {
+    if constexpr (!kTogether) {
       if (lane_id() == 0) shared_.draw.masses[turn % 2][which][index] = mass;
     } else if (quarter >= 0) {
       if (lane_id() == 0) __stcg(this->together().masses(turn, which, index) + quarter, mass);
@@ -206,7 +208,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     }
     if (step.close) return;  // a token is drawn from the masses alone
     const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
-    if (!together) {
+    if constexpr (!kTogether) {
       (second ? sums[1] : sums[0]) += of_sum;
     } else if (lane_id() == 0) {
       __stcg(this->together().sum(turn, which, index), of_sum);
@@ -215,13 +217,14 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
 
   // A quarter is on its way while the one before is summed. No more of the loops is unrolled: where a warp
   // has a tile or two, it waits for instructions that come for the first time.
+  template <bool kTogether>
   __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     constexpr int kLoads = RawTile<kType>::kLoads, kBytes = RawTile<kType>::kBytes;
     // Where many blocks add up, and nothing but masses, a warp takes a quarter of a tile at a time.
-    const uint32_t shift = kMayMeet && step.together && step.close ? 2 : 0;
+    const uint32_t shift = kTogether && step.close ? 2 : 0;
     const uint32_t whole = whole_tiles(), of_row = whole << shift, items = count * of_row;
-    const auto [worker, workers] = crew_of(step);
+    const auto [worker, workers] = crew<kTogether>();
     uint32_t item = worker;
     if (item >= items) return;
     struct Place {
@@ -286,16 +289,17 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
         place = place_of(item, second);
         load(sides, place.index, place.quarter);
       }
-      keep(step, turn, of_second, index, shift == 0 ? -1 : first, lane_mass, sum, sums);
+      keep<kTogether>(step, turn, of_second, index, shift == 0 ? -1 : first, lane_mass, sum, sums);
       if (item >= items) return;
     }
   }
 
   // Tiles that are cut by the end of a row, or lie across 16 bytes.
+  template <bool kTogether>
   __device__ __forceinline__ void sum_other_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     const uint32_t whole = whole_tiles(), of_row = tiles_ - whole;
-    const auto [worker, workers] = crew_of(step);
+    const auto [worker, workers] = crew<kTogether>();
 #pragma unroll 1
     for (uint32_t item = workers - 1 - worker; item < count * of_row; item += workers) {
       const bool second = item >= of_row;
@@ -314,7 +318,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
       }
-      keep(step, turn, second, index, -1, lane_mass, sum, sums);
+      keep<kTogether>(step, turn, second, index, -1, lane_mass, sum, sums);
     }
   }
 
