@@ -136,11 +136,12 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   }
 
   // What is left of a quarter, in place.
+  template <bool kOfTarget>
   __device__ __forceinline__ void take_away(Eight& weights, Eight& other, const Sides& sides) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       weights.x[j] = weight_of_logit(weights.x[j], sides.target_max, sides.target_scale, sides.target_cut);
-    if constexpr (!kTree) {
+    if constexpr (!kOfTarget) {
       if (args_.draft_records != nullptr) {  // of a law that is not this row's: see cpu/row_kernels.inl
 #pragma unroll
         for (int j = 0; j < 8; ++j) other.x[j] = fminf(other.x[j], sides.draft_max);
@@ -173,10 +174,20 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   // look. kTogether: all blocks that have met add up, and tell each other.
   template <bool kTogether = false>
   __device__ __forceinline__ void sum_residual(const ChainStep& step, int turn) {
-    const uint32_t count = !kTree && step.other >= 0 ? 2 : 1;
+    if constexpr (kTree) {
+      sum_tiles<kTogether, true>(step, turn, 1);
+    } else if (step.gain < 0.0) {
+      sum_tiles<kTogether, true>(step, turn, 1);
+    } else {
+      sum_tiles<kTogether, false>(step, turn, step.other >= 0 ? 2 : 1);
+    }
+  }
+
+  template <bool kTogether, bool kOfTarget>
+  __device__ __forceinline__ void sum_tiles(const ChainStep& step, int turn, uint32_t count) {
     uint64_t sums[2] = {0, 0};
-    sum_whole_tiles<kTogether>(step, turn, count, sums);
-    sum_other_tiles<kTogether>(step, turn, count, sums);
+    sum_whole_tiles<kTogether, kOfTarget>(step, turn, count, sums);
+    sum_other_tiles<kTogether, kOfTarget>(step, turn, count, sums);
     if (kTogether) return;
     if (lane_id() < 2) shared_.draw.sums[turn % 2][lane_id()][warp_] = lane_id() == 0 ? sums[0] : sums[1];
   }
@@ -217,7 +228,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
 
   // A quarter is on its way while the one before is summed. No more of the loops is unrolled: where a warp
   // has a tile or two, it waits for instructions that come for the first time.
-  template <bool kTogether>
+  template <bool kTogether, bool kOfTarget>
   __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     constexpr int kLoads = RawTile<kType>::kLoads, kBytes = RawTile<kType>::kBytes;
@@ -244,7 +255,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       for (int i = 0; i < kLoads; ++i) {
         of_target[i] =
             __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(sides.target) + at) + i);
-        if constexpr (!kTree)
+        if constexpr (!kOfTarget)
           of_draft[i] =
               __ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(sides.draft) + at) + i);
       }
@@ -253,7 +264,8 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     const auto send_for = [&](const Sides& sides, uint32_t index) {
       const uint64_t at = static_cast<uint64_t>(index) * kTile * kBytes;
       if (lane_id() == 0) bring_closer(static_cast<const char*>(sides.target) + at, kTile * kBytes);
-      if (!kTree && lane_id() == 1) bring_closer(static_cast<const char*>(sides.draft) + at, kTile * kBytes);
+      if (!kOfTarget && lane_id() == 1)
+        bring_closer(static_cast<const char*>(sides.draft) + at, kTile * kBytes);
     };
     bool second = item >= of_row;
     Sides sides = sides_of(step, second);
@@ -273,10 +285,10 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           unpack_words<kType>(of_target[i], weights.x + i * (8 / kLoads));
-          if constexpr (!kTree) unpack_words<kType>(of_draft[i], other.x + i * (8 / kLoads));
+          if constexpr (!kOfTarget) unpack_words<kType>(of_draft[i], other.x + i * (8 / kLoads));
         }
         if (q + 1 < end) load(sides, index, q + 1);
-        take_away(weights, other, sides);
+        take_away<kOfTarget>(weights, other, sides);
 #pragma unroll
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
@@ -295,7 +307,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   }
 
   // Tiles that are cut by the end of a row, or lie across 16 bytes.
-  template <bool kTogether>
+  template <bool kTogether, bool kOfTarget>
   __device__ __forceinline__ void sum_other_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     const uint32_t whole = whole_tiles(), of_row = tiles_ - whole;
@@ -312,8 +324,8 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
 #pragma unroll 1
       for (int q = 0; q < 4; ++q) {
         Eight weights = target.next(), other{};
-        if constexpr (!kTree) other = draft.next();
-        take_away(weights, other, sides);
+        if constexpr (!kOfTarget) other = draft.next();
+        take_away<kOfTarget>(weights, other, sides);
 #pragma unroll
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
