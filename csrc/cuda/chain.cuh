@@ -29,6 +29,8 @@ class ChainVerifier : ChainDraw<kType, false> {
     typename Rows::RowTiles tiles(scouts ? warp + warps - clusters : warp - clusters,
                                   all_read ? warps : warps - clusters, first, first + 1, end - first, tiles_);
     RawTile<kType> raw;
+    ChainNode seen{};
+    if (scouts) seen = this->look_at_drafts();
     if (!scouts && !args_.prepared && tiles.any()) this->load(tiles.row(), tiles.index(), raw);
     if (args_.stats == nullptr) cluster_sync();  // nobody's memory is written before everybody runs
     if (!this->read_header()) {
@@ -38,7 +40,7 @@ class ChainVerifier : ChainDraw<kType, false> {
     const bool filtered = !args_.prepared && this->any_filter();
     if (scouts) {
       if (part_ == 0 && lane_id() == 0 && this->may_meet()) *this->together().told() = 0;
-      this->look_ahead();
+      this->look_ahead(seen);
     }
     if (!filtered && !args_.prepared && (!scouts || all_read)) {
       if (scouts && tiles.any()) this->load(tiles.row(), tiles.index(), raw);

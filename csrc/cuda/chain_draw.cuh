@@ -203,19 +203,17 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     return {warp_ * blocks + part_, blocks * kWarps};
   }
 
-  // `quarter`: the only one of the tile that was summed; -1: all of it was.
+  // `first`, `quarters`: what was summed of the tile.
   template <bool kTogether>
   __device__ __forceinline__ void keep(const ChainStep& step, int turn, bool second, uint32_t index,
-                                       int quarter, const LaneMass& lane_mass, const PinnedSum& sum,
-                                       uint64_t (&sums)[2]) {
+                                       int first, int quarters, const LaneMass& lane_mass,
+                                       const PinnedSum& sum, uint64_t (&sums)[2]) {
     const int32_t which = second ? 1 : 0;
     const uint64_t mass = sum_of_masses(lane_mass.total());
     if constexpr (!kTogether) {
       if (lane_id() == 0) shared_.draw.masses[turn % 2][which][index] = mass;
-    } else if (quarter >= 0) {
-      if (lane_id() == 0) __stcg(this->together().masses(turn, which, index) + quarter, mass);
-    } else if (lane_id() < TogetherSums::kQuarters) {
-      __stcg(this->together().masses(turn, which, index) + lane_id(), lane_id() == 0 ? mass : 0);
+    } else if (lane_id() < quarters) {
+      __stcg(this->together().masses(turn, which, index) + first + lane_id(), lane_id() == 0 ? mass : 0);
     }
     if (step.close) return;  // a token is drawn from the masses alone
     const uint64_t of_sum = mass_of_tile(sum.total(), 1.0f);
@@ -232,19 +230,22 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   __device__ __forceinline__ void sum_whole_tiles(const ChainStep& step, int turn, uint32_t count,
                                                   uint64_t (&sums)[2]) {
     constexpr int kLoads = RawTile<kType>::kLoads, kBytes = RawTile<kType>::kBytes;
-    // Where many blocks add up, and nothing but masses, a warp takes a quarter of a tile at a time.
-    const uint32_t shift = kTogether && step.close ? 2 : 0;
-    const uint32_t whole = whole_tiles(), of_row = whole << shift, items = count * of_row;
     const auto [worker, workers] = crew<kTogether>();
+    const uint32_t whole = whole_tiles();
+    // Nothing but masses is wanted for a draw: then a tile is shared where there are more warps than tiles.
+    uint32_t shift = 0;
+    if (kTogether && step.close) shift = workers >= 4 * whole ? 2 : workers >= 2 * whole ? 1 : 0;
+    const uint32_t of_row = whole << shift, items = count * of_row;
+    const int quarters = kTogether ? 4 >> shift : 4;
     uint32_t item = worker;
     if (item >= items) return;
     struct Place {
       uint32_t index;
-      int quarter;
+      int first;  // quarter
     };
     const auto place_of = [&](uint32_t number, bool second) -> Place {
       const uint32_t rest = second ? number - of_row : number;
-      return {rest >> shift, static_cast<int>(rest - (rest >> shift << shift))};
+      return {rest >> shift, static_cast<int>(rest - (rest >> shift << shift)) * quarters};
     };
     uint4 of_target[kLoads], of_draft[kLoads];
     const auto load = [&](const Sides& sides, uint32_t index, int quarter) {
@@ -271,11 +272,11 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     Sides sides = sides_of(step, second);
     Place place = place_of(item, second);
     if (shift == 0) send_for(sides, place.index);
-    load(sides, place.index, place.quarter);
+    load(sides, place.index, place.first);
 #pragma unroll 1
     while (true) {
       const auto [index, first] = place;
-      const int end = shift == 0 ? 4 : first + 1;
+      const int end = first + quarters;
       if (shift == 0 && index + workers < whole) send_for(sides, index + workers);
       PinnedSum sum;
       LaneMass lane_mass;
@@ -299,9 +300,9 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
         if (!second && item >= of_row) sides = sides_of(step, true);
         second = item >= of_row;
         place = place_of(item, second);
-        load(sides, place.index, place.quarter);
+        load(sides, place.index, place.first);
       }
-      keep<kTogether>(step, turn, of_second, index, shift == 0 ? -1 : first, lane_mass, sum, sums);
+      keep<kTogether>(step, turn, of_second, index, first, quarters, lane_mass, sum, sums);
       if (item >= items) return;
     }
   }
@@ -330,7 +331,7 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
         for (int j = 0; j < 8; ++j) lane_mass.add(weights.x[j]);
         sum.add(q, weights);
       }
-      keep<kTogether>(step, turn, second, index, -1, lane_mass, sum, sums);
+      keep<kTogether>(step, turn, second, index, 0, 4, lane_mass, sum, sums);
     }
   }
 
@@ -350,8 +351,8 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
   }
 
   // A token of the masses that sum_residual() left; where they are not `exact`, of those that follow from the
-  // row's statistics, if these decide. By all threads of a block, two tiles and then two elements each; see
-  // TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
+  // row's statistics, if these decide. By all threads of a block, a tile each, of long rows two, and then two
+  // elements; see TokenDraw in cuda/draw.cuh. -1: there is no mass at all.
   template <class Removed>
   __device__ __forceinline__ int64_t draw(const ChainStep& step, int turn, bool exact,
                                           const Removed& removed) {
@@ -362,20 +363,15 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
       shared_.tile = -1;
       shared_.drawn = kUndecided;
     }
-    uint64_t mass[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t index = 2 * threadIdx.x + i;
-      mass[i] = 0;
-      if (index >= tiles_) continue;
-      if (exact) {
-        mass[i] = mass_at(step, turn, index);
-      } else {
-        const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
-        mass[i] = mass_of_stats({found.x, found.y}, law);
-      }
-      mass[i] = removed.left_of_tile(index, mass[i]);
-    }
+    const auto mass_of_one = [&](uint32_t index) -> uint64_t {
+      if (index >= tiles_) return 0;
+      if (exact) return removed.left_of_tile(index, mass_at(step, turn, index));
+      const float2 found = this->read(stats(static_cast<uint32_t>(step.node)) + index);
+      return removed.left_of_tile(index, mass_of_stats({found.x, found.y}, law));
+    };
+    const bool two = tiles_ > kThreads;
+    const uint32_t first = two ? 2 * threadIdx.x : threadIdx.x;
+    const uint64_t mass[2] = {mass_of_one(first), two ? mass_of_one(first + 1) : 0};
     const Running of_tiles = sum_up_to_thread(mass[0] + mass[1]);
     uint64_t reach = 0;
     if (!exact) {
@@ -386,9 +382,10 @@ class ChainDraw : protected ChainLaws<kType, kTree, kDrawn> {
     uint64_t begin = of_tiles.before;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i == 1 && !two) break;
       const uint64_t left = left_of_all - begin;
       if (left_of_all >= begin && left < mass[i]) {
-        const uint32_t index = 2 * threadIdx.x + i;
+        const uint32_t index = first + i;
         const bool near =
             !exact && ((index != 0 && left < reach) || (index != tiles_ - 1 && mass[i] - left <= reach));
         shared_.tile = near ? -1 : static_cast<int32_t>(index);

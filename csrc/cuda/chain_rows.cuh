@@ -242,19 +242,25 @@ class ChainRows {
     }
   }
 
-  // What can be known of the nodes before any law is. By one warp, a lane for each node.
-  __device__ __forceinline__ void look_ahead() {
+  // What can be known of the nodes before any law is, in two steps. By one warp, a lane for each node. The
+  // first needs nothing of the header, and two reads, of which one waits for the other.
+  __device__ __forceinline__ ChainNode look_at_drafts() const {
     const int32_t node = lane_id();
     ChainNode found{};
     found.token = -1;
-    if (node >= 1 && node <= drafts_) {
-      const int64_t token = read_number(args_.draft_tokens, b_, node - 1);
-      if (token >= 0 && token < static_cast<int64_t>(vocab_)) {
-        found.token = static_cast<int32_t>(token);
-        found.of_target = element(static_cast<uint32_t>(node - 1), static_cast<uint32_t>(token));
-        if (dense_) found.of_draft = element(draft_row(node - 1), static_cast<uint32_t>(token));
-      }
-    }
+    if (node < 1 || node > args_.most_drafts) return found;
+    const int64_t token = read_number(args_.draft_tokens, b_, node - 1);
+    if (token < 0 || token >= static_cast<int64_t>(vocab_)) return found;
+    found.token = static_cast<int32_t>(token);
+    found.of_target = element(static_cast<uint32_t>(node - 1), static_cast<uint32_t>(token));
+    if (args_.draft.data != nullptr)
+      found.of_draft = element(draft_row(node - 1), static_cast<uint32_t>(token));
+    return found;
+  }
+
+  __device__ __forceinline__ void look_ahead(ChainNode found) {
+    const int32_t node = lane_id();
+    if (node > drafts_) found.token = -1;
     const uint64_t seed = *seed_, base = static_cast<uint64_t>(read_number(args_.base, b_));
     found.coin = random_coin(seed, base, static_cast<uint32_t>(node));
     found.closing_bits = args_.samples ? random_bits(seed, base, args_.purpose, args_.step)

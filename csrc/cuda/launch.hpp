@@ -139,7 +139,7 @@ void for_shapes(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t
 template <int kPasses, bool kTogether>
 Shape find_chain_shape(const ClusterRoom& room, int64_t requests, int64_t rows, int64_t tiles,
                        bool may_share) {
-  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2, kOfMeeting = 0.6;
+  constexpr double kOfTile = 0.11, kOfTilePair = 0.19, kOfSharing = 1.2, kOfMeeting = 1.2;
   Shape best;
   double least = 1e30;
   const auto visit = [&](const Shape& shape) {

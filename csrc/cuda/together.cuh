@@ -26,7 +26,7 @@ class TogetherSums {
   __device__ __forceinline__ TogetherSums(float* lanes, uint32_t tiles)
       : words_(reinterpret_cast<uint64_t*>(lanes)), tiles_(tiles) {}
 
-  // Exact masses of the quarters of a tile; of a whole tile the first has it all.
+  // Exact masses of the quarters of a tile; of several that were summed together the first has it all.
   __device__ __forceinline__ uint64_t* masses(int turn, int32_t which, uint32_t index) const {
     return words_ + (place(turn, which) + index) * kQuarters;
   }
