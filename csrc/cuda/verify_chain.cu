@@ -1,8 +1,6 @@
 #include "cuda/verify_chain.hpp"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/chain.cuh"
@@ -28,28 +26,27 @@ int64_t rows_in(const VerifyArgs& args) {
   return std::max<int64_t>(rows, 1);
 }
 
+template <int kPasses>
+Shape shape_of(const ClusterRoom& room, const ChainArgs& args, int64_t requests, int64_t rows) {
+  const int64_t tiles = (args.vocab + kTile - 1) / kTile;
+  const bool may_share = args.arrivals != nullptr && !args.prepared;
+  const bool reads_laws = args.draft.data != nullptr && args.draft_records == nullptr;
+  // Thresholds are found by clusters; blocks that go on together have none.
+  const bool filters = args.sampling.filters_rows || (reads_laws && args.draft_sampling.filters_rows);
+  return filters || args.lanes == nullptr
+             ? kept_shape<find_chain_shape<kPasses, false>>(room, requests, rows, tiles, may_share)
+             : kept_shape<find_chain_shape<kPasses, true>>(room, requests, rows, tiles, may_share);
+}
+
 // `more`: bytes of shared memory a block behind ChainShared.
 void launch_chains(DType dtype, ChainArgs& args, int64_t requests, int64_t rows, size_t more, Device device,
                    Stream stream) {
   const auto launch = [&](auto type) {
     constexpr auto kKernel = verify_chain_kernel<decltype(type)::value>;
     const ClusterRoom& room = room_for<kKernel>(sizeof(ChainShared) + sizeof(RowScratch), device);
-    const bool walks_up = args.rule == Rule::traversal || args.rule == Rule::automatic;
-    const int64_t tiles = (args.vocab + kTile - 1) / kTile;
-    const bool may_share = args.arrivals != nullptr && !args.prepared;
-    // Thresholds are found by clusters.
-    const bool together =
-        args.lanes != nullptr && !args.sampling.filters_rows &&
-        (args.draft.data == nullptr || args.draft_records != nullptr || !args.draft_sampling.filters_rows);
-    const auto search = [&](auto passes) {
-      constexpr int kPasses = decltype(passes)::value;
-      return together ? kept_shape<find_chain_shape<kPasses, true>>(room, requests, rows, tiles, may_share)
-                      : kept_shape<find_chain_shape<kPasses, false>>(room, requests, rows, tiles, may_share);
-    };
-    Shape shape =
-        walks_up ? search(std::integral_constant<int, 3>{}) : search(std::integral_constant<int, 1>{});
-    if (const char* wanted = std::getenv("FORETOKEN_SHAPE"))
-      std::sscanf(wanted, "%d,%d", &shape.cluster, &shape.clusters);
+    const Shape shape = args.rule == Rule::traversal || args.rule == Rule::automatic
+                            ? shape_of<3>(room, args, requests, rows)
+                            : shape_of<1>(room, args, requests, rows);
     args.clusters = shape.clusters;
     launch_clusters(kKernel, requests * shape.clusters, shape.cluster, sizeof(ChainShared) + more, stream,
                     args, overlaps<kKernel>(device));
