@@ -3,14 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bindings/boundary.hpp"
 #include "dispatch.hpp"
 #include "math/draft_tiers.hpp"
+#include "math/meeting.hpp"
 #include "math/selfcheck.hpp"
 
 namespace foretoken {
@@ -63,6 +67,75 @@ py::tuple describe(py::handle tensor, const std::string& layout, bool write) {
   return py::make_tuple(reinterpret_cast<uintptr_t>(view.data),
                         std::vector<int64_t>(view.shape, view.shape + view.rank),
                         std::vector<int64_t>(view.strides, view.strides + view.rank));
+}
+
+// The word of math/meeting.hpp among threads, each of which is interrupted at random before it looks.
+class ThreadsWord {
+ public:
+  ThreadsWord(std::atomic<uint32_t>& word, uint64_t random, uint32_t patience)
+      : word_(word), random_(random), patience_(patience > 0 ? next() % patience : 0) {}
+
+  uint32_t add(uint32_t amount) { return pause(), word_.fetch_add(amount); }
+  uint32_t count(uint32_t amount) { return add(amount); }
+  uint32_t read() { return pause(), word_.load(); }
+  uint32_t swap(uint32_t expected, uint32_t desired) {
+    pause();
+    word_.compare_exchange_strong(expected, desired);
+    return expected;
+  }
+  bool is_patient() { return patience_-- > 0; }
+  void clear() { pause(), word_.store(0); }
+
+ private:
+  uint32_t next() {
+    random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(random_ >> 33);
+  }
+  void pause() {
+    if (next() % 4 == 0) std::this_thread::yield();
+  }
+
+  std::atomic<uint32_t>& word_;
+  uint64_t random_;
+  int64_t patience_;
+};
+
+// So many threads meet so many times. How often all went on together; raises where they did not agree, or
+// left something behind.
+int64_t meetings(uint32_t blocks, int64_t rounds, uint32_t patience, uint64_t seed) {
+  std::atomic<uint32_t> word{0};
+  std::atomic<int64_t> arrived{0}, together{0}, wrong{0};
+  std::vector<Part> parts(blocks);
+  const auto wait_for_all = [&](int64_t times) {
+    arrived.fetch_add(1);
+    while (arrived.load() < times * blocks) std::this_thread::yield();
+  };
+  const auto agree = [&] {
+    const bool apart = parts[0] == Part::leaves || parts[0] == Part::alone;
+    uint32_t last = 0;
+    for (const Part part : parts) {
+      last += part == (apart ? Part::alone : Part::leads) ? 1 : 0;
+      if (apart != (part == Part::leaves || part == Part::alone)) return false;
+    }
+    together.fetch_add(apart ? 0 : 1);
+    return last == 1 && word.load() == 0;
+  };
+  const auto block = [&](uint32_t rank) {
+    for (int64_t round = 0; round < rounds; ++round) {
+      ThreadsWord place(word, (seed + static_cast<uint64_t>(round)) * blocks + rank, patience);
+      wait_for_all(3 * round + 1);
+      parts[rank] = meet(place, blocks);
+      leave_meeting(place, blocks);
+      wait_for_all(3 * round + 2);
+      if (rank == 0 && !agree()) wrong.fetch_add(1);
+      wait_for_all(3 * round + 3);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < blocks; ++rank) threads.emplace_back(block, rank);
+  for (std::thread& thread : threads) thread.join();
+  if (wrong.load() > 0) throw std::runtime_error(std::to_string(wrong.load()) + " meetings went wrong");
+  return together.load();
 }
 
 // Arguments spread over the ranges the functions are used in; every eighth sits on an edge.
@@ -123,6 +196,8 @@ void register_testing(py::module_& module) {
               py::arg("draft_logits"), py::arg("base"), py::arg("tokens"), py::arg("num_emitted"),
               py::arg("logprobs"));
   testing.def("describe", &describe, py::arg("tensor"), py::arg("layout") = "rows", py::arg("write") = false);
+  testing.def("meetings", &meetings, py::arg("blocks"), py::arg("rounds"), py::arg("patience"),
+              py::arg("seed"), py::call_guard<py::gil_scoped_release>());
   testing.def("draft_tiers", &draft_tiers, py::arg("rounds"), py::arg("drafts"));
   testing.def("self_check", &self_check_results, py::arg("count"), py::arg("seed"), py::arg("device"),
               "The shared arithmetic on `count` sets of arguments, as integers: uint64 [count, fields].");

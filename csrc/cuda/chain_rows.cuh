@@ -295,10 +295,11 @@ class ChainRows {
   // Of rows without filters. False: this block is through.
   __device__ __forceinline__ bool meets() {
     const uint32_t blocks = static_cast<uint32_t>(args_.clusters);
+    uint32_t* const place = args_.arrivals + b_;
     __syncthreads();
-    if (threadIdx.x == 0) shared_.part = meet(args_.arrivals + b_, blocks);
+    if (threadIdx.x == 0) shared_.part = MeetingWord(place).meet(blocks);
     __syncthreads();
-    if (threadIdx.x == kThreads - 1) leave_meeting(args_.arrivals + b_, blocks);
+    if (threadIdx.x == kThreads - 1) MeetingWord(place).leave(blocks);
     return shared_.part != Part::leaves;
   }
 

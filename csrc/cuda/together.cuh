@@ -6,16 +6,11 @@
 // begun elsewhere and waits too. So nobody waits long for the first meeting; from there on all are running.
 #pragma once
 
+#include "cuda/cluster.cuh"
 #include "cuda/tile_stats.cuh"
+#include "math/meeting.hpp"
 
 namespace foretoken::cuda {
-
-enum class Part : int32_t {
-  leaves,  // the last to come goes on alone
-  alone,
-  leads,  // with all others, and writes the verdict down
-  helps,
-};
 
 // What a residual's sums need where they are told to other blocks, of one request. Lies where unfiltered rows
 // leave `lanes` unused.
@@ -55,32 +50,29 @@ class TogetherSums {
 static_assert(sizeof(uint64_t) * 4 * (TogetherSums::kQuarters + 1) + sizeof(uint64_t) <=
               3 * kWarpSize * sizeof(float));  // of a tile; a request has room for three rows or more
 
-// Of a request's word in `arrivals`: who has come; whether nobody waits; who has seen how it ended.
-constexpr uint32_t kCome = 0x3FFu, kNobodyWaits = 0x8000u, kSeen = 0x10000u;
-constexpr long long kPatience = 40000;  // cycles, some 20 us
+// A request's word in `arrivals`, for one thread of a block.
+class MeetingWord {
+ public:
+  __device__ __forceinline__ explicit MeetingWord(uint32_t* place) : place_(place), begin_(clock64()) {}
 
-// By one thread, behind a barrier of its block: what the others wrote before is there for it.
-__device__ inline Part meet(uint32_t* word, uint32_t blocks) {
-  uint32_t found = add_in_order(word, 1u) + 1;
-  const bool is_last = (found & kCome) == blocks;
-  const long long begin = clock64();
-  while ((found & kCome) != blocks && (found & kNobodyWaits) == 0) {
-    if (clock64() - begin < kPatience) {
-      found = read_in_order(word);
-      continue;
-    }
-    // Only while somebody is missing, so that all agree, and who is missing knows when it comes.
-    const uint32_t before = atomicCAS(word, found, found | kNobodyWaits);
-    found = before == found ? found | kNobodyWaits : before;
+  __device__ __forceinline__ Part meet(uint32_t blocks) { return foretoken::meet(*this, blocks); }
+  __device__ __forceinline__ void leave(uint32_t blocks) { leave_meeting(*this, blocks); }
+
+  __device__ __forceinline__ uint32_t add(uint32_t amount) { return add_in_order(place_, amount); }
+  __device__ __forceinline__ uint32_t read() { return read_in_order(place_); }
+  __device__ __forceinline__ uint32_t swap(uint32_t expected, uint32_t desired) {
+    return atomicCAS(place_, expected, desired);
   }
-  if ((found & kNobodyWaits) != 0) return is_last ? Part::alone : Part::leaves;
-  return is_last ? Part::leads : Part::helps;
-}
+  __device__ __forceinline__ bool is_patient() const { return clock64() - begin_ < kPatience; }
+  __device__ __forceinline__ uint32_t count(uint32_t amount) { return atomicAdd(place_, amount); }
+  __device__ __forceinline__ void clear() { *place_ = 0; }
 
-// By one thread of a block that has met. The last leaves the word as it was.
-__device__ inline void leave_meeting(uint32_t* word, uint32_t blocks) {
-  if (atomicAdd(word, kSeen) / kSeen == blocks - 1) *word = 0;
-}
+ private:
+  static constexpr long long kPatience = 40000;  // cycles, some 20 us
+
+  uint32_t* place_;
+  long long begin_;
+};
 
 // By all threads of a block that has told what it had to. `wanted`: as often as all have by now; who does not
 // wait has no use for it.
