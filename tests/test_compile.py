@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import foretoken as ft
+from attention_cases import make as attention_case
 from batches import Batch, make
 from foretoken.ops import RequestState, TreeIndex, Verdict
 from large_rounds import Large, Rounds
@@ -439,6 +440,18 @@ def test_opcheck_of_the_others():
     check(calls, "append", "compact")
 
 
+def test_opcheck_of_attention():
+    case = attention_case(sinks=torch.randn(4))
+    lse = torch.empty(case.q.shape[:3])
+
+    def step(q, lse):
+        out = ft.ops.tree_attention(**{**case.arguments(), "q": q}, lse=lse)
+        return ft.ops.merge(out + 0.0, lse, out * 2.0, lse)
+
+    calls = registered_calls(lambda backend: compiled(step, backend)(case.q, lse))
+    check(calls, "tree_attention", "merge")
+
+
 INDEX = [field.name for field in dataclasses.fields(TreeIndex)]
 WRITTEN = {
     "verify": [field.name for field in dataclasses.fields(Verdict)],
@@ -450,6 +463,8 @@ WRITTEN = {
     "compact": ["caches", "status"],
     "draft_topk": ["out_tokens", "out_scores", "out_parents", "status"],
     "finalize_tree": ["out_tokens", "out_parents", "num_drafts", "source", *INDEX],
+    "tree_attention": ["out", "lse", "workspace"],
+    "merge": ["out", "lse"],
 }
 
 
