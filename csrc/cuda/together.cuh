@@ -53,7 +53,7 @@ static_assert(sizeof(uint64_t) * 4 * (TogetherSums::kQuarters + 1) + sizeof(uint
 // A request's word in `arrivals`, for one thread of a block.
 class MeetingWord {
  public:
-  __device__ __forceinline__ explicit MeetingWord(uint32_t* place) : place_(place), begin_(clock64()) {}
+  __device__ __forceinline__ explicit MeetingWord(uint32_t* place) : place_(place) { begin_ = clock64(); }
 
   __device__ __forceinline__ Part meet(uint32_t blocks) { return foretoken::meet(*this, blocks); }
   __device__ __forceinline__ void leave(uint32_t blocks) { leave_meeting(*this, blocks); }
