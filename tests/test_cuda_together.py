@@ -62,6 +62,34 @@ def test_laws_that_agree_leave_nothing():
             assert results(ft.ops.verify(**there, rule=rule, sampling=law)) == expected
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_filters_that_come_after_the_capture(rule: str, size: int):
+    """A launch of blocks that are no cluster, in which some rows, or all, have thresholds to be found."""
+    call = requests(size, 3, 40_000, 7)
+    there = {name: value.to(TEST_DEVICE) for name, value in call.items()}
+    table = ft.Sampling(seed=3).prepare(size)
+    out = ft.Verdict.empty(size, 3, device=TEST_DEVICE)
+
+    def verify() -> None:
+        ft.ops.verify(**there, rule=rule, sampling=table, out=out)
+
+    verify()
+    replay = verify
+    if TEST_DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            verify()
+        replay = graph.replay
+    for top_k, top_p, min_p in [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (40, 0.8, 0.01), (0, 1.0, 0.1)]:
+        for slot in range(0, size, 2):  # the others stay as they are
+            table.set(slot, 0.9, top_k, top_p, min_p, 11 + slot)
+        expected = results(ft.ops.verify(**call, rule=rule, sampling=table))
+        table.bring_to(there["base"])
+        replay()
+        assert results(out) == expected, (top_k, top_p, min_p)
+
+
 def test_blocks_that_do_not_run_at_once():
     """While another stream's call leaves room for some of a request's blocks, these do not wait for long."""
     vocab, drafts = 128_256, 5
