@@ -1,4 +1,4 @@
-"""The kernel for chains on an emulated device: its sources, compiled for the host, and how to call them.
+"""The kernels for chains and trees on an emulated device: their sources, compiled for the host, and calls.
 
 ``tests/emulated`` stands for CUDA. What the host compiler cannot read is replaced where it stands: the edits
 below, each of a line that has to be there once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,29 @@ import foretoken as ft
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc"
+MEMORY = (
+    "extern __shared__ __align__(16) unsigned char memory[];",
+    "char* const memory = emulated::current->block->shared;",
+)
 EDITS = {
-    "verify_chain.cu": (
-        "extern __shared__ __align__(16) unsigned char memory[];",
-        "char* const memory = emulated::current->block->shared;",
-    ),
+    "verify_chain.cu": MEMORY,
+    "verify_drawn.cu": MEMORY,
+    "verify_tree.cu": MEMORY,
     "tile_stats.cuh": (
         'asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));',
         "max = a != a || b != b ? NAN : fmaxf(a, b);",
     ),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64]
-RULES = {"auto": 0, "token": 1, "block": 2, "target_only": 3}  # enum class Rule of csrc/ops/verify.hpp
-DRAWS = {"deterministic": 0, "iid": 1}
+RULES = {
+    "auto": 0,
+    "token": 1,
+    "rrs": 1,
+    "block": 2,
+    "traversal": 2,
+    "target_only": 3,
+}  # enum class Rule of csrc/ops/verify.hpp
+DRAWS = {"deterministic": 0, "iid": 1, "without_replacement": 2}
 DEVICES = 6  # kDevices of emulated/include/cuda_runtime.h
 
 
@@ -66,8 +77,20 @@ INPUTS = [
     "draft_records",
     "base",
     "slots",
+    "parents",
+    "draft_row",
+    "row_offsets",
 ]
-OUTPUTS = ["tokens", "num_emitted", "num_accepted", "path", "next_token", "next_lengths", "status"]
+OUTPUTS = [
+    "tokens",
+    "num_emitted",
+    "num_accepted",
+    "path",
+    "next_token",
+    "next_lengths",
+    "status",
+    "path_rows",
+]
 
 
 class _Call(Structure):
@@ -86,6 +109,10 @@ class EmulationError(Exception):
     """Threads that wait for what never comes, or a word that was not left as it was."""
 
 
+class NotEmulatedError(Exception):
+    """A call that goes to the general kernel."""
+
+
 def build(folder: Path) -> ctypes.CDLL:
     (folder / "cuda").mkdir()
     for name, (line, other) in EDITS.items():
@@ -94,11 +121,19 @@ def build(folder: Path) -> ctypes.CDLL:
         (folder / "cuda" / name).write_text(text.replace(line, other), encoding="utf-8")
     emulated = TESTS / "emulated"
     paths = [f"-I{path}" for path in (folder, emulated / "include", emulated, SOURCES)]
-    library = folder / "emulated.so"
     fused = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else []  # else by libm
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", *fused, "-fPIC", "-shared", "-w", *paths]
-    sources = [str(emulated / "verify_chain.cpp"), str(emulated / "device.cpp")]
-    subprocess.run([*command, *sources, "-o", str(library)], check=True)
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", *fused, "-fPIC", "-w", *paths]
+    sources = sorted(emulated.glob("*.cpp"))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(
+            lambda source, made: subprocess.run([*command, "-c", str(source), "-o", made], check=True),
+            sources,
+            objects,
+        ):
+            pass
+    library = folder / "emulated.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_verify.restype = c_char_p
     return loaded
@@ -108,14 +143,13 @@ def verify(
     library: ctypes.CDLL,
     given: dict[str, Any],
     law: ft.Sampling,
+    out: ft.ops.Verdict,
     *,
     device: int,
     impatience: int,
     schedule: int,
-) -> ft.ops.Verdict:
+) -> None:
     """``ops.verify`` on the emulated device. ``law``: a column for each number, with seeds."""
-    tokens = given["draft_tokens"]
-    out = ft.ops.Verdict.empty(len(tokens), tokens.shape[1], dtype=tokens.dtype)
     call = _Call()
     for name in INPUTS:
         setattr(call, name, _tensor(given.get(name)))
@@ -136,12 +170,13 @@ def verify(
     filtered = (columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0)
     call.law.filters = int((filtered & (columns["temperature"] != 0)).any())
     call.rule = RULES[given["rule"]]
-    call.draw = DRAWS["iid" if given.get("draft_logits") is not None else "deterministic"]
+    call.draw = DRAWS[given["draw"]]
     call.device, call.impatience, call.schedule = device, impatience, schedule
     wrong = library.emulated_verify(ctypes.byref(call))
+    if wrong == b"not emulated":
+        raise NotEmulatedError
     if wrong is not None:
         raise EmulationError(wrong.decode())
-    return out
 
 
 def _tensor(value: Tensor | None) -> _Tensor:

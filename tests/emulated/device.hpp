@@ -44,6 +44,7 @@ struct Block {
   unsigned rank = 0, size = 1;
   unsigned slowness = 0;  // how often others go on in its place
   char* shared = nullptr;
+  bool against[4] = {};            // of a vote; by times that the block has met
   std::vector<Block*> neighbours;  // of the cluster, by rank
 };
 

@@ -73,6 +73,15 @@ void __stcg(T* place, U value) {
 }
 
 inline void __syncthreads() { emulated::block_barrier(); }
+inline int __syncthreads_and(bool value) {
+  emulated::Block& block = *emulated::current->block;
+  const uint64_t times = block.meeting.times;
+  if (!value) block.against[times % 4] = true;
+  block.against[(times + 2) % 4] = false;  // nobody votes there yet, and nobody reads there any more
+  emulated::block_barrier();
+  return !block.against[times % 4];
+}
+inline void __nanosleep(unsigned) { emulated::pause(); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { emulated::exchange(mask, 0); }
 
 template <class T>

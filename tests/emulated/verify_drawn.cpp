@@ -1,0 +1,1 @@
+#include "cuda/verify_drawn.cu"
