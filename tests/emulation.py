@@ -64,6 +64,7 @@ class _Law(Structure):
         ("min_p", POINTER(c_float)),
         ("seed", POINTER(c_uint64)),
         ("size", c_int64),
+        ("weighs", c_int32),
         ("filters", c_int32),
     )
 
@@ -167,8 +168,9 @@ def verify(
     seeds = (c_uint64 * len(law.seed))(*law.seed)  # type: ignore[arg-type]
     call.law.seed = ctypes.cast(seeds, POINTER(c_uint64))
     call.law.size = len(columns["top_k"])
-    filtered = (columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0)
-    call.law.filters = int((filtered & (columns["temperature"] != 0)).any())
+    top_k, top_p, drawn = columns["top_k"] > 0, columns["top_p"] < 1, columns["temperature"] != 0
+    call.law.weighs = int((drawn & top_p & ~top_k).any())
+    call.law.filters = int((drawn & (top_k | top_p | (columns["min_p"] > 0))).any())
     call.rule = RULES[given["rule"]]
     call.draw = DRAWS[given["draw"]]
     call.device, call.impatience, call.schedule = device, impatience, schedule

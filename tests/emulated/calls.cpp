@@ -32,7 +32,7 @@ struct Law {
   const float *top_p, *min_p;
   const uint64_t* seed;
   int64_t size;
-  int32_t filters;
+  int32_t weighs, filters;
 };
 
 struct Call {
@@ -83,7 +83,7 @@ void verify(const Call& call) {
   args.rule = static_cast<Rule>(call.rule);
   args.draw = static_cast<Draw>(call.draw);
   args.sampling = {call.law.temperature, call.law.top_k, call.law.top_p, call.law.min_p,
-                   call.law.seed,        call.law.size,  nullptr,        call.law.filters != 0,
+                   call.law.seed,        call.law.size,  nullptr,        call.law.weighs != 0,
                    call.law.filters != 0};
   args.draft_sampling = args.sampling;
   const auto kernel = cuda::takes_chains(args)        ? &cuda::verify_chains
