@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import foretoken as ft
+from foretoken import _core
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc"
@@ -34,15 +35,6 @@ EDITS = {
     ),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64]
-RULES = {
-    "auto": 0,
-    "token": 1,
-    "rrs": 1,
-    "block": 2,
-    "traversal": 2,
-    "target_only": 3,
-}  # enum class Rule of csrc/ops/verify.hpp
-DRAWS = {"deterministic": 0, "iid": 1, "without_replacement": 2}
 DEVICES = 6  # kDevices of emulated/include/cuda_runtime.h
 
 
@@ -171,8 +163,8 @@ def verify(
     top_k, top_p, drawn = columns["top_k"] > 0, columns["top_p"] < 1, columns["temperature"] != 0
     call.law.weighs = int((drawn & top_p & ~top_k).any())
     call.law.filters = int((drawn & (top_k | top_p | (columns["min_p"] > 0))).any())
-    call.rule = RULES[given["rule"]]
-    call.draw = DRAWS[given["draw"]]
+    call.rule = int(getattr(_core.Rule, given["rule"]))
+    call.draw = int(getattr(_core.Draw, given["draw"]))
     call.device, call.impatience, call.schedule = device, impatience, schedule
     wrong = library.emulated_verify(ctypes.byref(call))
     if wrong == b"not emulated":

@@ -115,7 +115,8 @@ class Requests:
         return ft.ops.Verdict.empty(self.size, tokens.shape[1], dtype=tokens.dtype, path_rows=self.trees)
 
 
-def check(library: Any, pick: random.Random, filters: bool = False, trees: bool = False) -> None:
+def check(library: Any, pick: random.Random, filters: bool = False, trees: bool = False) -> str:
+    """How its requests were served."""
     requests = Requests(pick, filters, trees)
     settings = {
         "device": pick.randrange(emulation.DEVICES),
@@ -132,6 +133,9 @@ def check(library: Any, pick: random.Random, filters: bool = False, trees: bool 
                 f"{name}: {ours.tolist()}, the CPU's {theirs.tolist()}; {settings}"
             )
 
+    blocks, cluster = emulation.last_launch(library)
+    return "cluster" if cluster > 1 else "block" if blocks == requests.size else "blocks together"
+
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("kind", ["chains", "filtered chains", "trees", "filtered trees"])
@@ -147,10 +151,11 @@ def test_many_random_calls(library: Any, kind: str, part: int):
 
 
 def make_calls(library: Any, kind: str, part: int, count: int) -> None:
-    pick, left_out = random.Random(f"{kind} {part}"), 0
+    pick, left_out, ways = random.Random(f"{kind} {part}"), 0, set()
     for _ in range(count):
         try:
-            check(library, pick, filters="filtered" in kind, trees="trees" in kind)
+            ways |= {check(library, pick, filters="filtered" in kind, trees="trees" in kind)}
         except emulation.NotEmulatedError:
             left_out += 1
     assert left_out <= 0.5 * count
+    assert kind != "chains" or ways == {"block", "cluster", "blocks together"}
